@@ -1,0 +1,299 @@
+"""Emoji drawings on coloured backgrounds, with captions: a small data set that ships with the code.
+
+The drawings and their names live in `data/emoji` (see its README and `scripts/build_emoji_data.py`).
+A *pair* is one drawing on one background colour. A fixed tenth of the pairs is never shown in
+training; drawing and colour are both known from other pairs, so these measure composition.
+
+Shapes: `rgba` (S, S, 4) uint8 with straight alpha; images (S, S, 3) float32 in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ldm.util import UserError
+
+DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "data" / "emoji"
+SIZES = (64, 128)
+SHEET_COLUMNS = 40
+
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "red": (215, 10, 30),
+    "orange": (255, 125, 0),
+    "yellow": (255, 235, 0),
+    "green": (0, 160, 60),
+    "blue": (20, 70, 230),
+    "purple": (150, 30, 180),
+}
+COLOURS = tuple(BACKGROUNDS)
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """Every drawing at one size, in code-point order; the position is the class label.
+
+    `rgba`: (N, size, size, 4) uint8, read-only, straight alpha, and zero where fully transparent.
+    """
+
+    rgba: np.ndarray
+    codepoints: tuple[int, ...]
+    unicode_names: tuple[str, ...]
+    cldr_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.codepoints)
+
+
+def load_drawings(size: int = 64, root: str | Path | None = None) -> Drawings:
+    """The drawings at `size` (64 or 128) pixels; read once per process.
+
+    Raises:
+        UserError: an unknown size, or a data folder that is missing or incomplete.
+    """
+    if size not in SIZES:
+        raise UserError(
+            f"emoji drawings come in {' and '.join(map(str, SIZES))} px, not {size}; set size to one of these"
+        )
+    return _load_drawings(size, DEFAULT_ROOT if root is None else Path(root))
+
+
+@lru_cache(maxsize=4)
+def _load_drawings(size: int, root: Path) -> Drawings:
+    names = read_names(root)
+    path = root / f"drawings-{size}.webp"
+    if not path.is_file():
+        raise UserError(f'no file "{path}"; rebuild the emoji data with scripts/build_emoji_data.py')
+    with Image.open(path) as sheet:
+        rgba = split_sheet(np.asarray(sheet), len(names), size)
+    rgba.flags.writeable = False
+    codepoints, unicode_names, cldr_names = zip(*names, strict=True)
+    return Drawings(rgba, codepoints, unicode_names, cldr_names)
+
+
+def read_names(root: str | Path | None = None) -> list[tuple[int, str, str]]:
+    """(code point, Unicode name, CLDR short name) of every drawing, both names in lower case.
+
+    Raises:
+        UserError: `names.tsv` is missing from the data folder.
+    """
+    path = (DEFAULT_ROOT if root is None else Path(root)) / "names.tsv"
+    if not path.is_file():
+        raise UserError(f'no emoji data at "{path.parent}" (names.tsv is missing); set root to the folder data/emoji')
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    return [(int(codepoint.removeprefix("U+"), 16), unicode_name, cldr) for codepoint, unicode_name, cldr in rows]
+
+
+def join_sheet(rgba: np.ndarray) -> np.ndarray:
+    """Lay drawings (N, S, S, 4) out row by row on a contact sheet of `SHEET_COLUMNS` columns."""
+    count, size = rgba.shape[:2]
+    rows = -(-count // SHEET_COLUMNS)
+    tiles = np.zeros((rows * SHEET_COLUMNS, size, size, 4), np.uint8)
+    tiles[:count] = rgba
+    grid = tiles.reshape(rows, SHEET_COLUMNS, size, size, 4)
+    return grid.transpose(0, 2, 1, 3, 4).reshape(rows * size, SHEET_COLUMNS * size, 4)
+
+
+def split_sheet(sheet: np.ndarray, count: int, size: int) -> np.ndarray:
+    """The first `count` drawings (count, S, S, 4) of a contact sheet; undoes `join_sheet`.
+
+    Raises:
+        UserError: the sheet has another shape than `count` drawings of this size need.
+    """
+    rows = -(-count // SHEET_COLUMNS)
+    if sheet.shape != (rows * size, SHEET_COLUMNS * size, 4):
+        raise UserError(
+            f"the {size} px sheet of emoji drawings has shape {sheet.shape}, which does not fit the {count} names; "
+            "rebuild the emoji data with scripts/build_emoji_data.py"
+        )
+    grid = sheet.reshape(rows, size, SHEET_COLUMNS, size, 4).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(-1, size, size, 4)[:count]
+
+
+def caption(name: str, colour: str | None = None) -> str:
+    """`"rocket on a blue background"`, or without a colour the name alone."""
+    return name if colour is None else f"{name} on a {colour} background"
+
+
+def held_out_colour(index: int) -> str | None:
+    """The background on which drawing `index` is never shown in training, or None.
+
+    Of each five neighbouring drawings, one (chosen by hash) is shown on all eight backgrounds and
+    the other four on seven (the missing one chosen by hash): 4 pairs of 40, hence exactly a tenth,
+    and no drawing loses more than one colour. SHA-256 makes the choice the same everywhere.
+    """
+    if index % 5 == _hash(f"emoji/five/{index // 5}") % 5:
+        return None
+    return COLOURS[_hash(f"emoji/drawing/{index}") % len(COLOURS)]
+
+
+def is_held_out(index: int, colour: str) -> bool:
+    """Whether the pair of drawing `index` and this background is kept from training."""
+    return colour == held_out_colour(index)
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+
+
+def premultiply(rgba: np.ndarray) -> np.ndarray:
+    """Colour times alpha, (…, 4) float32 in 0…255; the form in which pixels may be averaged."""
+    pixels = rgba.astype(np.float32)
+    pixels[..., :3] *= pixels[..., 3:] / 255
+    return pixels
+
+
+def place(rgba: np.ndarray, scale: float, shift_x: float, shift_y: float, size: int) -> np.ndarray:
+    """A drawing scaled and moved on a clear canvas, (size, size, 4) float32 in 0…255, premultiplied.
+
+    `rgba`: (S, S, 4) uint8; `scale`: side of the drawing as a fraction of the canvas; `shift_x`,
+    `shift_y`: where its centre lies from the canvas's, as fractions of `size` (right and down). Side
+    and place are rounded to whole pixels, so that moving never blurs; what leaves the canvas is lost.
+    """
+    side = max(1, round(size * scale))
+    if side == rgba.shape[0]:
+        drawing = premultiply(rgba)
+    else:  # Pillow's premultiplied mode is "RGBa"; the filter has no negative lobes, hence no bright fringes
+        resized = Image.fromarray(rgba).convert("RGBa").resize((side, side), Image.Resampling.HAMMING)
+        drawing = np.asarray(resized).astype(np.float32)
+    left, top = (round((size - side) / 2 + shift * size) for shift in (shift_x, shift_y))
+    if side == size and left == 0 and top == 0:
+        return drawing
+    canvas = np.zeros((size, size, 4), np.float32)
+    x0, x1, y0, y1 = max(left, 0), min(left + side, size), max(top, 0), min(top + side, size)
+    if x0 < x1 and y0 < y1:
+        canvas[y0:y1, x0:x1] = drawing[y0 - top : y1 - top, x0 - left : x1 - left]
+    return canvas
+
+
+def over(canvas: np.ndarray, colour: str) -> np.ndarray:
+    """Lay a premultiplied canvas (S, S, 4) on a background: (S, S, 3) float32 in [-1, 1]."""
+    clear = 1 - canvas[..., 3:] / 255
+    image = canvas[..., :3] + clear * np.array(BACKGROUNDS[colour], np.float32)
+    image *= np.float32(1 / 127.5)
+    image -= 1
+    return np.clip(image, -1, 1, out=image)
+
+
+def compose(
+    rgba: np.ndarray, colour: str, scale: float = 1.0, shift_x: float = 0.0, shift_y: float = 0.0, size: int = 64
+) -> np.ndarray:
+    """A drawing on a coloured background, (size, size, 3) float32 in [-1, 1]; see `place` for the arguments."""
+    return over(place(rgba, scale, shift_x, shift_y, size), colour)
+
+
+class _EmojiPairs(Dataset):
+    """What training and validation share: a list of (drawing, colour) pairs and the making of an item.
+
+    Items: `image` (S, S, 3) float32 in [-1, 1]; `mask` (S, S, 1) float32, 1 where the drawing covers
+    the background by half or more; `caption`; `class_label`, the drawing's number; `human_label`, its
+    CLDR short name; `background` and `background_label`, the colour's name and number in `COLOURS`.
+    """
+
+    def __init__(self, pairs: list[tuple[int, str]], drawings: Drawings, size: int) -> None:
+        if size < 1:
+            raise UserError(f"the size of emoji images must be positive, not {size}")
+        self.pairs = pairs
+        self.drawings = drawings
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def _item(self, index: int, colour: str, text: str, canvas: np.ndarray) -> dict[str, Any]:
+        return {
+            "image": over(canvas, colour),
+            "mask": (canvas[..., 3:] >= 127.5).astype(np.float32),
+            "caption": text,
+            "class_label": index,
+            "human_label": self.drawings.cldr_names[index],
+            "background": colour,
+            "background_label": COLOURS.index(colour),
+        }
+
+
+class EmojiTrain(_EmojiPairs):
+    """Every pair that is not held out, drawn at a random scale and place with one of its two names.
+
+    `scale`: range of the drawing's side, and `shift`: largest move either way, as fractions of `size` (a
+    drawing moves only as far as the canvas has room, so that none is cut off); `name_only_prob`: how often
+    the caption leaves the background out; `crop`: side of a random square cut from the image, for training
+    a first stage on parts. All randomness comes from PyTorch's global generator, which a data loader seeds
+    in each worker.
+
+    Raises:
+        UserError: no data at `root`, or a parameter out of range.
+    """
+
+    def __init__(
+        self,
+        size: int = 64,
+        root: str | Path | None = None,
+        name_only_prob: float = 0.1,
+        scale: tuple[float, float] = (0.85, 1.0),
+        shift: float = 0.06,
+        crop: int | None = None,
+    ) -> None:
+        drawings = load_drawings(_source_size(size), root)
+        pairs = [(i, colour) for i in range(len(drawings)) for colour in COLOURS if not is_held_out(i, colour)]
+        super().__init__(pairs, drawings, size)
+        if crop is not None and not 1 <= crop <= size:
+            raise UserError(f"crop must lie between 1 and size ({size}), not {crop}")
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+            raise UserError(f"scale must be two positive numbers, the smaller first, not {scale}")
+        if not 0 <= name_only_prob <= 1:
+            raise UserError(f"name_only_prob must lie between 0 and 1, not {name_only_prob}")
+        self.name_only_prob, self.scale, self.shift, self.crop = name_only_prob, tuple(scale), shift, crop
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        index, colour = self.pairs[item]
+        scale, x, y, name, name_only, crop_x, crop_y = torch.rand(7).tolist()
+        low, high = self.scale
+        scale = low + (high - low) * scale
+        reach = max(0.0, min(self.shift, (1 - scale) / 2))
+        shift_x, shift_y = ((2 * u - 1) * reach for u in (x, y))
+        canvas = place(self.drawings.rgba[index], scale, shift_x, shift_y, self.size)
+        if self.crop is not None:
+            left, top = (int(u * (self.size - self.crop + 1)) for u in (crop_x, crop_y))
+            canvas = canvas[top : top + self.crop, left : left + self.crop]
+        names = self.drawings.unicode_names if name < 0.5 else self.drawings.cldr_names
+        text = caption(names[index], None if name_only < self.name_only_prob else colour)
+        return self._item(index, colour, text, canvas)
+
+
+class EmojiValidation(_EmojiPairs):
+    """Fixed pairs without augmentation: the drawing centred at full size, its CLDR short name, the colour.
+
+    `split`: "held_out" for the pairs never shown in training, "seen" for the others.
+
+    Raises:
+        UserError: no data at `root`, or an unknown split.
+    """
+
+    def __init__(self, size: int = 64, root: str | Path | None = None, split: str = "held_out") -> None:
+        if split not in ("held_out", "seen"):
+            raise UserError(f'split of the emoji data must be "held_out" or "seen", not "{split}"')
+        drawings = load_drawings(_source_size(size), root)
+        wanted = split == "held_out"
+        pairs = [(i, colour) for i in range(len(drawings)) for colour in COLOURS if is_held_out(i, colour) == wanted]
+        super().__init__(pairs, drawings, size)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        index, colour = self.pairs[item]
+        canvas = place(self.drawings.rgba[index], 1.0, 0.0, 0.0, self.size)
+        return self._item(index, colour, caption(self.drawings.cldr_names[index], colour), canvas)
+
+
+def _source_size(size: int) -> int:
+    """The smallest stored size that need not be enlarged, if there is one."""
+    return next((stored for stored in SIZES if stored >= size), SIZES[-1])

@@ -1,0 +1,158 @@
+"""Pictures: reading, saving, value ranges and grids.
+
+Legend: B pictures, C channels, H × W pixels. Models see float tensors in [-1, 1]; files hold uint8.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.files import atomic_path
+from ldm.util import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Far above float32's error at 255 and far below one level: pictures survive reading and writing unchanged.
+_ROUNDING = 1 / 1024
+
+
+def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None = None) -> Tensor:
+    """Read a picture as `(1, 3, H, W)` float32 in [-1, 1]; transparent parts become white.
+
+    Args:
+        path: any file that Pillow reads; a rotation noted by a camera is applied.
+        size: `(height, width)`, or one number for both: the largest centred part of that shape, resized.
+
+    Raises:
+        UserError: the file is missing or is no picture.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f'there is no picture "{path}"; check the path') from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f'cannot read the picture "{path}": {error}; give a PNG, JPEG or WebP file') from None
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    return (pixels.float() / 127.5 - 1.0).contiguous()
+
+
+def to_uint8(x: Tensor | np.ndarray) -> np.ndarray:
+    """Turn values in [-1, 1] into pixels, channels last; out-of-range values are clipped, uint8 passes unchanged.
+
+    Args:
+        x: `(..., C, H, W)` or `(..., H, W, C)` with C of 1, 3 or 4; where both readings fit, channels come first.
+
+    Returns:
+        `(..., H, W, C)` uint8. Levels are rounded down, as in the published pictures.
+    """
+    array = x.detach().float().cpu().numpy() if isinstance(x, Tensor) and x.dtype != torch.uint8 else np.asarray(x)
+    if array.ndim < 3 or not {array.shape[-1], array.shape[-3]} & {1, 3, 4}:
+        raise ValueError(f"pictures have 1, 3 or 4 channels, got the shape {array.shape}")
+    if array.shape[-3] in (1, 3, 4):
+        array = np.moveaxis(array, -3, -1)
+    if array.dtype != np.uint8:
+        levels = (array.astype(np.float32) + 1.0) * 127.5 + _ROUNDING
+        array = np.nan_to_num(levels).clip(0, 255).astype(np.uint8)
+    return np.ascontiguousarray(array)
+
+
+def make_grid(x: Tensor | np.ndarray, nrow: int = 8, padding: int = 2) -> np.ndarray:
+    """Lay pictures out in rows of `nrow` on black.
+
+    Args:
+        x: `(B, C, H, W)` in [-1, 1], or `(B, H, W, C)` uint8.
+        nrow: pictures in a row.
+        padding: pixels around each; a single picture gets none.
+
+    Returns:
+        `(H', W', 3)` uint8.
+    """
+    pictures = to_uint8(x)
+    if pictures.ndim != 4 or len(pictures) == 0:
+        raise ValueError(f"a grid needs pictures of shape (B, C, H, W), got {tuple(x.shape)}")
+    pictures = np.repeat(pictures, 3, axis=-1) if pictures.shape[-1] == 1 else pictures[..., :3]
+    if len(pictures) == 1:
+        return pictures[0]
+    count, height, width, _ = pictures.shape
+    columns = min(nrow, count)
+    rows = -(-count // columns)
+    grid = np.zeros((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), np.uint8)
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        top, left = padding + row * (height + padding), padding + column * (width + padding)
+        grid[top : top + height, left : left + width] = picture
+    return grid
+
+
+def save_png(image: np.ndarray | Image, path: str | os.PathLike[str], text: Mapping[str, object] | None = None) -> None:
+    """Write a PNG, whole or not at all.
+
+    Args:
+        image: `(H, W, 3)`, `(H, W, 1)` or `(H, W)` uint8, or a Pillow image.
+        path: the file; its folder is made when missing.
+        text: stored as text chunks, which `PIL.Image.open(path).text` gives back.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
+    info = PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, str(value))
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def next_index(folder: str | os.PathLike[str], prefix: str = "") -> int:
+    """One more than the highest number among the files `<prefix><number>.png` in `folder`, or 0."""
+    numbered = re.compile(re.escape(prefix) + r"(\d+)\.png")
+    names = os.listdir(folder) if Path(folder).is_dir() else []
+    return max((int(match[1]) + 1 for name in names if (match := numbered.fullmatch(name))), default=0)
+
+
+def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Tensor:
+    """Each text as a picture, black on white, wrapped to the width.
+
+    Args:
+        wh: width and height in pixels.
+        xc: B texts.
+        size: of the letters, in pixels.
+
+    Returns:
+        `(B, 3, H, W)` float32 in [-1, 1].
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size)
+    letters = max(1, int(wh[0] / font.getlength("n")))
+    pictures = []
+    for text in xc:
+        picture = Image.new("RGB", tuple(wh), "white")
+        wrapped = "\n".join(textwrap.wrap(str(text), letters))
+        ImageDraw.Draw(picture).text((0, 0), wrapped, fill="black", font=font)
+        pictures.append(np.array(picture))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0

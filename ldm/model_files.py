@@ -1,0 +1,159 @@
+"""Finding a model on disk, and what its configuration says about the pictures it makes. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.util import UserError, did_you_mean
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = Path("models/ldm")
+WEIGHTS = ("model.safetensors", "model.ckpt", "last.ckpt")
+# Published models whose configuration is not kept beside their weights.
+CONFIGS_ELSEWHERE = {
+    "text2img-large": Path("configs/latent-diffusion/txt2img-1p4B-eval.yaml"),
+    "cin256-v2": Path("configs/latent-diffusion/cin256-v2.yaml"),
+}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk: what to call it, its configuration and its weights."""
+
+    name: str
+    config: Path
+    checkpoint: Path
+
+
+def locate(path: str | Path) -> Path:
+    """`path` where it exists from the working folder, else from the repository, else as given."""
+    path = Path(path)
+    inside = ROOT / path
+    return inside if not path.exists() and inside.exists() else path
+
+
+def find_model(name: str | None = None, config: str | None = None, ckpt: str | None = None) -> ModelFiles | None:
+    """The files that `--model`, `--config` and `--ckpt` ask for; None when they ask for nothing.
+
+    Raises:
+        UserError: a file or model does not exist, or the options contradict each other.
+    """
+    if name is not None:
+        if config or ckpt:
+            raise UserError("--model names a configuration and its weights together; leave out --config and --ckpt")
+        return named_model(name)
+    if ckpt is None:
+        if config is not None:
+            raise UserError(f'--config "{config}" needs --ckpt: give the weights that belong to it')
+        return None
+    checkpoint = _existing(ckpt, "checkpoint")
+    beside = checkpoint.with_name("config.yaml")
+    if config is None and not beside.is_file():
+        raise UserError(f'there is no config.yaml beside "{ckpt}"; name its configuration with --config')
+    return ModelFiles(checkpoint.parent.name, _existing(config, "configuration") if config else beside, checkpoint)
+
+
+def named_model(name: str) -> ModelFiles:
+    """The model in `models/ldm/<name>`, or in the folder `name`.
+
+    Raises:
+        UserError: there is no such folder, or something is missing from it.
+    """
+    folder = locate(MODELS / name)
+    if not folder.is_dir():
+        folder = Path(name)
+    if not folder.is_dir():
+        known = available_models()
+        listed = ", ".join(known) or "none"
+        raise UserError(f'there is no model "{name}" in {MODELS}{did_you_mean(name, known)}; available: {listed}')
+    checkpoint = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
+    if checkpoint is None:
+        raise UserError(f'the model folder "{folder}" holds no weights; put {" or ".join(WEIGHTS[:2])} there')
+    config = folder / "config.yaml"
+    if not config.is_file():
+        config = locate(CONFIGS_ELSEWHERE.get(folder.name, config))
+    if not config.is_file():
+        raise UserError(f'the model folder "{folder}" holds no config.yaml; put the model\'s configuration there')
+    return ModelFiles(folder.resolve().name, config, checkpoint)
+
+
+def available_models() -> list[str]:
+    """Names of the models whose weights are in `models/ldm`."""
+    folders = {folder for base in (Path(), ROOT) for folder in (base / MODELS).glob("*")}
+    return sorted({folder.name for folder in folders if any((folder / file).is_file() for file in WEIGHTS)})
+
+
+def _existing(path: str, what: str) -> Path:
+    found = locate(path)
+    if not found.is_file():
+        raise UserError(f'there is no {what} "{path}"; check the path, or download it first')
+    return found
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The `model` section of a YAML configuration, with its references resolved, as plain dicts and lists.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or describes no model.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except FileNotFoundError:
+        raise UserError(f'there is no configuration "{path}"; check the path') from None
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f'cannot read the configuration "{path}": {reason}; give a YAML file') from None
+    model = config.get("model") if isinstance(config, Mapping) else None
+    if not isinstance(model, Mapping) or "target" not in model:
+        raise UserError(
+            f'the configuration "{path}" describes no model; it needs "model:" with "target:" and "params:"'
+        )
+    return {**model, "params": dict(model.get("params") or {})}
+
+
+@dataclass(frozen=True)
+class PictureSize:
+    """What a configuration says about sizes, in pixels."""
+
+    height: int
+    width: int
+    factor: int
+    multiple: int
+
+    @classmethod
+    def of(cls, model_config: Mapping[str, Any]) -> PictureSize:
+        """Read a model's configuration: its own size, pixels per latent, and what sizes must be multiples of."""
+        params = model_config["params"]
+        factor = 2 ** _halvings(params.get("first_stage_config"), "ch_mult")
+        unet = 2 ** _halvings(params.get("unet_config"), "channel_mult")
+        size = params.get("image_size", 256 // factor)
+        height, width = (size, size) if isinstance(size, int) else size
+        return cls(int(height) * factor, int(width) * factor, factor, factor * unet)
+
+    def check(self, option: str, pixels: int) -> int:
+        """`pixels`, if the model can make pictures of that size.
+
+        Raises:
+            UserError: it cannot; the message names the nearest sizes that it can make.
+        """
+        if pixels % self.multiple:
+            below = pixels // self.multiple * self.multiple
+            near = " or ".join(str(size) for size in (below, below + self.multiple) if size)
+            raise UserError(
+                f"{option} {pixels} is not a multiple of {self.multiple}, as this model needs; nearest: {near}"
+            )
+        return pixels
+
+
+def _halvings(config: Any, key: str) -> int:
+    """How often a network halves its input: one time less than it has levels."""
+    params = (config.get("params") if isinstance(config, Mapping) else None) or {}
+    levels: Sequence[Any] | None = params.get(key) or (params.get("ddconfig") or {}).get(key)
+    return len(levels) - 1 if levels else 0

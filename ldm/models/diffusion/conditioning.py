@@ -1,0 +1,96 @@
+"""What a model is conditioned on: its structure, whatever its content.
+
+A conditioning is None, a tensor, a list of tensors, or a dict with the lists `c_concat` (joined to the
+input along channels) and `c_crossattn` (joined along the sequence, or, for `adm`, the class embedding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.util import UserError, did_you_mean, instantiate_from_config
+
+Conditioning = torch.Tensor | list[Any] | dict[str, Any] | None
+
+CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm")
+
+
+class DiffusionWrapper(nn.Module):
+    """The denoising network together with the way it takes its conditioning."""
+
+    def __init__(self, diff_model_config: Mapping[str, Any], conditioning_key: str | None) -> None:
+        super().__init__()
+        if conditioning_key not in CONDITIONING_KEYS:
+            names = [key for key in CONDITIONING_KEYS if key]
+            hint = did_you_mean(str(conditioning_key), names)
+            known = ", ".join(names)
+            raise UserError(f'conditioning_key "{conditioning_key}" is not known{hint}; choose one of {known}')
+        self.diffusion_model = instantiate_from_config(diff_model_config)
+        self.conditioning_key = conditioning_key
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        c_concat: list[torch.Tensor] | None = None,
+        c_crossattn: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The network's prediction (B, C, H, W) for x (B, C, H, W) at steps t (B,)."""
+        key = self.conditioning_key
+        if key is None:
+            return self.diffusion_model(x, t)
+        if key in ("concat", "hybrid"):
+            x = torch.cat([x, *_required(c_concat, "c_concat", key)], dim=1)
+        if key == "concat":
+            return self.diffusion_model(x, t)
+        crossattn = _required(c_crossattn, "c_crossattn", key)
+        if key == "adm":
+            return self.diffusion_model(x, t, y=crossattn[0])
+        context = crossattn[0] if len(crossattn) == 1 else torch.cat(crossattn, dim=1)
+        return self.diffusion_model(x, t, context=context)
+
+
+def _required(entries: list[torch.Tensor] | None, name: str, key: str) -> list[torch.Tensor]:
+    if not entries:
+        raise ValueError(f'conditioning_key "{key}" needs the entry "{name}" of the conditioning')
+    return entries
+
+
+def as_dict(cond: Conditioning, conditioning_key: str | None) -> dict[str, list[torch.Tensor]]:
+    """The keyword arguments of `DiffusionWrapper.forward` for any form of conditioning."""
+    if cond is None:
+        return {}
+    if isinstance(cond, Mapping):
+        return {key: value if isinstance(value, list) else [value] for key, value in cond.items()}
+    return {"c_concat" if conditioning_key == "concat" else "c_crossattn": cond if isinstance(cond, list) else [cond]}
+
+
+def map_tensors(function: Any, *conds: Any) -> Any:
+    """Apply `function` to the corresponding tensors of conditionings of one structure."""
+    first = conds[0]
+    if isinstance(first, Mapping):
+        return {key: map_tensors(function, *(cond[key] for cond in conds)) for key in first}
+    if isinstance(first, list):
+        return [map_tensors(function, *parts) for parts in zip(*conds, strict=True)]
+    return None if first is None else function(*conds)
+
+
+def slice_batch(cond: Conditioning, n: int) -> Conditioning:
+    """The first `n` items of the batch."""
+    return map_tensors(lambda c: c[:n], cond)
+
+
+def pair(unconditional: Conditioning, cond: Conditioning) -> Conditioning:
+    """Both conditionings in one batch of 2B, the unconditional half first, as guidance needs them."""
+    return map_tensors(lambda u, c: torch.cat([u, c]), unconditional, cond)
+
+
+def batch_size_of(cond: Conditioning) -> int | None:
+    """The batch size, or None when there is no conditioning."""
+    while isinstance(cond, (Mapping, list)):
+        cond = next(iter(cond.values() if isinstance(cond, Mapping) else cond), None)
+    return None if cond is None else cond.shape[0]

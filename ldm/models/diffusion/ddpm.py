@@ -1,0 +1,572 @@
+"""Diffusion models: the loss, the schedule they carry, and the latent space they live in.
+
+Shapes: images x (B, C, H, W) in [-1, 1]; latents z (B, c, h, w); steps t (B,) int64 from 0 to T - 1.
+
+The models are plain modules. `ldm.training.modules` trains them; the samplers beside this file draw from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ldm.models.autoencoder import VQModelInterface
+from ldm.models.diffusion import preview
+from ldm.models.diffusion.ancestral import AncestralSampler
+from ldm.models.diffusion.conditioning import Conditioning, DiffusionWrapper, as_dict, slice_batch
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.sampler import SamplingOptions
+from ldm.modules.diffusionmodules.schedule import (
+    diffusion_tables,
+    extract_into_tensor,
+    lvlb_weights,
+    make_beta_schedule,
+)
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.ema import LitEma
+from ldm.util import UserError, default, did_you_mean, freeze, instantiate_from_config
+
+# Where a batch carries moments that the first stage computed earlier: (B, 2c, h, w), mean and log-variance.
+LATENT_KEY = "latent_moments"
+PARAMETERIZATIONS = ("eps", "x0")
+LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "l1": lambda prediction, target: (prediction - target).abs(),
+    "l2": lambda prediction, target: (prediction - target) ** 2,
+}
+
+
+class DDPM(nn.Module):
+    """A diffusion model of images (arXiv:2006.11239).
+
+    Parameters are those of the published configurations. `base_learning_rate` stands beside them in YAML; the
+    trainer turns it into `learning_rate`.
+
+    Raises:
+        UserError: an unknown schedule, parameterization, loss or conditioning key.
+    """
+
+    def __init__(
+        self,
+        unet_config: Mapping[str, Any],
+        timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        loss_type: str = "l2",
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        load_only_unet: bool = False,
+        monitor: str | None = "val/loss",
+        use_ema: bool = True,
+        first_stage_key: str = "image",
+        image_size: int = 256,
+        channels: int = 3,
+        log_every_t: int = 100,
+        clip_denoised: bool = True,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+        given_betas: Sequence[float] | None = None,
+        original_elbo_weight: float = 0.0,
+        v_posterior: float = 0.0,
+        l_simple_weight: float = 1.0,
+        conditioning_key: str | None = None,
+        parameterization: str = "eps",
+        scheduler_config: Mapping[str, Any] | None = None,
+        use_positional_encodings: bool = False,
+        learn_logvar: bool = False,
+        logvar_init: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _one_of("parameterization", parameterization, PARAMETERIZATIONS)
+        _one_of("loss_type", loss_type, tuple(LOSSES))
+        self.parameterization = parameterization
+        self.loss_type = loss_type
+        self.clip_denoised = clip_denoised
+        self.log_every_t = log_every_t
+        self.first_stage_key = first_stage_key
+        self.image_size = image_size
+        self.channels = channels
+        self.cond_stage_model: nn.Module | None = None
+        self.use_positional_encodings = use_positional_encodings
+        self.model = DiffusionWrapper(unet_config, conditioning_key)
+        self.use_ema = use_ema
+        if use_ema:
+            self.model_ema = LitEma(self.model)
+        self.scheduler_config = scheduler_config
+        self.use_scheduler = scheduler_config is not None
+        self.learning_rate = 1e-4
+        self.monitor = monitor
+        self.v_posterior = v_posterior
+        self.original_elbo_weight = original_elbo_weight
+        self.l_simple_weight = l_simple_weight
+        if given_betas is not None:
+            betas = np.asarray(given_betas, dtype=np.float64)
+        else:
+            betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        self.register_schedule(betas)
+        self.learn_logvar = learn_logvar
+        logvar = torch.full((self.num_timesteps,), float(logvar_init))
+        # Not a buffer: published checkpoints hold it only where it is learned.
+        self.logvar = nn.Parameter(logvar) if learn_logvar else logvar
+        if ckpt_path is not None:
+            self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
+
+    # -- schedule --------------------------------------------------------------------------------------------
+
+    def register_schedule(self, betas: np.ndarray) -> None:
+        """Register the tables of `schedule.diffusion_tables` as buffers of shape (T,)."""
+        self.num_timesteps = len(betas)
+        tables = diffusion_tables(betas, self.v_posterior)
+        for name, table in tables.items():
+            self.register_buffer(name, torch.tensor(table, dtype=torch.float32))
+        weights = torch.tensor(lvlb_weights(tables, self.parameterization), dtype=torch.float32)
+        self.register_buffer("lvlb_weights", weights, persistent=False)
+        self._float32_buffers = [*tables, "lvlb_weights"]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DDPM:
+        """Move or cast the model, keeping its schedule in float32: in half precision ᾱ would lose the small steps."""
+        before = {name: getattr(self, name) for name in self._float32_buffers}
+        super()._apply(fn, recurse)
+        for name, table in before.items():
+            if getattr(self, name).dtype != table.dtype:
+                setattr(self, name, table.to(getattr(self, name).device))
+        if not self.learn_logvar:
+            self.logvar = self.logvar.to(self.betas.device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.betas.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the denoising network's weights."""
+        return next(self.model.parameters()).dtype
+
+    def q_mean_variance(self, x_start: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Mean, variance and log-variance of q(x_t | x_0)."""
+        shape = x_start.shape
+        return (
+            extract_into_tensor(self.sqrt_alphas_cumprod, t, shape) * x_start,
+            extract_into_tensor(1.0 - self.alphas_cumprod, t, shape),
+            extract_into_tensor(self.log_one_minus_alphas_cumprod, t, shape),
+        )
+
+    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """A draw of q(x_t | x_0), equation 4."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        mean = extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
+        return mean + extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * noise
+
+    def predict_start_from_noise(self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """x_0 from x_t and the noise in it."""
+        scaled = extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
+        return scaled - extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * noise
+
+    def q_posterior(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), equation 7."""
+        shape = x_t.shape
+        mean = (
+            extract_into_tensor(self.posterior_mean_coef1, t, shape) * x_start
+            + extract_into_tensor(self.posterior_mean_coef2, t, shape) * x_t
+        )
+        variance = extract_into_tensor(self.posterior_variance, t, shape)
+        return mean, variance, extract_into_tensor(self.posterior_log_variance_clipped, t, shape)
+
+    # -- weights ---------------------------------------------------------------------------------------------
+
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
+        """Load weights from a checkpoint: all of them, or with `only_model` the denoising network's.
+
+        Raises:
+            UserError: the file cannot be read or holds another model.
+        """
+        from ldm.checkpoint import load_weights
+
+        report = load_weights(self.model if only_model else self, path, ignore_keys=ignore_keys)
+        if self.use_ema and (only_model or any(name.startswith("model_ema.") for name in report.missing)):
+            self.model_ema.restart(self.model)  # a file without averages: they start at its weights
+
+    @contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Run with the averaged weights, where the model keeps them."""
+        with self.model_ema.swapped(self.model) if self.use_ema else nullcontext():
+            yield
+
+    def update_ema(self) -> None:
+        """Take the present weights into the average; after every optimizer step."""
+        if self.use_ema:
+            self.model_ema(self.model)
+
+    def optimizer_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer trains."""
+        return [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
+
+    # -- loss ------------------------------------------------------------------------------------------------
+
+    def get_loss(self, pred: torch.Tensor, target: torch.Tensor, mean: bool = True) -> torch.Tensor:
+        """The `loss_type` distance, its mean or its elements."""
+        loss = LOSSES[self.loss_type](pred, target)
+        return loss.mean() if mean else loss
+
+    def p_losses(
+        self, x_start: torch.Tensor, cond: Conditioning, t: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The training loss at steps t, and what to log of it.
+
+        The simple loss (equation 14), weighted by a learned or fixed variance per step, plus
+        `original_elbo_weight` times the variational bound.
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        target = noise if self.parameterization == "eps" else x_start
+        each = self.get_loss(output, target, mean=False).mean(dim=(1, 2, 3))
+        prefix = "train" if self.training else "val"
+        log = {f"{prefix}/loss_simple": each.mean()}
+        logvar = self.logvar[t]
+        loss = each / logvar.exp() + logvar
+        if self.learn_logvar:
+            log[f"{prefix}/loss_gamma"] = loss.mean()
+            log["logvar"] = self.logvar.data.mean()
+        loss_vlb = (self.lvlb_weights[t] * each).mean()
+        log[f"{prefix}/loss_vlb"] = loss_vlb
+        loss = self.l_simple_weight * loss.mean() + self.original_elbo_weight * loss_vlb
+        log[f"{prefix}/loss"] = loss
+        return loss, log
+
+    def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning = None) -> torch.Tensor:
+        """The network's prediction for x_noisy (B, C, H, W) at steps t."""
+        return self.model(x_noisy, t, **as_dict(cond, self.model.conditioning_key))
+
+    def get_input(self, batch: Mapping[str, Any], k: str) -> torch.Tensor:
+        """Entry `k` of a batch as float (B, C, H, W); datasets give (B, H, W, C) or (B, H, W)."""
+        if k not in batch:
+            raise UserError(f'the dataset gives no "{k}"{did_you_mean(k, batch)}; it gives {", ".join(batch)}')
+        x = batch[k]
+        if x.dim() == 3:
+            x = x[..., None]
+        return x.movedim(-1, 1).to(device=self.device, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+    def shared_step(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a batch at random steps."""
+        return self(self.get_input(batch, self.first_stage_key))
+
+    def forward(self, x: torch.Tensor, c: Conditioning = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss at random steps."""
+        t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=self.device).long()
+        return self.p_losses(x, c, t)
+
+    def before_training_batch(self, batch: Mapping[str, Any], is_first: bool) -> None:
+        """Called by the trainer before every batch; `is_first` on the very first of a fresh run."""
+
+    # -- sampling --------------------------------------------------------------------------------------------
+
+    def p_sample_loop(
+        self,
+        cond: Conditioning,
+        shape: Sequence[int],
+        return_intermediates: bool = False,
+        x_T: torch.Tensor | None = None,
+        timesteps: int | None = None,
+        start_T: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Ancestral sampling of `shape` (B, C, H, W) over all steps, or the first `timesteps` of them.
+
+        Options are fields of `SamplingOptions`. Returns the sample, and with `return_intermediates` the list of
+        x_t it came through.
+        """
+        sample, intermediates = self._ancestral(cond, shape, x_T, timesteps, start_T, options)
+        return (sample, intermediates["x_inter"]) if return_intermediates else sample
+
+    def progressive_denoising(
+        self,
+        cond: Conditioning,
+        shape: Sequence[int],
+        batch_size: int | None = None,
+        x_T: torch.Tensor | None = None,
+        start_T: int | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Ancestral sampling that returns the sample and its estimates of x_0 along the way.
+
+        `shape` is (C, H, W) with `batch_size`, (B, C, H, W) without.
+        """
+        shape = (batch_size, *shape) if batch_size is not None else tuple(shape)
+        sample, intermediates = self._ancestral(cond, shape, x_T, None, start_T, options)
+        return sample, intermediates["pred_x0"][1:]
+
+    def _ancestral(
+        self,
+        cond: Conditioning,
+        shape: Sequence[int],
+        x_T: torch.Tensor | None,
+        timesteps: int | None,
+        start_T: int | None,
+        options: dict[str, Any],
+    ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+        steps = min(default(timesteps, self.num_timesteps), default(start_T, self.num_timesteps))
+        settings = SamplingOptions(**{"log_every_t": self.log_every_t, **options})
+        return AncestralSampler(self, self.clip_denoised).run(shape, np.arange(steps), cond, settings, x_T)
+
+    def sample(
+        self,
+        cond: Conditioning = None,
+        batch_size: int = 16,
+        return_intermediates: bool = False,
+        shape: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Ancestral samples (batch_size, C, H, W) for the first `batch_size` items of the conditioning."""
+        shape = default(shape, (batch_size, self.channels, self.image_size, self.image_size))
+        return self.p_sample_loop(slice_batch(cond, batch_size), shape, return_intermediates, **options)
+
+    def sample_log(
+        self, cond: Conditioning, batch_size: int, ddim: bool, ddim_steps: int, **options: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """Samples and intermediates, by DDIM or ancestrally, as previews want them."""
+        if not ddim:
+            return self.sample(cond, batch_size, return_intermediates=True, **options)
+        shape = (self.channels, self.image_size, self.image_size)
+        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, slice_batch(cond, batch_size), **options)
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, torch.Tensor]:
+        """Pictures (B, C, H, W) in [-1, 1] that show what the model does with a batch; see `preview`."""
+        return preview.pixel_previews(self, batch, N, **options)
+
+
+class LatentDiffusion(DDPM):
+    """A diffusion model of the latents of a first stage, optionally conditioned (arXiv:2112.10752).
+
+    Args:
+        first_stage_config: the autoencoder; frozen.
+        cond_stage_config: the encoder of the conditioning, `__is_first_stage__` or `__is_unconditional__`.
+        num_timesteps_cond: more than 1 noises the conditioning itself, over so many steps.
+        cond_stage_key: entry of the batch that conditions.
+        cond_stage_trainable: train the encoder along with the denoising network.
+        concat_mode: without a `conditioning_key`, join the conditioning to the input (else by cross-attention).
+        cond_stage_forward: name of the encoder's method to call instead of `encode`.
+        scale_factor: latents are multiplied by it; a buffer when `scale_by_std` sets it to one over the standard
+            deviation of the first training batch's latents.
+        cond_dropout: share of training items whose conditioning is replaced by the empty one ("" for text, the
+            last class for classes, zeros otherwise), which classifier-free guidance needs (arXiv:2207.12598).
+    """
+
+    def __init__(
+        self,
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any] | str,
+        num_timesteps_cond: int | None = None,
+        cond_stage_key: str = "image",
+        cond_stage_trainable: bool = False,
+        concat_mode: bool = True,
+        cond_stage_forward: str | None = None,
+        conditioning_key: str | None = None,
+        scale_factor: float = 1.0,
+        scale_by_std: bool = False,
+        cond_dropout: float = 0.0,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        load_only_unet: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if conditioning_key is None:
+            conditioning_key = "concat" if concat_mode else "crossattn"
+        if cond_stage_config == "__is_unconditional__":
+            conditioning_key = None
+        super().__init__(conditioning_key=conditioning_key, **kwargs)
+        if not 0.0 <= cond_dropout < 1.0:
+            raise UserError(f"cond_dropout must lie in [0, 1), got {cond_dropout}")
+        self.cond_dropout = cond_dropout
+        self.concat_mode = concat_mode
+        self.cond_stage_trainable = cond_stage_trainable
+        self.cond_stage_key = cond_stage_key
+        self.cond_stage_forward = cond_stage_forward
+        self.clip_denoised = False  # latents have no fixed range
+        self.scale_by_std = scale_by_std
+        if scale_by_std:
+            self.register_buffer("scale_factor", torch.tensor(scale_factor))
+            self._float32_buffers.append("scale_factor")
+        else:
+            self.scale_factor = scale_factor
+        self._register_cond_schedule(default(num_timesteps_cond, 1))
+        self.first_stage_model = freeze(instantiate_from_config(first_stage_config))
+        self.cond_stage_model = self._build_cond_stage(cond_stage_config)
+        self.restarted_from_ckpt = ckpt_path is not None
+        if ckpt_path is not None:
+            self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
+
+    def _register_cond_schedule(self, num_timesteps_cond: int) -> None:
+        self.num_timesteps_cond = num_timesteps_cond
+        self.shorten_cond_schedule = num_timesteps_cond > 1
+        if self.shorten_cond_schedule:
+            ids = torch.full((self.num_timesteps,), self.num_timesteps - 1, dtype=torch.long)
+            ids[:num_timesteps_cond] = torch.linspace(0, self.num_timesteps - 1, num_timesteps_cond).round().long()
+            self.register_buffer("cond_ids", ids, persistent=False)
+
+    def _build_cond_stage(self, config: Mapping[str, Any] | str) -> nn.Module | None:
+        if config == "__is_first_stage__":
+            return self.first_stage_model
+        model = instantiate_from_config(config)
+        return model if model is None or self.cond_stage_trainable else freeze(model)
+
+    # -- first stage -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_first_stage(self, x: torch.Tensor) -> Any:
+        """What the first stage says of images (B, 3, H, W): a posterior, or latents."""
+        return self.first_stage_model.encode(x)
+
+    def get_first_stage_encoding(self, encoder_posterior: Any) -> torch.Tensor:
+        """Scaled latents from the result of `encode_first_stage`; a posterior is sampled."""
+        if isinstance(encoder_posterior, DiagonalGaussianDistribution):
+            encoder_posterior = encoder_posterior.sample()
+        if not isinstance(encoder_posterior, torch.Tensor):
+            raise TypeError(f"cannot take latents from a {type(encoder_posterior).__name__}")
+        return self.scale_factor * encoder_posterior
+
+    @torch.no_grad()
+    def decode_first_stage(
+        self, z: torch.Tensor, predict_cids: bool = False, force_not_quantize: bool = False
+    ) -> torch.Tensor:
+        """Images (B, 3, H, W) in about [-1, 1] from scaled latents, or with `predict_cids` from codebook logits."""
+        return self.differentiable_decode_first_stage(z, predict_cids, force_not_quantize)
+
+    def differentiable_decode_first_stage(
+        self, z: torch.Tensor, predict_cids: bool = False, force_not_quantize: bool = False
+    ) -> torch.Tensor:
+        """`decode_first_stage` with gradients."""
+        if predict_cids:
+            indices = z.argmax(dim=1)
+            shape = (*indices.shape, self.first_stage_model.embed_dim)
+            z = self.first_stage_model.quantize.get_codebook_entry(indices.reshape(-1), shape=shape)
+        z = (z / self.scale_factor).to(next(self.first_stage_model.parameters(), z).dtype)
+        if isinstance(self.first_stage_model, VQModelInterface):
+            return self.first_stage_model.decode(z, force_not_quantize=predict_cids or force_not_quantize)
+        return self.first_stage_model.decode(z)
+
+    # -- conditioning ----------------------------------------------------------------------------------------
+
+    def get_learned_conditioning(self, c: Any) -> Any:
+        """Encode captions, labels or images with the conditioning stage."""
+        if self.cond_stage_forward is not None:
+            return getattr(self.cond_stage_model, self.cond_stage_forward)(c)
+        encode = getattr(self.cond_stage_model, "encode", None)
+        encoded = encode(c) if callable(encode) else self.cond_stage_model(c)
+        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+
+    def raw_conditioning(self, batch: Mapping[str, Any], cond_key: str | None = None) -> Any:
+        """The part of a batch that conditions, not yet encoded."""
+        key = default(cond_key, self.cond_stage_key)
+        if key not in batch:
+            raise UserError(f'the dataset gives no "{key}"{did_you_mean(key, batch)}; it gives {", ".join(batch)}')
+        if key == "class_label":
+            return {key: batch[key].to(self.device)}
+        if key in ("caption", "coordinates_bbox"):
+            return batch[key]
+        return self.get_input(batch, key)
+
+    def drop_conditioning(self, xc: Any) -> Any:
+        """`xc` with each item replaced by the empty conditioning with probability `cond_dropout`."""
+        if isinstance(xc, Mapping):
+            null_class = self.cond_stage_model.n_classes - 1
+            return {k: torch.where(self._dropped(len(v), v.device), null_class, v) for k, v in xc.items()}
+        dropped = self._dropped(len(xc), self.device)
+        if isinstance(xc, torch.Tensor):
+            return xc * (~dropped).reshape(-1, *[1] * (xc.dim() - 1)).to(xc)
+        return ["" if drop else caption for drop, caption in zip(dropped.tolist(), xc, strict=True)]
+
+    def _dropped(self, n: int, device: torch.device) -> torch.Tensor:
+        return torch.rand(n, device=device) < self.cond_dropout
+
+    # -- training --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def get_input(
+        self,
+        batch: Mapping[str, Any],
+        k: str,
+        return_first_stage_outputs: bool = False,
+        force_c_encode: bool = False,
+        cond_key: str | None = None,
+        return_original_cond: bool = False,
+        bs: int | None = None,
+    ) -> Any:
+        """Scaled latents and conditioning of a batch, and on request images, reconstructions and raw conditioning.
+
+        For keys other than `first_stage_key` the entry itself, as (B, C, H, W).
+        """
+        if k != self.first_stage_key:
+            return super().get_input(batch, k)
+        x, encoded = self._encoded_batch(batch, k, bs)
+        z = self.get_first_stage_encoding(encoded).float()
+        if x is None and return_first_stage_outputs:
+            x = self.decode_first_stage(z)
+        c = xc = None
+        if self.model.conditioning_key is not None:
+            xc = x if default(cond_key, self.cond_stage_key) == k else self.raw_conditioning(batch, cond_key)
+            xc = xc if bs is None else {n: v[:bs] for n, v in xc.items()} if isinstance(xc, Mapping) else xc[:bs]
+            if self.training and self.cond_dropout > 0:
+                xc = self.drop_conditioning(xc)
+            c = xc if self.cond_stage_trainable and not force_c_encode else self.get_learned_conditioning(xc)
+        out = [z, c]
+        if return_first_stage_outputs:
+            out += [x, self.decode_first_stage(z)]
+        if return_original_cond:
+            out.append(xc)
+        return out
+
+    def _encoded_batch(self, batch: Mapping[str, Any], k: str, bs: int | None) -> tuple[torch.Tensor | None, Any]:
+        """Images (None where the batch carries moments instead) and what the first stage says of them."""
+        if LATENT_KEY in batch:
+            return None, DiagonalGaussianDistribution(batch[LATENT_KEY][:bs].to(self.device, torch.float32))
+        x = super().get_input(batch, k)[:bs]
+        return x, self.encode_first_stage(x.to(next(self.first_stage_model.parameters(), x).dtype))
+
+    def shared_step(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a batch at random steps."""
+        z, c = self.get_input(batch, self.first_stage_key)
+        return self(z, c)
+
+    def forward(self, x: torch.Tensor, c: Any = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of latents (B, c, h, w) at random steps; a trainable stage encodes `c` here, with gradients."""
+        t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=self.device).long()
+        if self.model.conditioning_key is not None:
+            if c is None:
+                raise ValueError(f'conditioning_key "{self.model.conditioning_key}" needs a conditioning')
+            if self.cond_stage_trainable:
+                c = self.get_learned_conditioning(c)
+            if self.shorten_cond_schedule:
+                c = self.q_sample(x_start=c, t=self.cond_ids[t], noise=torch.randn_like(c.float()))
+        return self.p_losses(x, c, t)
+
+    def optimizer_parameters(self) -> list[nn.Parameter]:
+        """The denoising network, and the conditioning stage when it is trained too."""
+        conditioning = list(self.cond_stage_model.parameters()) if self.cond_stage_trainable else []
+        return [*super().optimizer_parameters(), *conditioning]
+
+    @torch.no_grad()
+    def before_training_batch(self, batch: Mapping[str, Any], is_first: bool) -> None:
+        """On the first batch of a fresh run, set the scale of the latents where `scale_by_std` asks for it."""
+        if not (self.scale_by_std and is_first and not self.restarted_from_ckpt):
+            return
+        if self.scale_factor != 1.0:
+            raise UserError("scale_by_std sets the scale itself: leave scale_factor at 1.0")
+        z = self.get_input(batch, self.first_stage_key)[0]
+        self.scale_factor.copy_(1.0 / z.flatten().std())
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, torch.Tensor]:
+        """Pictures (B, C, H, W) in [-1, 1] that show what the model does with a batch; see `preview`."""
+        return preview.latent_previews(self, batch, N, **options)
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f'{name} "{value}" is not known{did_you_mean(value, known)}; choose one of {", ".join(known)}')

@@ -1,0 +1,244 @@
+"""The reverse process: one loop for every sampler, and the guidance that goes with it.
+
+A sampler sees its model through the small protocol `Denoiser`; it never imports one. Subclasses write `step`,
+whose arithmetic is that of one reverse step, and choose the grid of steps.
+
+Shapes: x, eps, x_start are (B, C, H, W), float32 whatever the precision of the model. Steps t count from 0.
+
+Draws from the global generator, in this order (it is behaviour: the same seed gives the same picture):
+the start noise; then at every step, with a mask, the noise of the known part, and the step's own noise, drawn
+also where its standard deviation is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ldm.models.diffusion.conditioning import Conditioning, batch_size_of, pair
+from ldm.modules.diffusionmodules.schedule import extract_into_tensor, make_ddim_timesteps, noise_like
+
+
+class Denoiser(Protocol):
+    """What a sampler needs of a model."""
+
+    alphas_cumprod: torch.Tensor
+    num_timesteps: int
+    parameterization: str
+    device: torch.device
+
+    def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        """The model's prediction (B, C, H, W): the noise, or x_start, by `parameterization`."""
+
+    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_start noised to the steps t."""
+
+
+class Prediction(NamedTuple):
+    """What the model says of x_t, in both forms."""
+
+    eps: torch.Tensor
+    x_start: torch.Tensor
+
+
+@dataclass
+class SamplingOptions:
+    """What a run may ask for beside its steps. Names are those of the published `sample`."""
+
+    mask: torch.Tensor | None = None  # (B, 1 or C, H, W), 1 where x0 is kept
+    x0: torch.Tensor | None = None  # (B, C, H, W), the known latent
+    temperature: float | Sequence[float] = 1.0  # factor of the step noise; a sequence has one for every model step
+    noise_dropout: float = 0.0
+    quantize_x0: bool = False  # snap every estimate of x_start to the first stage's codebook
+    repeat_noise: bool = False  # the same step noise for the whole batch
+    score_corrector: Any = None
+    corrector_kwargs: dict[str, Any] = field(default_factory=dict)
+    unconditional_guidance_scale: float = 1.0
+    unconditional_conditioning: Conditioning = None
+    normals_sequence: Sequence[torch.Tensor] | None = None  # the step noises, in the order of use
+    callback: Callable[[int], None] | None = None  # called with the number of the step, from 0
+    img_callback: Callable[[torch.Tensor, int], None] | None = None  # with the estimate of x_start, too
+    log_every_t: int = 100
+    verbose: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and self.x0 is None:
+            raise ValueError("a mask needs x0, the latent to keep where the mask is 1")
+
+    @property
+    def guided(self) -> bool:
+        return self.unconditional_conditioning is not None and self.unconditional_guidance_scale != 1.0
+
+
+class Sampler:
+    """The loop. Subclasses provide `step` and may reset their state in `begin`."""
+
+    name = "sampling"
+
+    def __init__(self, model: Denoiser) -> None:
+        self.model = model
+        self.options = SamplingOptions()
+
+    # -- what subclasses write -------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Forget the previous run."""
+
+    def step(self, x: torch.Tensor, index: int, cond: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+        """One reverse step from grid position `index` down: (x at the next position, estimate of x_start)."""
+        raise NotImplementedError
+
+    # -- the loop --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(
+        self,
+        shape: Sequence[int],
+        timesteps: np.ndarray,
+        cond: Conditioning,
+        options: SamplingOptions,
+        x_T: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+        """Walk the increasing grid `timesteps` backwards from noise of `shape` (B, C, H, W).
+
+        Returns:
+            The sample, and the intermediates `x_inter` and `pred_x0`: the start, then every `log_every_t`-th
+            grid position and the last.
+        """
+        self.options, self.timesteps = options, timesteps
+        self.begin()
+        device = self.model.device
+        x = torch.randn(tuple(shape), device=device) if x_T is None else x_T.to(device)
+        intermediates = {"x_inter": [x], "pred_x0": [x]}
+        total = len(timesteps)
+        progress = tqdm(range(total), desc=self.name, total=total, disable=not options.verbose)
+        for i in progress:
+            index = total - 1 - i
+            x = self.before_step(x, index)
+            x, pred_x0 = self.step(x, index, cond)
+            x = self.after_step(x, index)
+            if options.callback:
+                options.callback(i)
+            if options.img_callback:
+                options.img_callback(pred_x0, i)
+            if index % options.log_every_t == 0 or index == total - 1:
+                intermediates["x_inter"].append(x)
+                intermediates["pred_x0"].append(pred_x0)
+        return x, intermediates
+
+    def before_step(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """Put the known part, noised to the present step, in its place."""
+        return self.blend(x, index)
+
+    def after_step(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """What is done to the result of a step; nothing by default."""
+        return x
+
+    # -- what steps are made of ------------------------------------------------------------------------------
+
+    def blend(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """`x` with the known latent, noised to grid position `index`, where the mask is 1."""
+        mask = self.options.mask
+        if mask is None:
+            return x
+        known = self.model.q_sample(self.options.x0.to(x), self.steps_of(x, index))
+        mask = mask.to(x)
+        return known * mask + (1.0 - mask) * x
+
+    def steps_of(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """The model's step at grid position `index`, (B,) int64."""
+        return torch.full((x.shape[0],), int(self.timesteps[index]), device=x.device, dtype=torch.long)
+
+    def predict(self, x: torch.Tensor, index: int, cond: Conditioning) -> Prediction:
+        """What the model, guided and corrected as asked, says of `x` at grid position `index`."""
+        options, model = self.options, self.model
+        t = self.steps_of(x, index)
+        inputs = x.to(getattr(model, "dtype", x.dtype))
+        if options.guided:
+            # Classifier-free guidance, arXiv:2207.12598: one pass over both halves.
+            both = pair(options.unconditional_conditioning, cond)
+            output = model.apply_model(torch.cat([inputs] * 2), torch.cat([t] * 2), both).to(x.dtype)
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + options.unconditional_guidance_scale * (conditional - unconditional)
+        else:
+            output = model.apply_model(inputs, t, cond).to(x.dtype)
+        if options.score_corrector is not None:
+            if model.parameterization != "eps":
+                raise ValueError("score correction needs a model that predicts the noise")
+            output = options.score_corrector.modify_score(model, output, x, t, cond, **options.corrector_kwargs)
+        return self.interpret(x, output, t)
+
+    def interpret(self, x: torch.Tensor, output: torch.Tensor, t: torch.Tensor) -> Prediction:
+        """Both forms of the prediction `output` about x_t = √ᾱ x_start + √(1 - ᾱ) eps."""
+        alpha = extract_into_tensor(self.model.alphas_cumprod, t, x.shape).to(x.dtype)
+        if self.model.parameterization == "x0":
+            return Prediction((x - alpha.sqrt() * output) / (1 - alpha).sqrt(), output)
+        return Prediction(output, (x - (1 - alpha).sqrt() * output) / alpha.sqrt())
+
+    def quantized(self, x_start: torch.Tensor) -> torch.Tensor:
+        """The estimate, snapped to the first stage's codebook when the run asks for it."""
+        return self.model.first_stage_model.quantize(x_start)[0] if self.options.quantize_x0 else x_start
+
+    def noise(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """The noise of one step: drawn or given, then tempered and dropped out as asked."""
+        options = self.options
+        if options.normals_sequence is not None:
+            noise = options.normals_sequence[len(self.timesteps) - 1 - index].to(x)
+        else:
+            noise = noise_like(x.shape, x.device, options.repeat_noise)
+        temperature = options.temperature
+        if not isinstance(temperature, (int, float)):
+            temperature = temperature[int(self.timesteps[index])]
+        noise = noise * temperature
+        if options.noise_dropout > 0.0:
+            noise = torch.nn.functional.dropout(noise, p=options.noise_dropout)
+        return noise
+
+
+class GridSampler(Sampler):
+    """A sampler on a subset of the model's steps: the published `sample(S, batch_size, shape, …)`."""
+
+    def make_schedule(self, ddim_num_steps: int, ddim_discretize: str = "exact", ddim_eta: float = 0.0) -> None:
+        """Choose the grid and the tables that go with it; see `schedule.make_ddim_timesteps`."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        S: int,
+        batch_size: int,
+        shape: Sequence[int],
+        conditioning: Conditioning = None,
+        eta: float = 0.0,
+        x_T: torch.Tensor | None = None,
+        ddim_discretize: str = "exact",
+        **options: Any,
+    ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+        """Draw `batch_size` samples in S steps.
+
+        Args:
+            S: number of steps, 1 .. T.
+            shape: (C, H, W) of one sample.
+            conditioning: what to sample from; its batch must be `batch_size`.
+            eta: η of arXiv:2010.02502: 0 is deterministic, 1 adds DDPM's noise.
+            x_T: (B, C, H, W) start noise instead of drawn noise.
+            ddim_discretize: the grid; "uniform" is the published one.
+            **options: fields of `SamplingOptions`; an unknown one is a TypeError.
+
+        Returns:
+            (samples (B, C, H, W), intermediates): see `Sampler.run`.
+        """
+        conditioned = batch_size_of(conditioning)
+        if conditioned not in (None, batch_size):
+            raise ValueError(f"conditioning for {conditioned} samples, but batch_size is {batch_size}")
+        self.make_schedule(S, ddim_discretize, eta)
+        settings = SamplingOptions(**options)
+        return self.run((batch_size, *shape), self.ddim_timesteps, conditioning, settings, x_T)
+
+    def grid(self, S: int, ddim_discretize: str) -> np.ndarray:
+        """The increasing grid of S model steps."""
+        return make_ddim_timesteps(ddim_discretize, S, self.model.num_timesteps)

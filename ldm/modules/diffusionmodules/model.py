@@ -1,0 +1,325 @@
+"""The convolutional encoder and decoder of the first stage.
+
+Shapes: B batch, C channels, H and W height and width, N = H * W positions.
+Every module keeps the dtype, the device and the memory format of its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.modules.attention import LinearAttention
+from ldm.util import UserError
+
+ATTENTION_TYPES = ("vanilla", "linear", "none")
+
+
+def nonlinearity(x: Tensor) -> Tensor:
+    """Swish, `x * sigmoid(x)` (arXiv 1710.05941)."""
+    return F.silu(x)
+
+
+def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
+    """Group normalization (arXiv 1803.08494) with a learned scale and shift for each channel.
+
+    Raises:
+        UserError: the channels do not divide into `num_groups` groups.
+    """
+    if in_channels % num_groups:
+        raise UserError(
+            f"{in_channels} channels do not divide into {num_groups} normalization groups; "
+            f'choose "ch" and "ch_mult" so that every level has a multiple of {num_groups} channels'
+        )
+    return nn.GroupNorm(num_groups, in_channels, eps=1e-6, affine=True)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repeating pixels, then (`with_conv`) smooths with a 3 x 3 convolution."""
+
+    def __init__(self, in_channels: int, with_conv: bool) -> None:
+        super().__init__()
+        self.with_conv = with_conv
+        if with_conv:
+            self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x) if self.with_conv else x
+
+
+class Downsample(nn.Module):
+    """Halves height and width with a strided 3 x 3 convolution, or (not `with_conv`) by averaging."""
+
+    def __init__(self, in_channels: int, with_conv: bool) -> None:
+        super().__init__()
+        self.with_conv = with_conv
+        if with_conv:
+            self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H // 2, W // 2)."""
+        if not self.with_conv:
+            return F.avg_pool2d(x, kernel_size=2, stride=2)
+        # One row below and one column to the right: a symmetric margin would shift the picture.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class ResnetBlock(nn.Module):
+    """Two normalized convolutions around a shortcut (arXiv 1512.03385), optionally shifted by an embedding.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output; the input's by default.
+        conv_shortcut: where the two differ, project the shortcut with a 3 x 3 instead of a 1 x 1 convolution.
+        dropout: probability of dropping an activation between the convolutions.
+        temb_channels: length of the embedding given to `forward`; 0 for none.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int | None = None,
+        conv_shortcut: bool = False,
+        dropout: float,
+        temb_channels: int = 512,
+    ) -> None:
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.use_conv_shortcut = conv_shortcut
+
+        self.norm1 = Normalize(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        if temb_channels > 0:
+            self.temb_proj = nn.Linear(temb_channels, out_channels)
+        self.norm2 = Normalize(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        if in_channels != out_channels:
+            if conv_shortcut:
+                self.conv_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+            else:
+                self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, out_channels, H, W); `temb`: (B, temb_channels)."""
+        h = self.conv1(nonlinearity(self.norm1(x)))
+        if temb is not None:
+            h = h + self.temb_proj(nonlinearity(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(nonlinearity(self.norm2(h))))
+        return self._shortcut(x) + h
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        if self.in_channels == self.out_channels:
+            return x
+        return self.conv_shortcut(x) if self.use_conv_shortcut else self.nin_shortcut(x)
+
+
+class AttnBlock(nn.Module):
+    """Self-attention between all positions, with one head and a residual connection (arXiv 1706.03762)."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.norm = Normalize(in_channels)
+        self.q = nn.Conv2d(in_channels, in_channels, kernel_size=1)
+        self.k = nn.Conv2d(in_channels, in_channels, kernel_size=1)
+        self.v = nn.Conv2d(in_channels, in_channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(in_channels, in_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        h = self.norm(x)
+        q, k, v = (_as_one_head(project(h)) for project in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+def _as_one_head(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 1, N, C)."""
+    return x.flatten(2).transpose(1, 2).unsqueeze(1)
+
+
+class LinAttnBlock(LinearAttention):
+    """Linear attention with one head as wide as the input; there is no residual connection."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__(dim=in_channels, heads=1, dim_head=in_channels)
+
+
+def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
+    """The attention block of a level: "vanilla" (softmax), "linear", or "none" (identity).
+
+    Raises:
+        UserError: another `attn_type`.
+    """
+    if attn_type == "vanilla":
+        return AttnBlock(in_channels)
+    if attn_type == "linear":
+        return LinAttnBlock(in_channels)
+    if attn_type == "none":
+        return nn.Identity()
+    raise UserError(f'attn_type "{attn_type}" is not one of {", ".join(ATTENTION_TYPES)}')
+
+
+def _make_level(channels: Sequence[int], attention: bool, attn_type: str, dropout: float) -> nn.Module:
+    """Residual blocks `channels[0] -> channels[1] -> ...`, each followed by attention where wanted."""
+    level = nn.Module()
+    level.block = nn.ModuleList(
+        ResnetBlock(in_channels=c_in, out_channels=c_out, dropout=dropout, temb_channels=0)
+        for c_in, c_out in pairwise(channels)
+    )
+    level.attn = nn.ModuleList(make_attn(c_out, attn_type) for c_out in channels[1:] if attention)
+    return level
+
+
+def _run_level(level: nn.Module, h: Tensor) -> Tensor:
+    for i, block in enumerate(level.block):
+        h = block(h)
+        if level.attn:
+            h = level.attn[i](h)
+    return h
+
+
+def _make_middle(channels: int, attn_type: str, dropout: float) -> nn.Module:
+    """Residual block, attention, residual block at the lowest resolution."""
+    middle = nn.Module()
+    middle.block_1 = ResnetBlock(in_channels=channels, dropout=dropout, temb_channels=0)
+    middle.attn_1 = make_attn(channels, attn_type)
+    middle.block_2 = ResnetBlock(in_channels=channels, dropout=dropout, temb_channels=0)
+    return middle
+
+
+def _run_middle(middle: nn.Module, h: Tensor) -> Tensor:
+    return middle.block_2(middle.attn_1(middle.block_1(h)))
+
+
+class Encoder(nn.Module):
+    """Image -> feature map, halving the resolution at every level but the last.
+
+    Args:
+        ch: channels of the first level; level `i` has `ch * ch_mult[i]`.
+        num_res_blocks: residual blocks a level.
+        attn_resolutions: resolutions, at the nominal `resolution` of the input, whose levels get attention.
+        dropout: dropout in the residual blocks.
+        resamp_with_conv: halve with a strided convolution rather than by averaging.
+        in_channels: channels of the image.
+        resolution: nominal height and width of the image; other sizes work too.
+        z_channels: channels of the feature map, twice as many with `double_z` (mean and log-variance).
+        use_linear_attn: the same as `attn_type="linear"`.
+        attn_type: see `make_attn`.
+        out_ch, **ignored: parameters of `Decoder`, which is built from the same configuration.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int | None = None,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Iterable[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        double_z: bool = True,
+        use_linear_attn: bool = False,
+        attn_type: str = "vanilla",
+        **ignored: Any,
+    ) -> None:
+        super().__init__()
+        attn_type = "linear" if use_linear_attn else attn_type
+        widths = [ch * multiplier for multiplier in ch_mult]
+        self.conv_in = nn.Conv2d(in_channels, ch, kernel_size=3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            previous = widths[i - 1] if i else ch
+            attention = resolution // 2**i in attn_resolutions
+            level = _make_level([previous] + [width] * num_res_blocks, attention, attn_type, dropout)
+            if i != len(widths) - 1:
+                level.downsample = Downsample(width, resamp_with_conv)
+            self.down.append(level)
+        self.mid = _make_middle(widths[-1], attn_type, dropout)
+        self.norm_out = Normalize(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, z_channels or 2 * z_channels, H / 2^(levels - 1), W / 2^(levels - 1))."""
+        h = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            h = _run_level(level, h)
+            if i != len(self.down) - 1:
+                h = level.downsample(h)
+        h = _run_middle(self.mid, h)
+        return self.conv_out(nonlinearity(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Feature map -> image, doubling the resolution at every level but the last. Mirrors `Encoder`.
+
+    Args beyond those of `Encoder`:
+        out_ch: channels of the image.
+        give_pre_end: return the last features instead of the image.
+        tanh_out: squash the image into (-1, 1).
+        in_channels, **ignored: parameters of `Encoder`.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Iterable[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int | None = None,
+        resolution: int,
+        z_channels: int,
+        give_pre_end: bool = False,
+        tanh_out: bool = False,
+        use_linear_attn: bool = False,
+        attn_type: str = "vanilla",
+        **ignored: Any,
+    ) -> None:
+        super().__init__()
+        attn_type = "linear" if use_linear_attn else attn_type
+        widths = [ch * multiplier for multiplier in ch_mult]
+        self.give_pre_end = give_pre_end
+        self.tanh_out = tanh_out
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], kernel_size=3, padding=1)
+        self.mid = _make_middle(widths[-1], attn_type, dropout)
+        # up[i] works at the resolution of the encoder's down[i], so it runs from the last to the first.
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            previous = widths[min(i + 1, len(widths) - 1)]
+            attention = resolution // 2**i in attn_resolutions
+            level = _make_level([previous] + [width] * (num_res_blocks + 1), attention, attn_type, dropout)
+            if i != 0:
+                level.upsample = Upsample(width, resamp_with_conv)
+            self.up.append(level)
+        self.norm_out = Normalize(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], out_ch, kernel_size=3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, z_channels, h, w) -> (B, out_ch, h * 2^(levels - 1), w * 2^(levels - 1)), or the last features."""
+        h = _run_middle(self.mid, self.conv_in(z))
+        for i in reversed(range(len(self.up))):
+            h = _run_level(self.up[i], h)
+            if i != 0:
+                h = self.up[i].upsample(h)
+        if self.give_pre_end:
+            return h
+        h = self.conv_out(nonlinearity(self.norm_out(h)))
+        return torch.tanh(h) if self.tanh_out else h

@@ -1,0 +1,294 @@
+"""Conditioning encoders: what a caption, a class or a map becomes before the U-Net sees it.
+
+Shapes: B batch, L tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from ldm.modules.x_transformer import Encoder, TransformerWrapper
+from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+class AbstractEncoder(nn.Module):
+    """A conditioning encoder: `encode` turns a batch of raw conditions into tensors."""
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} does not implement encode")
+
+
+class IdentityEncoder(AbstractEncoder):
+    """Gives back what it is given."""
+
+    def encode(self, x: Any) -> Any:
+        return x
+
+
+class ClassEmbedder(nn.Module):
+    """One learned vector for each class.
+
+    Args:
+        embed_dim: channels of the vectors.
+        n_classes: number of classes, a "no class" for guidance included.
+        key: entry of the batch that holds the labels.
+    """
+
+    def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
+        super().__init__()
+        self.key = key
+        self.embedding = nn.Embedding(n_classes, embed_dim)
+
+    def forward(self, batch: Mapping[str, Tensor], key: str | None = None) -> Tensor:
+        """Labels `batch[key]: (B,)` to (B, 1, embed_dim), a context of one token."""
+        labels = batch[self.key if key is None else key]
+        return self.embedding(labels[:, None])
+
+
+class TransformerEmbedder(AbstractEncoder):
+    """A transformer over token ids.
+
+    Args:
+        n_embed: channels. n_layer: pairs of attention and perceptron. max_seq_len: most tokens of an input.
+        device: only for published configurations; token ids follow the weights.
+    """
+
+    def __init__(
+        self,
+        n_embed: int,
+        n_layer: int,
+        vocab_size: int,
+        max_seq_len: int = 77,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        layers = Encoder(dim=n_embed, depth=n_layer)
+        self.transformer = TransformerWrapper(num_tokens=vocab_size, max_seq_len=max_seq_len, attn_layers=layers)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`(B, L)` token ids to (B, L, n_embed)."""
+        return self.transformer(tokens.to(self.transformer.token_emb.weight.device), return_embeddings=True)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self(x)
+
+
+class BERTTokenizer(AbstractEncoder):
+    """Captions to ids of lower-case WordPiece tokens: `[CLS] ... [SEP]`, cut or padded to a fixed length.
+
+    Args:
+        device: where the ids are put.
+        vq_interface: `encode` answers like a first-stage model does, as published.
+        max_length: tokens of every caption.
+        version: a `vocab.txt` or a folder that holds one, looked for in the current folder and then in the
+            repository; or a name on the Hugging Face hub, fetched on first use.
+        max_tokens: how many tokens the model's embedding has room for.
+
+    Raises:
+        UserError: no such vocabulary, it cannot be fetched, or it has more than `max_tokens` tokens.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        vq_interface: bool = True,
+        max_length: int = 77,
+        version: str = "bert-base-uncased",
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.device = device
+        self.vq_interface = vq_interface
+        self.max_length = max_length
+        self.version = version
+        self.max_tokens = max_tokens
+        path = find_vocabulary(version)
+        self._tokenizer = None if path is None else self._prepare(path)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer itself, of the tokenizers package."""
+        if self._tokenizer is None:
+            self._tokenizer = self._prepare(_fetch_vocabulary(self.version))
+        return self._tokenizer
+
+    def _prepare(self, path: Path) -> Any:
+        tokenizer = _read_vocabulary(path)
+        size = tokenizer.get_vocab_size()
+        if self.max_tokens is not None and size > self.max_tokens:
+            raise UserError(f"vocabulary {self.version} has {size} tokens; raise vocab_size from {self.max_tokens}")
+        tokenizer.enable_truncation(self.max_length)
+        tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"), length=self.max_length)
+        return tokenizer
+
+    @torch.no_grad()
+    def forward(self, text: str | Sequence[str]) -> Tensor:
+        """Captions to (B, max_length) int64."""
+        captions = [text] if isinstance(text, str) else list(text)
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(captions)]
+        return torch.tensor(ids, dtype=torch.int64, device=self.device)
+
+    @torch.no_grad()
+    def encode(self, text: str | Sequence[str]) -> Any:
+        """The token ids, inside a first-stage model's `(None, None, [None, None, ids])` with `vq_interface`."""
+        ids = self(text)
+        return (None, None, [None, None, ids]) if self.vq_interface else ids
+
+    def decode(self, text: Any) -> Any:
+        """`text` itself."""
+        return text
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of `text`, lower-case and each once, that the vocabulary does not hold whole."""
+        normalized = self.tokenizer.normalizer.normalize_str(text)
+        words = [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
+        return [word for word in dict.fromkeys(words) if self.tokenizer.token_to_id(word) is None]
+
+
+def find_vocabulary(name: str) -> Path | None:
+    """The local vocabulary file that `name` means, or None if it is a name on the hub.
+
+    Raises:
+        UserError: `name` is written like a path and no such file exists.
+    """
+    for folder in (Path(), REPOSITORY):
+        path = folder / Path(name).expanduser()
+        path = path / "vocab.txt" if path.is_dir() else path
+        if path.is_file():
+            return path
+    # The hub's names are "model" or "owner/model".
+    if name.endswith(".txt") or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"vocabulary {name} does not exist; give a vocab.txt, a folder that holds one, or a hub name")
+    return None
+
+
+def _read_vocabulary(path: Path) -> Any:
+    from tokenizers import BertWordPieceTokenizer
+
+    with path.open(encoding="utf-8") as lines:  # not splitlines(): a token may be a Unicode line separator
+        ids = {line.rstrip("\n"): index for index, line in enumerate(lines)}
+    missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in ids]
+    if missing:
+        raise UserError(f"vocabulary {path} lacks {', '.join(missing)}; give a WordPiece vocab.txt, one token a line")
+    return BertWordPieceTokenizer(ids, lowercase=True)
+
+
+def _fetch_vocabulary(name: str) -> Path:
+    """The vocabulary file of a model on the Hugging Face hub, from the local cache if it is there.
+
+    Fetched as a file because transformers' tokenizers, when offline, come back empty instead of failing.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "vocab.txt", local_files_only=True))
+    except (OSError, ValueError):
+        logger.info("fetching the vocabulary of %s from the Hugging Face hub", name)
+    try:
+        return Path(hf_hub_download(name, "vocab.txt"))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f'cannot fetch the vocabulary "{name}" from the Hugging Face hub ({reason}); '
+            "go online once, or set vocab to a local vocab.txt"
+        ) from None
+
+
+class BERTEmbedder(AbstractEncoder):
+    """Captions, or token ids, to a context: a transformer over WordPiece tokens, trained with the model.
+
+    Args:
+        n_embed: channels of the context.
+        n_layer: pairs of attention and perceptron.
+        vocab_size: rows of the embedding, at least the tokens of the vocabulary.
+        max_seq_len: tokens of a context.
+        device: only for published configurations; token ids follow the weights.
+        use_tokenizer: take captions; otherwise token ids.
+        embedding_dropout: dropout after the embeddings.
+        vocab: the vocabulary, see `BERTTokenizer`'s `version`.
+
+    Raises:
+        UserError: no such vocabulary, or it has more than `vocab_size` tokens.
+    """
+
+    def __init__(
+        self,
+        n_embed: int,
+        n_layer: int,
+        vocab_size: int = 30522,
+        max_seq_len: int = 77,
+        device: torch.device | str | None = None,
+        use_tokenizer: bool = True,
+        embedding_dropout: float = 0.0,
+        vocab: str = "bert-base-uncased",
+    ) -> None:
+        super().__init__()
+        self.use_tknz_fn = use_tokenizer
+        if use_tokenizer:
+            self.tknz_fn = BERTTokenizer(
+                vq_interface=False, max_length=max_seq_len, version=vocab, max_tokens=vocab_size
+            )
+        self.transformer = TransformerWrapper(
+            num_tokens=vocab_size,
+            max_seq_len=max_seq_len,
+            attn_layers=Encoder(dim=n_embed, depth=n_layer),
+            emb_dropout=embedding_dropout,
+        )
+
+    def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
+        """Captions (B of them), or token ids (B, L), to (B, L, n_embed); captions give L = max_seq_len."""
+        tokens = self.tknz_fn(text) if self.use_tknz_fn else text
+        return self.transformer(tokens.to(self.transformer.token_emb.weight.device), return_embeddings=True)
+
+    def encode(self, text: str | Sequence[str] | Tensor) -> Tensor:
+        return self(text)
+
+
+class SpatialRescaler(nn.Module):
+    """Resizes a map `n_stages` times by `multiplier`, then mixes its channels if `out_channels` is given.
+
+    Args:
+        method: interpolation mode of `torch.nn.functional.interpolate`, e.g. "bilinear", "nearest" or "area".
+
+    Raises:
+        UserError: an unknown `method`.
+    """
+
+    METHODS = ("nearest", "linear", "bilinear", "trilinear", "bicubic", "area")
+
+    def __init__(
+        self,
+        n_stages: int = 1,
+        method: str = "bilinear",
+        multiplier: float = 0.5,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if method not in self.METHODS:
+            raise UserError(f'SpatialRescaler: method "{method}" is unknown; choose one of {", ".join(self.METHODS)}')
+        self.n_stages = n_stages
+        self.method = method
+        self.multiplier = multiplier
+        self.channel_mapper = nn.Conv2d(in_channels, out_channels, 1, bias=bias) if out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, in_channels, H, W)` to (B, out_channels or in_channels, H', W')."""
+        for _ in range(self.n_stages):
+            x = interpolate(x, scale_factor=self.multiplier, mode=self.method)
+        return x if self.channel_mapper is None else self.channel_mapper(x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self(x)

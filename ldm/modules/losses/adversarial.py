@@ -1,0 +1,178 @@
+"""What the two first-stage losses share: a perceptual network, a discriminator, and how they are weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.modules.losses.discriminator import NLayerDiscriminator, weights_init
+from ldm.modules.losses.lpips import LPIPS
+from ldm.util import UserError
+
+
+def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Hinge loss of a discriminator (arXiv 1705.02894): 0 once real logits pass 1 and fake ones -1."""
+    return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
+
+
+def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Cross-entropy of a discriminator (arXiv 1406.2661)."""
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
+def hinge_d_loss_with_exemplar_weights(logits_real: Tensor, logits_fake: Tensor, weights: Tensor) -> Tensor:
+    """`hinge_d_loss` with a weight for each image.
+
+    Args:
+        logits_real, logits_fake: (B, 1, h, w).
+        weights: (B,).
+
+    Raises:
+        ValueError: the batch sizes differ.
+    """
+    if not weights.shape[0] == logits_real.shape[0] == logits_fake.shape[0]:
+        sizes = f"{weights.shape[0]}, {logits_real.shape[0]} and {logits_fake.shape[0]}"
+        raise ValueError(f"weights, real and fake logits need one batch size, got {sizes}")
+    real = F.relu(1.0 - logits_real).mean(dim=(1, 2, 3))
+    fake = F.relu(1.0 + logits_fake).mean(dim=(1, 2, 3))
+    return 0.5 * ((weights * real).sum() + (weights * fake).sum()) / weights.sum()
+
+
+def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
+    """`value` before step `threshold`, `weight` from then on."""
+    return value if global_step < threshold else weight
+
+
+def l1(x: Tensor, y: Tensor) -> Tensor:
+    """Absolute difference, entry by entry."""
+    return torch.abs(x - y)
+
+
+def l2(x: Tensor, y: Tensor) -> Tensor:
+    """Squared difference, entry by entry."""
+    return (x - y).square()
+
+
+DISCRIMINATOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
+
+
+class AdversarialLoss(nn.Module):
+    """Base of the first-stage losses: reconstruction error, and a discriminator that starts later (arXiv 2012.09841).
+
+    Args:
+        disc_start: global step at which the discriminator begins to count.
+        pixelloss_weight: weight of the pixel-wise error.
+        disc_num_layers, disc_in_channels, use_actnorm, disc_ndf: see `NLayerDiscriminator`.
+        disc_factor: weight of both adversarial terms once started; 0 builds no discriminator.
+        disc_weight: multiplies the adaptive weight of the generator's adversarial term.
+        perceptual_weight: weight of the perceptual distance; 0 builds no perceptual network.
+        disc_conditional: the discriminator sees the image together with `cond`; its `disc_in_channels` counts both.
+        disc_loss: "hinge" or "vanilla".
+    """
+
+    def __init__(
+        self,
+        disc_start: int,
+        pixelloss_weight: float = 1.0,
+        disc_num_layers: int = 3,
+        disc_in_channels: int = 3,
+        disc_factor: float = 1.0,
+        disc_weight: float = 1.0,
+        perceptual_weight: float = 1.0,
+        use_actnorm: bool = False,
+        disc_conditional: bool = False,
+        disc_ndf: int = 64,
+        disc_loss: str = "hinge",
+    ) -> None:
+        super().__init__()
+        if disc_loss not in DISCRIMINATOR_LOSSES:
+            raise UserError(f'disc_loss "{disc_loss}" is not one of {", ".join(DISCRIMINATOR_LOSSES)}')
+        self.pixel_weight = pixelloss_weight
+        self.perceptual_weight = perceptual_weight
+        self.perceptual_loss = LPIPS() if perceptual_weight > 0 else None
+        self.discriminator = None
+        if disc_factor > 0:
+            discriminator = NLayerDiscriminator(disc_in_channels, disc_ndf, disc_num_layers, use_actnorm)
+            self.discriminator = discriminator.apply(weights_init)
+        self.discriminator_iter_start = disc_start
+        self.disc_loss = DISCRIMINATOR_LOSSES[disc_loss]
+        self.disc_factor = disc_factor
+        self.discriminator_weight = disc_weight
+        self.disc_conditional = disc_conditional
+
+    def prepare(self) -> None:
+        """Load the pretrained perceptual weights, if they are needed and not there yet.
+
+        The first use does it too; a trainer calls it beforehand so that a failure shows before anything starts.
+
+        Raises:
+            UserError: they cannot be had.
+        """
+        if self.perceptual_loss is not None:
+            self.perceptual_loss.prepare()
+
+    def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor) -> Tensor:
+        """How much the adversarial term counts: the ratio of the two gradients at `last_layer`, times `disc_weight`.
+
+        Equation 7 of arXiv 2012.09841, clamped to [0, 10^4].
+        """
+        (nll_grad,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
+        (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
+        ratio = nll_grad.norm() / (g_grad.norm() + 1e-4)
+        return ratio.clamp(0.0, 1e4).detach() * self.discriminator_weight
+
+    def perceptual_distance(self, inputs: Tensor, reconstructions: Tensor) -> Tensor:
+        """(B, 1, 1, 1), before its weight; zeros without a perceptual network."""
+        if self.perceptual_loss is None:
+            return inputs.new_zeros(inputs.shape[0], 1, 1, 1)
+        return self.perceptual_loss(inputs, reconstructions)
+
+    def discriminate(self, images: Tensor, cond: Tensor | None) -> Tensor:
+        """Logits of the discriminator for (B, C, H, W), next to `cond` where it is conditional."""
+        if self.disc_conditional != (cond is not None):
+            needs = "needs" if self.disc_conditional else "takes no"
+            raise ValueError(f"with disc_conditional={self.disc_conditional} the loss {needs} cond")
+        return self.discriminator(images if cond is None else torch.cat((images, cond), dim=1))
+
+    def generator_terms(
+        self,
+        nll_loss: Tensor,
+        reconstructions: Tensor,
+        global_step: int,
+        last_layer: Tensor | None,
+        cond: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted adversarial term of the generator, and its parts for the log."""
+        zero = nll_loss.new_zeros(())
+        disc_factor = adopt_weight(self.disc_factor, global_step, threshold=self.discriminator_iter_start)
+        g_loss, d_weight = zero, zero
+        if self.discriminator is not None:
+            g_loss = -self.discriminate(reconstructions, cond).mean()
+            if reconstructions.requires_grad:  # not in validation
+                if last_layer is None:
+                    raise ValueError("the adversarial term needs last_layer, the weight that makes the image")
+                d_weight = self.calculate_adaptive_weight(nll_loss, g_loss, last_layer)
+        log = {"d_weight": d_weight, "disc_factor": zero + disc_factor, "g_loss": g_loss.detach()}
+        # Before its start the discriminator is only watched: nothing is propagated back through it.
+        return d_weight * disc_factor * g_loss if disc_factor else zero, log
+
+    def discriminator_step(
+        self, inputs: Tensor, reconstructions: Tensor, global_step: int, cond: Tensor | None, split: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the discriminator on detached images, and its log."""
+        if self.discriminator is None:
+            raise ValueError("disc_factor is 0: there is no discriminator to train")
+        logits_real = self.discriminate(inputs.detach(), cond)
+        logits_fake = self.discriminate(reconstructions.detach(), cond)
+        disc_factor = adopt_weight(self.disc_factor, global_step, threshold=self.discriminator_iter_start)
+        loss = disc_factor * self.disc_loss(logits_real, logits_fake)
+        log = {"disc_loss": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
+        return loss, named_log(log, split)
+
+
+def named_log(log: dict[str, Tensor], split: str) -> dict[str, Tensor]:
+    """`log` detached, its keys behind `split/`."""
+    return {f"{split}/{key}": value.detach() for key, value in log.items()}

@@ -1,0 +1,129 @@
+"""The patch discriminator (PatchGAN, arXiv 1611.07004) and its normalization."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ldm.util import UserError
+
+
+def weights_init(module: nn.Module) -> None:
+    """For `Module.apply`: kernels from N(0, 0.02), batch-norm scales from N(1, 0.02), shifts 0 (arXiv 1511.06434)."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+class ActNorm(nn.Module):
+    """A shift and a scale for each channel, set from the first training batch (arXiv 1807.03039).
+
+    Args:
+        num_features: channels.
+        logdet: return the logarithm of the determinant of the Jacobian too.
+        affine: must be True; there is nothing to learn otherwise.
+        allow_reverse_init: let the first batch arrive through `reverse`.
+    """
+
+    def __init__(
+        self, num_features: int, logdet: bool = False, affine: bool = True, allow_reverse_init: bool = False
+    ) -> None:
+        if not affine:
+            raise ValueError("ActNorm is always affine")
+        super().__init__()
+        self.logdet = logdet
+        self.allow_reverse_init = allow_reverse_init
+        self.loc = nn.Parameter(torch.zeros(1, num_features, 1, 1))
+        self.scale = nn.Parameter(torch.ones(1, num_features, 1, 1))
+        self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
+
+    @torch.no_grad()
+    def initialize(self, input: Tensor) -> None:
+        """Make the channels of `input`: (B, C, H, W) leave with mean 0 and standard deviation 1."""
+        std, mean = torch.std_mean(input, dim=(0, 2, 3), keepdim=True)
+        self.loc.copy_(-mean)
+        self.scale.copy_(1.0 / (std + 1e-6))
+        self.initialized.fill_(1)
+
+    def forward(self, input: Tensor, reverse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """`scale * (input + loc)`, with `logdet` followed by the log-determinant of each image, (B,).
+
+        Args:
+            input: (B, C, H, W) or (B, C).
+            reverse: see `reverse`.
+        """
+        if reverse:
+            return self.reverse(input)
+        x = _as_map(input)
+        if self.training and not self.initialized:
+            self.initialize(x)
+        output = (self.scale * (x + self.loc)).view(input.shape)
+        if not self.logdet:
+            return output
+        determinant = x.shape[2] * x.shape[3] * self.scale.abs().log().sum()
+        return output, determinant.expand(x.shape[0])
+
+    def reverse(self, output: Tensor) -> Tensor:
+        """The input that `forward` maps to `output`: (B, C, H, W) or (B, C).
+
+        Raises:
+            RuntimeError: nothing was normalized yet, in training mode and without `allow_reverse_init`.
+        """
+        x = _as_map(output)
+        if self.training and not self.initialized:
+            if not self.allow_reverse_init:
+                raise RuntimeError("ActNorm was reversed before its first forward pass; set allow_reverse_init")
+            self.initialize(x)
+        return (x / self.scale - self.loc).view(output.shape)
+
+
+def _as_map(x: Tensor) -> Tensor:
+    return x[:, :, None, None] if x.dim() == 2 else x
+
+
+class NLayerDiscriminator(nn.Module):
+    """Judges overlapping patches of an image: positive for real, negative for made.
+
+    Args:
+        input_nc: channels of the image.
+        ndf: channels after the first convolution; doubled by each layer, up to 8 times.
+        n_layers: convolutions between the first and the last; all but the last of them halve the resolution.
+        use_actnorm: normalize with `ActNorm` instead of batch normalization.
+    """
+
+    def __init__(self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3, use_actnorm: bool = False) -> None:
+        super().__init__()
+        norm_layer = ActNorm if use_actnorm else nn.BatchNorm2d
+        layers: list[nn.Module] = [
+            nn.Conv2d(input_nc, ndf, kernel_size=4, stride=2, padding=1),
+            nn.LeakyReLU(0.2, True),
+        ]
+        channels = ndf
+        for n in range(1, n_layers + 1):
+            width = ndf * min(2**n, 8)
+            stride = 2 if n < n_layers else 1
+            # Batch normalization has a shift of its own, which makes the bias superfluous.
+            layers += [
+                nn.Conv2d(channels, width, kernel_size=4, stride=stride, padding=1, bias=use_actnorm),
+                norm_layer(width),
+                nn.LeakyReLU(0.2, True),
+            ]
+            channels = width
+        layers.append(nn.Conv2d(channels, 1, kernel_size=4, stride=1, padding=1))
+        self.main = nn.Sequential(*layers)
+        self.smallest = 3 * 2**n_layers  # the two convolutions without stride take one row each
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, input_nc, H, W) -> a logit for each patch, (B, 1, h, w).
+
+        Raises:
+            UserError: the images are too small for so many layers.
+        """
+        if min(input.shape[2:]) < self.smallest:
+            raise UserError(
+                f"images of {input.shape[2]} x {input.shape[3]} are too small for the discriminator, "
+                f"which needs {self.smallest}; lower disc_num_layers"
+            )
+        return self.main(input)

@@ -1,0 +1,147 @@
+"""Vector quantization: every position of a feature map becomes the nearest entry of a learned codebook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.util import UserError
+
+# The distances are computed for as many positions at once as keep their table under this many numbers.
+MAX_DISTANCES = 2**24
+
+
+class VectorQuantizer2(nn.Module):
+    """Nearest-entry quantization with straight-through gradients (VQ-VAE, arXiv 1711.00937).
+
+    Args:
+        n_e: entries of the codebook.
+        e_dim: length of an entry, the channels of the feature map.
+        beta: weight of the commitment term; with `legacy` of the other term.
+        remap: NumPy file with the indices in use; indices are then positions in that list.
+        unknown_index: what an index outside that list becomes: "random" (any of the list), "extra" (an index of its
+            own, after the list) or a given number.
+        sane_index_shape: give indices as (B, H, W) instead of flat.
+        legacy: put `beta` on the codebook term, as the published models were trained.
+    """
+
+    def __init__(
+        self,
+        n_e: int,
+        e_dim: int,
+        beta: float,
+        remap: str | Path | None = None,
+        unknown_index: str | int = "random",
+        sane_index_shape: bool = False,
+        legacy: bool = True,
+    ) -> None:
+        super().__init__()
+        self.n_e = n_e
+        self.e_dim = e_dim
+        self.beta = beta
+        self.legacy = legacy
+        self.sane_index_shape = sane_index_shape
+        self.embedding = nn.Embedding(n_e, e_dim)
+        nn.init.uniform_(self.embedding.weight, -1.0 / n_e, 1.0 / n_e)
+
+        self.remap = remap
+        self.re_embed = n_e
+        if remap is not None:
+            self.register_buffer("used", _read_used(remap, n_e))
+            self.re_embed = len(self.used)
+            if unknown_index == "extra":
+                unknown_index = self.re_embed
+                self.re_embed += 1
+            elif isinstance(unknown_index, str) and unknown_index != "random":
+                raise UserError(f'unknown_index "{unknown_index}" is neither "random", "extra" nor a number')
+            self.unknown_index = unknown_index
+
+    def remap_to_used(self, inds: Tensor) -> Tensor:
+        """Codebook indices of any shape -> positions in the list of used ones."""
+        positions = self.used.new_full((self.n_e,), -1)
+        positions[self.used] = torch.arange(len(self.used), device=inds.device)
+        new = positions[inds]
+        unknown = new < 0
+        if self.unknown_index == "random":
+            draws = torch.randint(0, self.re_embed, size=(int(unknown.sum()),))
+            new[unknown] = draws.to(new)
+        else:
+            new[unknown] = self.unknown_index
+        return new
+
+    def unmap_to_all(self, inds: Tensor) -> Tensor:
+        """Positions in the list of used indices -> codebook indices; the extra index gives the first entry in use."""
+        return self.used[inds.where(inds < len(self.used), 0)]
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Indices of the entries nearest to the rows of `z`: (N, e_dim) -> (N,)."""
+        codebook = self.embedding.weight
+        # |z - e|^2 without |z|^2, which is the same for every entry.
+        squares, doubled = codebook.square().sum(dim=1), codebook.t()
+        chunks = z.split(max(1, MAX_DISTANCES // self.n_e))
+        return torch.cat([torch.addmm(squares, rows, doubled, alpha=-2.0).argmin(dim=1) for rows in chunks])
+
+    def forward(
+        self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
+    ) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
+        """Quantize a feature map.
+
+        Args:
+            z: (B, e_dim, H, W).
+            temp, rescale_logits, return_logits: options of quantizers that sample; must keep their defaults.
+
+        Returns:
+            The quantized map (B, e_dim, H, W), the loss of codebook and encoder, and `(None, None, indices)`
+            (perplexity and one-hot codes are not computed; indices are flat unless `sane_index_shape`).
+        """
+        if temp not in (None, 1.0) or rescale_logits or return_logits:
+            raise ValueError("a nearest-entry quantizer has neither a temperature nor logits")
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            # Rounding the distances to half precision would pick other entries.
+            rows = z.permute(0, 2, 3, 1).reshape(-1, self.e_dim)
+            indices = self.nearest(rows.to(self.embedding.weight.dtype))
+        indices = indices.view(z.shape[0], *z.shape[2:])
+        z_q = self.embedding(indices).permute(0, 3, 1, 2)
+
+        codebook_term = (z_q - z.detach()).square().mean()
+        commitment_term = (z_q.detach() - z).square().mean()
+        if self.legacy:
+            loss = commitment_term + self.beta * codebook_term
+        else:
+            loss = self.beta * commitment_term + codebook_term
+
+        z_q = z + (z_q - z).detach()  # the gradient passes straight through
+        if self.remap is not None:
+            indices = self.remap_to_used(indices)
+        if not self.sane_index_shape:
+            indices = indices.flatten()
+        return z_q, loss, (None, None, indices)
+
+    def get_codebook_entry(self, indices: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """The entries that indices name.
+
+        Args:
+            indices: of any shape.
+            shape: (B, H, W, e_dim), to get a feature map.
+
+        Returns:
+            (B, e_dim, H, W), or without `shape` one row for each index.
+        """
+        if self.remap is not None:
+            indices = self.unmap_to_all(indices)
+        z_q = self.embedding(indices)
+        return z_q if shape is None else z_q.view(*shape).permute(0, 3, 1, 2).contiguous()
+
+
+def _read_used(path: str | Path, n_e: int) -> Tensor:
+    try:
+        used = torch.from_numpy(np.load(path, allow_pickle=False)).long().flatten()
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f'remap: cannot read indices from "{path}" ({error}); write them with numpy.save') from error
+    if used.numel() == 0 or used.min() < 0 or used.max() >= n_e or used.unique().numel() != used.numel():
+        raise UserError(f'remap: "{path}" needs different indices between 0 and {n_e - 1}')
+    return used

@@ -1,0 +1,220 @@
+"""The parts of a run, built from its plan; nothing here writes to the disk."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelSummary
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import nn
+
+from ldm.training.callbacks import ProgressBar, SetupCallback
+from ldm.training.configuration import Plan
+from ldm.training.data import DataModuleFromConfig
+from ldm.training.last_checkpoint import LastCheckpoint
+from ldm.training.modules import ManualOptimization, lightning_module
+from ldm.training.storage import SafeCheckpointIO, check_resumable
+from ldm.util import UserError, get_obj_from_str, instantiate_from_config
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CALLBACKS = {
+    "image_logger": {
+        "target": "main.ImageLogger",
+        "params": {"batch_frequency": 750, "max_images": 4, "clamp": True},
+    },
+    "learning_rate_logger": {
+        "target": "pytorch_lightning.callbacks.LearningRateMonitor",
+        "params": {"logging_interval": "step"},
+    },
+    "cuda_callback": {"target": "main.CUDACallback"},
+}
+TRAINSTEPS = "metrics_over_trainsteps_checkpoint"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run consists of."""
+
+    module: LightningModule
+    data: LightningDataModule
+    trainer: Trainer
+    last: LastCheckpoint
+
+
+def assemble(plan: Plan, settings: dict[str, Any]) -> Parts:
+    """Build everything that the plan names, small things first, so that mistakes show early.
+
+    Args:
+        plan: the run.
+        settings: the Trainer's arguments, devices resolved.
+
+    Raises:
+        UserError: a target, a parameter or a Trainer argument that does not work, or data that is not there.
+    """
+    callbacks = build_callbacks(plan)
+    bare = settings.get("barebones", False)
+    run_logger = build_logger(plan) if settings.pop("logger", True) and not bare else False
+    if not run_logger:
+        callbacks = [each for each in callbacks if not isinstance(each, LearningRateMonitor)]
+    config = OmegaConf.to_container(plan.config, resolve=True)
+    model = instantiate_from_config(config["model"])
+    data = instantiate_from_config(config["data"])
+    if plan.train:
+        set_learning_rate(model, plan, settings)
+        if plan.checkpoint is not None:
+            check_resumable(plan.checkpoint, model, settings.get("max_steps", -1))
+    module = lightning_module(model, take_manual(model, settings))
+    data.prepare_data()
+    data.setup()
+    if plan.train and isinstance(data, DataModuleFromConfig) and "train" not in data.dataset_configs:
+        raise UserError("there is nothing to train on: the configuration has no data.params.train")
+    last = LastCheckpoint(plan.checkpoints)
+    if settings.get("enable_checkpointing", True) and not bare:
+        callbacks += [build_model_checkpoint(plan, model, data), last]
+    if settings.get("enable_progress_bar", True) and not bare:
+        callbacks.append(ProgressBar())
+    if settings.get("enable_model_summary", True) and not bare:
+        callbacks.append(ModelSummary(max_depth=2))  # the adapter itself is the first level
+    trainer = build_trainer(settings, callbacks, run_logger, data)
+    if plan.train:
+        prepare(model, data, trainer)
+    return Parts(module, data, trainer, last)
+
+
+def build_callbacks(plan: Plan) -> list[Callback]:
+    """The default callbacks, overridden and extended by `lightning.callbacks`; null removes one."""
+    configs = OmegaConf.create(DEFAULT_CALLBACKS)
+    given = plan.lightning.get("callbacks") or OmegaConf.create()
+    if TRAINSTEPS in given:
+        configs[TRAINSTEPS] = {
+            "target": "pytorch_lightning.callbacks.ModelCheckpoint",
+            "params": {
+                "dirpath": str(plan.checkpoints / "trainstep_checkpoints"),
+                "filename": "{epoch:06}-{step:09}",
+                "verbose": True,
+                "save_top_k": -1,
+                "every_n_train_steps": 10000,
+                "save_weights_only": True,
+            },
+        }
+    merged = OmegaConf.to_container(OmegaConf.merge(configs, given), resolve=True)
+    setup = SetupCallback(
+        resume=plan.checkpoint,
+        now=plan.now,
+        logdir=plan.folder,
+        ckptdir=plan.checkpoints,
+        cfgdir=plan.folder / "configs",
+        config=plan.config,
+        lightning_config=plan.lightning,
+    )
+    return [setup, *(instantiate_from_config(config) for config in merged.values() if config is not None)]
+
+
+def build_logger(plan: Plan) -> Any:
+    """TensorBoard in the log folder, or what `lightning.logger` says."""
+    default: dict[str, Any] = {
+        "target": "pytorch_lightning.loggers.TensorBoardLogger",
+        "params": {"name": "tensorboard", "save_dir": str(plan.folder)},
+    }
+    given = plan.lightning.get("logger") or OmegaConf.create()
+    if given.get("target", default["target"]) == default["target"]:
+        default["params"]["version"] = ""
+    config = OmegaConf.to_container(OmegaConf.merge(default, given), resolve=True)
+    try:
+        return get_obj_from_str(config["target"])(**config["params"])
+    except (TypeError, ValueError, ModuleNotFoundError) as error:
+        raise UserError(f"lightning.logger cannot be built: {error}") from error
+
+
+def build_model_checkpoint(plan: Plan, model: nn.Module, data: LightningDataModule) -> Callback:
+    """Checkpoints by epoch: the best three by the model's `monitor`, or without one the latest."""
+    params: dict[str, Any] = {"dirpath": str(plan.checkpoints), "filename": "{epoch:06}", "verbose": True}
+    monitor = getattr(model, "monitor", None)
+    if monitor is not None and isinstance(data, DataModuleFromConfig) and "validation" not in data.dataset_configs:
+        logger.info('without validation data there is no "%s" to choose checkpoints by', monitor)
+        monitor = None
+    if monitor is not None:
+        params |= {"monitor": monitor, "save_top_k": 3}
+    default = {"target": "pytorch_lightning.callbacks.ModelCheckpoint", "params": params}
+    given = plan.lightning.get("modelcheckpoint") or OmegaConf.create()
+    config = OmegaConf.to_container(OmegaConf.merge(default, given), resolve=True)
+    config["params"].pop("save_last", None)  # LastCheckpoint does
+    return instantiate_from_config(config)
+
+
+def set_learning_rate(model: nn.Module, plan: Plan, settings: dict[str, Any]) -> None:
+    """`base_learning_rate`, times the items that one step sees unless `--scale_lr false`."""
+    base = float(plan.config.model.base_learning_rate)
+    if not plan.scale_lr:
+        model.learning_rate = base
+        logger.info("learning rate %.2e", base)
+        return
+    batches = settings.get("accumulate_grad_batches", 1)
+    devices = device_count(settings)
+    size = plan.config.data.params.get("batch_size", 1)
+    model.learning_rate = batches * devices * size * base
+    logger.info(
+        "learning rate %.2e = %d (accumulated batches) × %d (devices) × %d (batch size) × %.2e (base)",
+        *(model.learning_rate, batches, devices, size, base),
+    )
+
+
+def device_count(settings: dict[str, Any]) -> int:
+    """How many devices the settings name; what Lightning is left to choose counts as one."""
+    devices = settings.get("devices", 1)
+    if isinstance(devices, list):
+        return len(devices)
+    if devices == -1 or devices == "-1":
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    return devices if isinstance(devices, int) else 1
+
+
+def take_manual(model: nn.Module, settings: dict[str, Any]) -> ManualOptimization | None:
+    """Take out of the settings what a first stage's adapter does instead of the Trainer."""
+    if isinstance(model, LightningModule) or not hasattr(model, "adversarial_loss"):
+        return None
+    return ManualOptimization(
+        settings.pop("accumulate_grad_batches", 1),
+        settings.pop("gradient_clip_val", None),
+        settings.pop("gradient_clip_algorithm", None),
+    )
+
+
+def build_trainer(
+    settings: dict[str, Any], callbacks: list[Callback], run_logger: Any, data: LightningDataModule
+) -> Trainer:
+    """Lightning's Trainer.
+
+    Raises:
+        UserError: it refuses an argument.
+    """
+    if device_count(settings) > 1:
+        # Each of two optimizers leaves the other's parameters without gradients.
+        settings.setdefault("strategy", "ddp_find_unused_parameters_true")
+    if isinstance(data, DataModuleFromConfig):
+        settings["use_distributed_sampler"] = False  # its loaders share out the data themselves
+    try:
+        return Trainer(**settings, logger=run_logger, callbacks=callbacks, plugins=[SafeCheckpointIO()])
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"Lightning's Trainer refuses its arguments: {reason}") from error
+
+
+def prepare(model: nn.Module, data: LightningDataModule, trainer: Trainer) -> None:
+    """What takes time or the network, before training starts: the loss's weights, latents computed once."""
+    loss = getattr(model, "loss", None)
+    if hasattr(loss, "prepare"):
+        loss.prepare()
+    if getattr(data, "latent_cache", None):
+        from ldm.training.latents import cache_latents
+
+        with isolate_rng():  # whether the latents were kept from an earlier run must not show in what training draws
+            cache_latents(data, model, trainer.strategy.root_device)

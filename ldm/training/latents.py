@@ -1,0 +1,143 @@
+"""Latents computed once: training a diffusion model without running its first stage at every step."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm import tqdm
+
+from ldm.checkpoint import read_checkpoint
+from ldm.files import atomic_path
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.ddpm import LATENT_KEY, LatentDiffusion
+from ldm.training.data import DataModuleFromConfig
+from ldm.util import UserError
+
+log = logging.getLogger(__name__)
+
+
+class CachedLatents(Dataset):
+    """A dataset whose images are replaced by their latents' moments, in several augmented variants.
+
+    An item is the original item without its image-sized entries, plus `latent_moments` (2c, h, w): mean and
+    log-variance, from which the model samples anew each time. The variant is drawn from the global generator.
+
+    Args:
+        moments: (variants · N, 2c, h, w) float16, variant by variant.
+        fields: the other entries of the items, lists of the same length.
+        variants: how many times each of the N items was encoded.
+    """
+
+    def __init__(self, moments: torch.Tensor, fields: dict[str, list[Any]], variants: int) -> None:
+        self.moments, self.fields, self.variants = moments, fields, variants
+        self.count = len(moments) // variants
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = int(torch.randint(self.variants, ())) * self.count + index
+        item = {key: values[row] for key, values in self.fields.items()}
+        return {**item, LATENT_KEY: self.moments[row].float()}
+
+
+def cache_latents(
+    data: DataModuleFromConfig,
+    model: LatentDiffusion,
+    device: torch.device | str = "cpu",
+    autocast_dtype: torch.dtype | None = None,
+) -> None:
+    """Replace the training set of `data` by its latents, as its `latent_cache` asks.
+
+    `variants` (1) is how many times every item is encoded, with the augmentation of the data set; `path` (none) is
+    a file to keep the result in. A file there is used if it was made with this first stage and these settings, and
+    made anew otherwise.
+
+    Args:
+        device: where to encode.
+        autocast_dtype: encode under autocast in this precision.
+
+    Raises:
+        UserError: the first stage is not an `AutoencoderKL`, whose moments are what is kept, or the training set
+            is a stream.
+    """
+    if not isinstance(getattr(model, "first_stage_model", None), AutoencoderKL):
+        raise UserError("latent_cache needs an AutoencoderKL as first stage; remove it from data.params")
+    data.setup()
+    dataset, settings = data.datasets["train"], data.latent_cache
+    if isinstance(dataset, IterableDataset):
+        raise UserError("latent_cache needs a training set with a length; remove it from data.params")
+    variants, path = settings.get("variants", 1), settings.get("path")
+    key = _fingerprint(model, data.dataset_configs["train"], len(dataset), variants)
+    cached = _stored(path, key, variants)
+    if cached is None:
+        cached = _encode(dataset, model, variants, data.batch_size, torch.device(device), autocast_dtype)
+        if path is not None:
+            with atomic_path(Path(path)) as temporary:
+                torch.save({"key": key, "moments": cached.moments, "fields": cached.fields}, temporary)
+    data.datasets["train"] = cached
+
+
+def _stored(path: str | None, key: str, variants: int) -> CachedLatents | None:
+    """What the file at `path` holds, if it was made under `key`."""
+    if path is None or not Path(path).is_file():
+        return None
+    stored = read_checkpoint(path)
+    if stored.get("key") != key:
+        log.info("the latents in %s belong to another first stage or data set; making them anew", path)
+        return None
+    log.info("using the latents in %s", path)
+    return CachedLatents(stored["moments"], stored["fields"], variants)
+
+
+@torch.no_grad()
+def _encode(
+    dataset: Dataset,
+    model: LatentDiffusion,
+    variants: int,
+    batch_size: int,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+) -> CachedLatents:
+    encoder = model.first_stage_model.to(device)
+    moments: list[torch.Tensor] = []
+    fields: dict[str, list[Any]] = {}
+    loader = DataLoader(dataset, batch_size=batch_size)
+    progress = tqdm(total=variants * len(dataset), desc="encoding latents", unit="image")
+    for _ in range(variants):
+        for batch in loader:
+            images = batch[model.first_stage_key].movedim(-1, 1).to(device, torch.float32)
+            with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+                moments.append(encoder.encode(images).parameters.to("cpu", torch.float16))
+            for key, values in _small_fields(batch, model.first_stage_key).items():
+                fields.setdefault(key, []).extend(values)
+            progress.update(len(images))
+    progress.close()
+    return CachedLatents(torch.cat(moments), fields, variants)
+
+
+def _small_fields(batch: dict[str, Any], image_key: str) -> dict[str, list[Any]]:
+    """The entries that are not pictures: text, and tensors with one number an item."""
+    fields = {}
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            if value.dim() == 1:
+                fields[key] = value.tolist()
+        elif key != image_key:
+            fields[key] = list(value)
+    return fields
+
+
+def _fingerprint(model: LatentDiffusion, dataset: Any, count: int, variants: int) -> str:
+    """A hash of the first stage's weights, of the data set's configuration and of the settings."""
+    digest = hashlib.sha256(f"{dataset} {count} {variants}".encode())
+    for name, value in model.first_stage_model.state_dict().items():
+        if not name.startswith("loss."):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

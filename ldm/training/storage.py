@@ -1,0 +1,62 @@
+"""How Lightning's checkpoints reach the disk and come back: whole, and without running code out of them."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import nn
+
+from ldm.checkpoint import read_checkpoint
+from ldm.files import atomic_path
+from ldm.util import UserError
+
+# What a checkpoint holds besides weights when a run can continue from it.
+TRAINING_STATE = ("optimizer_states", "lr_schedulers", "loops")
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it; reads tensors and plain values only."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Write `checkpoint` to `path`, which holds the old file until the new one is complete."""
+        with atomic_path(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, safely whatever `weights_only` says."""
+        checkpoint = read_checkpoint(path)
+        # The file is mapped into memory: states that are kept must not depend on it.
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = copy.deepcopy(checkpoint["optimizer_states"])
+        return checkpoint
+
+
+def check_resumable(path: Path, model: nn.Module, max_steps: int) -> None:
+    """Make sure that training can continue from `path`.
+
+    Raises:
+        UserError: as `read_checkpoint`; or the file holds weights alone, another model, or a run that is over.
+    """
+    checkpoint = read_checkpoint(path)
+    for entry in ("state_dict", *TRAINING_STATE):
+        if entry not in checkpoint:
+            raise UserError(
+                f'cannot continue from "{path}": it holds no {entry}; '
+                "start a new run from its weights with model.params.ckpt_path"
+            )
+    saved, own = checkpoint["state_dict"], model.state_dict()
+    for name in (*saved, *own):
+        if name not in saved or name not in own or saved[name].shape != own[name].shape:
+            raise UserError(f'cannot continue from "{path}": it holds another model, they differ in "{name}"')
+    done = checkpoint.get("global_step", 0)
+    if 0 <= max_steps <= done:
+        raise UserError(f'"{path}" has done {done} steps already; give more than that as --max_steps')

@@ -1,0 +1,160 @@
+"""Building objects from configurations, and the error that means "you can mend this"."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+# Values of `cond_stage_config` that name a role instead of a class to build.
+SPECIAL_CONFIGS = ("__is_first_stage__", "__is_unconditional__")
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: one line that says what, where and what to do.
+
+    Commands print it without a traceback and exit with status 2.
+    """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`' (did you mean "x"?)'` for the closest of `known`, or the empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def get_obj_from_str(string: str, reload: bool = False) -> Any:
+    """The object that a dotted `target:` names, e.g. `"ldm.models.autoencoder.VQModel"`.
+
+    Raises:
+        UserError: the module or the name in it does not exist.
+    """
+    module_name, _, name = string.rpartition(".")
+    if not module_name:
+        raise UserError(f'target "{string}" is not a dotted path such as "package.module.Class"')
+    module = _import_module(module_name, string)
+    if reload:
+        module = importlib.reload(module)
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        hint = did_you_mean(name, (n for n in dir(module) if not n.startswith("_")))
+        raise UserError(f'target "{string}": {module_name} has no "{name}"{hint}') from None
+
+
+def _import_module(module_name: str, target: str) -> Any:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing != module_name and not module_name.startswith(missing + "."):
+            raise  # the module exists; something that it needs does not
+        parent, _, leaf = missing.rpartition(".")
+        hint = did_you_mean(leaf, _submodules(parent)) if parent else ""
+        raise UserError(f'target "{target}": there is no module "{missing}"{hint}') from None
+
+
+def _submodules(package: str) -> list[str]:
+    import pkgutil
+
+    try:
+        path = importlib.import_module(package).__path__
+    except (ImportError, AttributeError):
+        return []
+    return [module.name for module in pkgutil.iter_modules(path)]
+
+
+def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> Any:
+    """Build `config["target"](**config["params"], **extra)`.
+
+    The two role names in `SPECIAL_CONFIGS` build nothing and give None.
+
+    Raises:
+        UserError: no `target`, an unknown target, an unknown parameter, or a missing one.
+    """
+    if isinstance(config, str) and config in SPECIAL_CONFIGS:
+        return None
+    if not isinstance(config, Mapping) or "target" not in config:
+        raise UserError(f'a configuration to build needs a "target" key, got: {_shorten(config)}')
+    target = config["target"]
+    cls = get_obj_from_str(target)
+    params = {**(config.get("params") or {}), **extra}
+    _check_params(cls, target, params)
+    return cls(**params)
+
+
+def _check_params(cls: Callable[..., Any], target: str, params: Mapping[str, Any]) -> None:
+    accepted, required, open_ended = _parameters(cls)
+    if not open_ended:
+        for key in params:
+            if key not in accepted:
+                raise UserError(f'{target} has no parameter "{key}"{did_you_mean(key, accepted)}')
+    missing = [name for name in required if name not in params]
+    if missing:
+        raise UserError(f"{target} needs the parameter{'s'[: len(missing) > 1]} {', '.join(missing)}")
+
+
+def _parameters(cls: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
+    """Names accepted, names required, and whether anything else is accepted too.
+
+    A constructor that hands `**kwargs` to its base class accepts what the base class accepts.
+    """
+    constructors = [cls]
+    if inspect.isclass(cls):
+        constructors = [c.__init__ for c in inspect.getmro(cls)[:-1] if "__init__" in vars(c)]
+    accepted: list[str] = []
+    required: list[str] = []
+    for constructor in constructors:
+        try:
+            parameters = inspect.signature(constructor).parameters.values()
+        except (TypeError, ValueError):
+            return accepted, required, True
+        named = [p for p in parameters if p.name != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        accepted += [p.name for p in named]
+        required += [p.name for p in named if p.default is p.empty]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return accepted, required, False
+    return accepted, required, True
+
+
+def _shorten(value: Any, limit: int = 80) -> str:
+    text = str(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def exists(x: Any) -> bool:
+    """Whether `x` is not None."""
+    return x is not None
+
+
+def default(value: T | None, fallback: T | Callable[[], T]) -> T:
+    """`value`, or when it is None `fallback` (called if it is a function)."""
+    if value is not None:
+        return value
+    return fallback() if inspect.isfunction(fallback) else fallback
+
+
+def count_params(model: Any, verbose: bool = False) -> int:
+    """The number of parameters of a module; `verbose` logs it."""
+    total = sum(p.numel() for p in model.parameters())
+    if verbose:
+        import logging
+
+        logging.getLogger(__name__).info("%s has %.2f M parameters", type(model).__name__, total * 1e-6)
+    return total
+
+
+def disabled_train(self: Any, mode: bool = True) -> Any:
+    """Stands in for `train` on a frozen module, which must stay in evaluation mode."""
+    return self
+
+
+def freeze(module: Any) -> Any:
+    """Put a module in evaluation mode for good, with no gradients for its parameters."""
+    module.eval().requires_grad_(False)
+    module.train = disabled_train.__get__(module)
+    return module

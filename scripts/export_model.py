@@ -1,0 +1,116 @@
+"""Turn a training checkpoint into a folder to draw with: config.yaml and model.safetensors, nothing else.
+
+python scripts/export_model.py --ckpt logs/<run>/checkpoints/last.ckpt --outdir models/ldm/<name>
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+
+from ldm.cli import Parser, command
+from ldm.model_files import read_config
+from ldm.util import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def make_parser() -> Parser:
+    """The options."""
+    parser = Parser(description="Turn a training checkpoint into a folder to draw with.")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="the training checkpoint, e.g. last.ckpt")
+    parser.add_argument("--outdir", required=True, metavar="DIR", help="where config.yaml and model.safetensors go")
+    parser.add_argument(
+        "--config", metavar="YAML", help="default: the newest *-project.yaml in the run's configs folder"
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="write the averaged or the live weights (default: averaged where there are any)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the parameters (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in the folder")
+    return parser
+
+
+def find_config(ckpt: Path, config: str | None) -> Path:
+    """The configuration of the run that wrote `ckpt`."""
+    if config is not None:
+        return Path(config)
+    found = sorted((ckpt.resolve().parent.parent / "configs").glob("*-project.yaml"))
+    if not found:
+        raise UserError(f'there is no *-project.yaml in the run of "{ckpt}"; name its configuration with --config')
+    return found[-1]
+
+
+def choose_weights(weights: Mapping[str, Tensor], ema: bool | None, source: Path) -> tuple[dict[str, Tensor], str]:
+    """The weights to write under their live names, and which they are: "ema" or "live"."""
+    from ldm.checkpoint import ema_names, without_ema
+
+    averages = len(ema_names(weights))
+    if ema and not averages:
+        raise UserError(f'"{source}" holds no averaged weights; leave out --ema')
+    use_average = bool(averages) if ema is None else ema
+    return without_ema(weights, use_average), "ema" if use_average else "live"
+
+
+def convert(model: Any, dtype: str) -> dict[str, Tensor]:
+    """The model's state dict with its parameters in `dtype`; tables such as the noise schedule keep theirs."""
+    import torch
+
+    state_dict = model.state_dict()
+    for name, parameter in model.named_parameters():
+        converted = parameter.detach().to(getattr(torch, dtype))
+        if not torch.isfinite(converted).all():
+            raise UserError(f"{name} does not fit into {dtype}; export with --dtype bfloat16")
+        state_dict[name] = converted
+    return state_dict
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    args = make_parser().parse_args(argv)
+    source, folder = Path(args.ckpt), Path(args.outdir)
+    target = folder / "model.safetensors"
+    if target.exists() and not args.overwrite:
+        raise UserError(f'"{target}" exists; choose another --outdir, or give --overwrite')
+
+    from omegaconf import OmegaConf
+
+    from ldm.checkpoint import read_checkpoint, read_state_dict, save_safetensors
+    from ldm.files import atomic_path
+    from ldm.inference import build_model, for_inference
+
+    step = read_checkpoint(source).get("global_step", "unknown")
+    weights, kind = choose_weights(read_state_dict(source), args.ema, source)
+    config = for_inference(read_config(find_config(source, args.config)))
+    state_dict = convert(build_model(config, weights, f'"{source}"'), args.dtype)
+    metadata = {"source_sha256": sha256(source), "weights": kind, "step": step, "dtype": args.dtype}
+    save_safetensors(state_dict, target, metadata)
+    with atomic_path(folder / "config.yaml") as temporary:
+        OmegaConf.save(OmegaConf.create({"model": config}), temporary)
+    size = target.stat().st_size / 1e6
+    print(f"{target}: {size:.1f} MB, {kind} weights of step {step} in {args.dtype}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

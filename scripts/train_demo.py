@@ -1,0 +1,156 @@
+"""Train a small model from nothing on the CPU in minutes: first stage, diffusion model, export, pictures.
+
+python scripts/train_demo.py
+
+Each stage is the command that one would type; it is shown before it runs. The two losses are read back from the logs
+at the end, and the exit status is 1 unless both fell.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+
+from ldm.cli import Parser, command
+from ldm.util import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+FIRST_STAGE = ROOT / "configs" / "emoji" / "demo_first_stage.yaml"
+LDM = ROOT / "configs" / "emoji" / "demo_ldm.yaml"
+PROMPTS = ROOT / "configs" / "emoji" / "prompts.txt"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run: its folder's name, its configuration, the loss that shows whether it learns."""
+
+    name: str
+    config: Path
+    loss: str
+
+
+STAGES = (Stage("first_stage", FIRST_STAGE, "train/rec_loss"), Stage("ldm", LDM, "train/loss_simple"))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A loss at the start and at the end of training, each the mean of a tenth of the logged values."""
+
+    name: str
+    first: float
+    last: float
+
+    @property
+    def fell(self) -> bool:
+        """Whether training lowered it; NaN did not fall."""
+        return self.last < self.first
+
+    def __str__(self) -> str:
+        return f"{self.name} {'fell' if self.fell else 'DID NOT FALL'}: {self.first:.4f} -> {self.last:.4f}"
+
+
+def make_parser() -> Parser:
+    """The options."""
+    parser = Parser(description="Train a small model from nothing on the CPU, then draw with it.")
+    parser.add_argument("--logdir", default="logs/train-demo", metavar="DIR", help="default: %(default)s")
+    return parser
+
+
+def run(title: str, *arguments: str | Path) -> None:
+    """Run a command of this repository with its output visible.
+
+    Raises:
+        UserError: it failed; it has said why.
+    """
+    words = [str(argument) for argument in arguments]
+    print(f"\n{title}\n$ python {shlex.join(words)}", flush=True)
+    status = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]]).returncode
+    if status:
+        raise UserError(f"{title} stopped with status {status}; its message stands above")
+
+
+def train(stage: Stage, folder: Path, overrides: Sequence[str] = ()) -> Path:
+    """Train one stage under `folder`; returns the folder of its run."""
+    words = ["-b", stage.config, "-t", "--no-test", "-l", folder, "-n", stage.name, *overrides]
+    run(f"train {stage.name}", "main.py", *words)
+    runs = sorted(folder.glob(f"*_{stage.name}"))
+    if not runs or not checkpoint(runs[-1]).is_file():
+        raise UserError(f'training {stage.name} left no checkpoint in "{folder}"')
+    return runs[-1]
+
+
+def checkpoint(run_folder: Path) -> Path:
+    """Where a run leaves its last checkpoint."""
+    return run_folder / "checkpoints" / "last.ckpt"
+
+
+def logged(run_folder: Path, name: str) -> list[float]:
+    """The values of a scalar in a run's TensorBoard logs, in the order of their steps.
+
+    Raises:
+        UserError: it was never logged.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values: list[tuple[int, float]] = []
+    for folder in sorted({file.parent for file in run_folder.glob("**/events.out.tfevents.*")}):
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        events.Reload()
+        # Lightning appends _step to what it logs both by step and by epoch.
+        for tag in {name, f"{name}_step"} & set(events.Tags()["scalars"]):
+            values += [(event.step, event.value) for event in events.Scalars(tag)]
+    if len(values) < 2:
+        raise UserError(f'"{run_folder}" has too few logged values of {name} to tell whether it fell')
+    return [value for _, value in sorted(values)]
+
+
+def curve(run_folder: Path, name: str) -> Curve:
+    """How a loss went over a run."""
+    values = logged(run_folder, name)
+    count = max(1, len(values) // 10)
+    return Curve(name, sum(values[:count]) / count, sum(values[-count:]) / count)
+
+
+def train_and_draw(folder: Path) -> list[Curve]:
+    """The whole chain under `folder`; returns the two loss curves."""
+    first_stage, ldm = STAGES
+    first_run = train(first_stage, folder)
+    weights = f"model.params.first_stage_config.params.ckpt_path={checkpoint(first_run)}"
+    ldm_run = train(ldm, folder, [weights])
+    model, pictures = folder / "model", folder / "pictures"
+    run("export", "scripts/export_model.py", "--ckpt", checkpoint(ldm_run), "--outdir", model)
+    options = ["--from-file", PROMPTS, "--ddim_steps", "50", "--seed", "1", "--outdir", pictures]
+    run("draw", "scripts/txt2img.py", "--model", model, *options)
+    return [curve(first_run, first_stage.loss), curve(ldm_run, ldm.loss)]
+
+
+def report(curves: Sequence[Curve], seconds: float) -> bool:
+    """Say how it went; True when every loss fell."""
+    print()
+    for each in curves:
+        print(each)
+    minutes, rest = divmod(round(seconds), 60)
+    print(f"trained and drew in {minutes} min {rest} s")
+    return all(each.fell for each in curves)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    args = make_parser().parse_args(argv)
+    start = time.monotonic()
+    folder = Path(args.logdir) / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    if not report(train_and_draw(folder), time.monotonic() - start):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+from ldm.modules.losses.lpips import LPIPS, ScalingLayer
+
+__all__ = ["LPIPS", "ScalingLayer"]

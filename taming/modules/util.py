@@ -1,0 +1,4 @@
+from ldm.modules.losses.discriminator import ActNorm
+from ldm.util import count_params
+
+__all__ = ["ActNorm", "count_params"]

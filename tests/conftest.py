@@ -1,0 +1,91 @@
+"""What every test shares: no network, a fixed seed, the way to the repository's root."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+# Before any test imports a Hugging Face package: a missing file is an error at once, not a retry.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1", "0.0.0.0", ""}
+
+
+class NetworkError(RuntimeError):
+    """A test reached for the network."""
+
+
+def _is_local(sock: socket.socket, address: object) -> bool:
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return True  # sockets of the operating system, e.g. between worker processes
+    host = address[0] if isinstance(address, tuple) and address else ""
+    return host in LOCAL_HOSTS
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Connections to anything but this computer fail."""
+
+    def guarded(name):
+        original = getattr(socket.socket, name)
+
+        def connect(self, address):
+            if not _is_local(self, address):
+                raise NetworkError(f"tests have no network; something connects to {address}")
+            return original(self, address)
+
+        monkeypatch.setattr(socket.socket, name, connect)
+
+    guarded("connect")
+    guarded("connect_ex")
+    original_lookup = socket.getaddrinfo
+
+    def lookup(host, *args, **kwargs):
+        if host not in (None, *LOCAL_HOSTS, socket.gethostname()):
+            raise NetworkError(f"tests have no network; something looks up {host}")
+        return original_lookup(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+
+
+@pytest.fixture
+def seed() -> int:
+    """Seed every generator; returns the seed."""
+    import numpy as np
+    import torch
+
+    value = 23
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The folder that holds pyproject.toml."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def load_script(repo_root) -> Callable[[str], ModuleType]:
+    """`load_script("txt2img")`: the module scripts/txt2img.py, loaded once."""
+
+    def load(name: str) -> ModuleType:
+        full_name = f"scripts.{name}"
+        if full_name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(full_name, repo_root / "scripts" / f"{name}.py")
+            sys.modules[full_name] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        return sys.modules[full_name]
+
+    return load

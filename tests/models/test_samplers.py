@@ -1,0 +1,324 @@
+"""Samplers against recorded samples, and against closed forms on a Gaussian target."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from parity_cases import assert_close, build, load_case
+
+from ldm.models.diffusion.ancestral import AncestralSampler
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampler import SamplingOptions
+from ldm.modules.diffusionmodules.schedule import diffusion_tables, extract_into_tensor, make_beta_schedule
+from ldm.util import UserError
+
+PUBLISHED = {"ddim_discretize": "uniform", "verbose": False}
+SHAPE = (3, 16, 16)
+
+
+class Gaussian:
+    """The exact denoiser of data distributed as N(mean, std²), independently in every pixel."""
+
+    def __init__(self, mean=0.5, std=0.3, timesteps=1000, parameterization="eps"):
+        self.mean, self.std, self.num_timesteps, self.parameterization = mean, std, timesteps, parameterization
+        self.device = torch.device("cpu")
+        tables = diffusion_tables(make_beta_schedule("linear", timesteps, 0.0015, 0.0195))
+        self.tables = {name: torch.tensor(table) for name, table in tables.items()}
+        self.alphas_cumprod = self.tables["alphas_cumprod"]
+        self.calls = []
+
+    def q_sample(self, x_start, t, noise=None):
+        noise = torch.randn_like(x_start) if noise is None else noise
+        alpha = extract_into_tensor(self.alphas_cumprod, t, x_start.shape)
+        return alpha.sqrt() * x_start + (1 - alpha).sqrt() * noise
+
+    def q_posterior(self, x_start, x_t, t):
+        get = lambda name: extract_into_tensor(self.tables[name], t, x_t.shape)  # noqa: E731
+        mean = get("posterior_mean_coef1") * x_start + get("posterior_mean_coef2") * x_t
+        return mean, get("posterior_variance"), get("posterior_log_variance_clipped")
+
+    def apply_model(self, x, t, cond):
+        self.calls.append(int(t[0]))
+        alpha = extract_into_tensor(self.alphas_cumprod, t, x.shape)
+        mean = self.mean if cond is None else cond[:, :, None, None]
+        gain = alpha.sqrt() * self.std**2 / (alpha * self.std**2 + 1 - alpha)
+        x_start = mean + gain * (x - alpha.sqrt() * mean)
+        return x_start if self.parameterization == "x0" else (x - alpha.sqrt() * x_start) / (1 - alpha).sqrt()
+
+
+def model_of(name):
+    case = load_case(name)
+    return case, build(case)
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "options"),
+    [
+        ("ddim_unconditional_eta0", 3, {"S": 5, "eta": 0.0}),
+        ("ddim_unconditional_eta1", 4, {"S": 5, "eta": 1.0}),
+        ("ddim_quantize_x0", 5, {"S": 5, "eta": 0.0, "quantize_x0": True}),
+        ("ddim_masked", 6, {"S": 5, "eta": 0.5, "temperature": 0.7, "mask": ..., "x0": ...}),
+        ("ddim_given_noise", 7, {"S": 7, "eta": 0.0, "x_T": ...}),
+    ],
+)
+def test_ddim_gives_the_recorded_samples(name, seed, options):
+    case, model = model_of(name)
+    options = {key: case.inputs[key] if value is ... else value for key, value in options.items()}
+    torch.manual_seed(seed)
+    latent, _ = DDIMSampler(model).sample(batch_size=2, shape=SHAPE, **options, **PUBLISHED)
+    assert_close(latent, case.outputs["latent"])
+    if "decoded" in case.outputs:
+        assert_close(model.decode_first_stage(latent), case.outputs["decoded"])
+
+
+def test_the_start_noise_is_the_first_draw_of_the_seed():
+    case, model = model_of("ddim_unconditional_eta0")
+    torch.manual_seed(3)
+    _, steps = DDIMSampler(model).sample(S=1, batch_size=2, shape=SHAPE, **PUBLISHED)
+    assert torch.equal(steps["x_inter"][0], case.outputs["first_noise"])
+
+
+def test_plms_gives_the_recorded_samples():
+    case, model = model_of("plms_unconditional")
+    torch.manual_seed(8)
+    latent, _ = PLMSSampler(model).sample(S=6, batch_size=2, shape=SHAPE, **PUBLISHED)
+    assert_close(latent, case.outputs["latent"])
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "seed", "S"),
+    [("ddim_class_guidance", DDIMSampler, 11, 5), ("plms_class_guidance", PLMSSampler, 12, 6)],
+)
+def test_guidance_gives_the_recorded_samples(name, sampler, seed, S):
+    case, model = model_of(name)
+    c = model.get_learned_conditioning({"class_label": torch.tensor([2, 7])})
+    if "conditioning" in case.outputs:
+        assert_close(c, case.outputs["conditioning"], 1e-6)
+    uc = model.get_learned_conditioning({"class_label": torch.tensor([10, 10])})
+    guidance = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": uc}
+    torch.manual_seed(seed)
+    latent, _ = sampler(model).sample(S, 2, SHAPE, c, **guidance, **PUBLISHED)
+    assert_close(latent, case.outputs["latent"])
+
+
+@pytest.mark.parametrize(
+    "form", [lambda c: c, lambda c: [c], lambda c: {"c_crossattn": [c]}, lambda c: {"c_crossattn": c}]
+)
+def test_every_form_of_conditioning_gives_the_same_guided_sample(form):
+    case, model = model_of("ddim_class_guidance")
+    c = model.get_learned_conditioning({"class_label": torch.tensor([2, 7])})
+    uc = model.get_learned_conditioning({"class_label": torch.tensor([10, 10])})
+    guidance = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": form(uc)}
+    torch.manual_seed(11)
+    latent, _ = DDIMSampler(model).sample(5, 2, SHAPE, form(c), **guidance, **PUBLISHED)
+    assert_close(latent, case.outputs["latent"])
+
+
+def test_ancestral_sampling_gives_the_recorded_sample():
+    case, model = model_of("ddpm_ancestral")
+    torch.manual_seed(9)
+    latent, steps = model.p_sample_loop(None, (2, *SHAPE), return_intermediates=True, verbose=False)
+    assert_close(latent, case.outputs["latent"])
+    assert len(steps) == int(case.outputs["n_intermediates"])
+
+
+def test_progressive_denoising_gives_the_recorded_sample():
+    case, model = model_of("ddpm_progressive")
+    torch.manual_seed(10)
+    latent, estimates = model.progressive_denoising(None, SHAPE, batch_size=2, verbose=False)
+    assert_close(latent, case.outputs["latent"])
+    assert_close(estimates[-1], case.outputs["last_x0"])
+    assert len(estimates) == int(case.outputs["n_intermediates"])
+
+
+def test_inpainting_by_concatenation():
+    case, model = model_of("inpainting_pipeline")
+    image, mask = case.inputs["masked_image"], case.inputs["mask"]
+    c = model.cond_stage_model.encode(image)
+    c = torch.cat([c, torch.nn.functional.interpolate(mask, size=c.shape[-2:])], dim=1)
+    assert_close(c, case.outputs["conditioning"])
+    torch.manual_seed(13)
+    latent, _ = DDIMSampler(model).sample(5, 1, SHAPE, c, **PUBLISHED)
+    assert_close(latent, case.outputs["latent"])
+    assert_close(model.decode_first_stage(latent), case.outputs["decoded"])
+
+
+def test_super_resolution_by_concatenation():
+    case, model = model_of("super_resolution_pipeline")
+    torch.manual_seed(14)
+    latent, _ = DDIMSampler(model).sample(5, 2, SHAPE, case.inputs["LR_image"], eta=1.0, **PUBLISHED)
+    assert_close(latent, case.outputs["latent"])
+
+
+def test_semantic_synthesis():
+    case, model = model_of("semantic_synthesis_pipeline")
+    c = model.get_learned_conditioning(case.inputs["segmentation"])
+    assert_close(c, case.outputs["conditioning"])
+    torch.manual_seed(15)
+    latent, _ = DDIMSampler(model).sample(5, 2, SHAPE, c, **PUBLISHED)
+    assert_close(latent, case.outputs["latent"])
+
+
+# -- closed forms ----------------------------------------------------------------------------------------------
+
+
+def exact_ode(model, x_T):
+    """Where the probability-flow ODE takes x_T for Gaussian data: the same quantile of the data."""
+    alpha = model.alphas_cumprod[-1]
+    spread = math.sqrt(alpha * model.std**2 + 1 - alpha)
+    return model.mean + model.std * (x_T - math.sqrt(alpha) * model.mean) / spread
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "x0"])
+@pytest.mark.parametrize(("sampler", "S", "tol"), [(DDIMSampler, 500, 2e-2), (PLMSSampler, 100, 2e-2)])
+def test_deterministic_samplers_follow_the_probability_flow(sampler, S, tol, parameterization):
+    model = Gaussian(parameterization=parameterization)
+    x_T = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
+    sample, _ = sampler(model).sample(S, 1, (1, 3, 3), x_T=x_T, verbose=False)
+    assert_close(sample, exact_ode(model, x_T), tol)
+
+
+def test_both_parameterizations_give_the_same_trajectory():
+    x_T = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    draws = [
+        DDIMSampler(Gaussian(parameterization=p)).sample(10, 1, (1, 4, 4), x_T=x_T, verbose=False)[0]
+        for p in ("eps", "x0")
+    ]
+    assert_close(draws[0], draws[1], 1e-5)
+
+
+def chain_moments(model):
+    """Mean and deviation at the end of the reverse chain: every step is linear in x and adds Gaussian noise."""
+    mean, variance = 0.0, 1.0
+    for t in reversed(range(model.num_timesteps)):
+        c1, c2 = (float(model.tables[f"posterior_mean_coef{i}"][t]) for i in (1, 2))
+        alpha = float(model.alphas_cumprod[t])
+        gain = math.sqrt(alpha) * model.std**2 / (alpha * model.std**2 + 1 - alpha)
+        factor = c1 * gain + c2
+        mean = factor * mean + c1 * model.mean * (1 - gain * math.sqrt(alpha))
+        variance = factor**2 * variance + float(model.tables["posterior_variance"][t])
+    return mean, math.sqrt(variance)
+
+
+@pytest.mark.parametrize("draw", ["ancestral", "ddim"])
+def test_stochastic_samplers_reach_the_target_distribution(draw):
+    model = Gaussian(timesteps=200)
+    torch.manual_seed(0)
+    if draw == "ancestral":
+        sampler = AncestralSampler(model)
+        x, _ = sampler.run((64, 1, 16, 16), torch.arange(200).numpy(), None, SamplingOptions(verbose=False))
+    else:
+        x, _ = DDIMSampler(model).sample(200, 64, (1, 16, 16), eta=1.0, verbose=False)
+    mean, std = chain_moments(model)
+    # 16,384 independent pixels: the standard error of the mean is 0.0023, that of the deviation 0.0017.
+    assert x.mean().item() == pytest.approx(mean, abs=0.01)
+    assert x.std().item() == pytest.approx(std, abs=0.007)
+    assert (mean, std) == pytest.approx((0.5, 0.3), abs=0.012)  # and the chain itself is near the data
+
+
+@pytest.mark.parametrize("S", [1, 3, 27, 300, 1000])
+def test_exactly_the_steps_asked_for_are_run(S):
+    model = Gaussian()
+    DDIMSampler(model).sample(S, 1, (1, 2, 2), verbose=False)
+    assert len(model.calls) == S
+    assert model.calls == sorted(model.calls, reverse=True)
+
+
+def test_guidance_moves_along_the_difference():
+    model = Gaussian()
+    c, uc = torch.full((2, 1), 1.0), torch.full((2, 1), 0.5)
+    x = torch.randn(2, 1, 2, 2)
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(10)
+    sampler.timesteps = sampler.ddim_timesteps
+    plain = [sampler.predict(x, 5, cond).eps for cond in (uc, c)]
+    sampler.options = SamplingOptions(unconditional_guidance_scale=3.0, unconditional_conditioning=uc)
+    assert_close(sampler.predict(x, 5, c).eps, plain[0] + 3.0 * (plain[1] - plain[0]), 1e-6)
+
+
+# -- options ---------------------------------------------------------------------------------------------------
+
+
+def test_the_known_part_is_kept():
+    model = Gaussian()
+    known = torch.full((2, 1, 4, 4), -1.0)
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[..., :2] = 1
+    torch.manual_seed(0)
+    x, _ = DDIMSampler(model).sample(50, 2, (1, 4, 4), mask=mask, x0=known, verbose=False)
+    # The last blend is noised to step 1, the last step then denoises it.
+    assert (x[..., :2] + 1).abs().max() < 0.25
+    assert (x[..., 2:] > -0.9).all()
+
+
+def test_a_mask_needs_what_it_keeps():
+    with pytest.raises(ValueError, match="mask needs x0"):
+        DDIMSampler(Gaussian()).sample(2, 1, (1, 2, 2), mask=torch.ones(1, 1, 2, 2), verbose=False)
+
+
+def test_given_noises_take_the_place_of_drawn_ones():
+    model, x_T = Gaussian(), torch.zeros(1, 1, 2, 2)
+    torch.manual_seed(1)
+    drawn, _ = DDIMSampler(model).sample(4, 1, (1, 2, 2), eta=1.0, x_T=x_T, verbose=False)
+    torch.manual_seed(1)
+    noises = [torch.randn(1, 1, 2, 2) for _ in range(4)]
+    given, _ = DDIMSampler(model).sample(4, 1, (1, 2, 2), eta=1.0, x_T=x_T, normals_sequence=noises, verbose=False)
+    assert torch.equal(given, drawn)
+
+
+def test_temperature_zero_removes_the_noise_that_eta_adds():
+    model, x_T = Gaussian(), torch.zeros(1, 1, 2, 2)
+    draws = [
+        DDIMSampler(model).sample(4, 1, (1, 2, 2), eta=1.0, x_T=x_T, temperature=0.0, verbose=False)[0]
+        for _ in range(2)
+    ]
+    assert torch.equal(*draws)
+
+
+def test_callbacks_see_every_step_and_the_estimates():
+    model, seen, pictures = Gaussian(), [], []
+    _, steps = DDIMSampler(model).sample(
+        6,
+        1,
+        (1, 2, 2),
+        callback=seen.append,
+        img_callback=lambda x, i: pictures.append(x),
+        log_every_t=2,
+        verbose=False,
+    )
+    assert seen == list(range(6))
+    assert [p.shape for p in pictures] == [(1, 1, 2, 2)] * 6
+    assert len(steps["x_inter"]) == len(steps["pred_x0"]) == 1 + 4  # the start; positions 5, 4, 2, 0
+    assert torch.equal(steps["pred_x0"][-1], pictures[-1])
+
+
+def test_a_score_corrector_replaces_the_prediction():
+    class Corrector:
+        def modify_score(self, model, e_t, x, t, c, scale):
+            return scale * e_t
+
+    model, x_T = Gaussian(), torch.ones(1, 1, 2, 2)
+    sampler = DDIMSampler(model)
+    x, _ = sampler.sample(
+        1, 1, (1, 2, 2), x_T=x_T, score_corrector=Corrector(), corrector_kwargs={"scale": 0.0}, verbose=False
+    )
+    alpha, alpha_prev = sampler.ddim_alphas[0], sampler.ddim_alphas_prev[0]
+    assert_close(x, x_T * math.sqrt(alpha_prev / alpha), 1e-6)
+
+
+def test_plms_is_deterministic_and_says_so():
+    with pytest.raises(UserError, match="eta must be 0"):
+        PLMSSampler(Gaussian()).sample(4, 1, (1, 2, 2), eta=0.5, verbose=False)
+
+
+def test_a_conditioning_of_another_batch_size_is_refused():
+    with pytest.raises(ValueError, match="conditioning for 3 samples, but batch_size is 2"):
+        DDIMSampler(Gaussian()).sample(4, 2, (1, 2, 2), torch.zeros(3, 1), verbose=False)
+
+
+def test_unknown_options_are_errors():
+    with pytest.raises(TypeError, match="guidance"):
+        DDIMSampler(Gaussian()).sample(4, 2, (1, 2, 2), guidance=3.0)

@@ -1,0 +1,84 @@
+"""The moving average of weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parity_cases import assert_close, load_case, weights_module
+from torch import nn
+
+from ldm.modules.ema import LitEma
+
+
+def test_updates_are_the_recorded_ones():
+    case = load_case("ema")
+    linear = weights_module().fill(nn.Linear(3, 2), case.weights_seed)
+    ema = LitEma(linear, decay=0.9)
+    for _ in range(3):
+        with torch.no_grad():
+            linear.weight += 1
+            linear.bias *= 2
+        ema(linear)
+    assert_close(ema.weight, case.outputs["weight"], 1e-6)
+    assert_close(ema.bias, case.outputs["bias"], 1e-6)
+    assert int(ema.num_updates) == int(case.outputs["num_updates"])
+
+
+def test_without_warm_up_the_decay_is_constant():
+    linear = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(linear.weight)
+    ema = LitEma(linear, decay=0.75, use_num_upates=False)
+    nn.init.ones_(linear.weight)
+    ema(linear)
+    ema(linear)
+    assert ema.weight.item() == pytest.approx(1 - 0.75**2)
+    assert int(ema.num_updates) == -1
+
+
+def test_buffers_are_named_without_dots_and_frozen_parameters_left_out():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].requires_grad_(False)
+    assert set(LitEma(model).state_dict()) == {"decay", "num_updates", "0weight", "0bias"}
+
+
+def test_swapping_copies_nothing_and_restores_even_after_an_error():
+    model = nn.Linear(2, 2)
+    ema = LitEma(model)
+    with torch.no_grad():
+        ema.weight.fill_(3.0)
+    before, address = model.weight.detach().clone(), ema.weight.data_ptr()
+    with pytest.raises(RuntimeError), ema.swapped(model):
+        assert model.weight.data_ptr() == address
+        assert (model.weight == 3).all()
+        raise RuntimeError
+    assert torch.equal(model.weight, before)
+    assert (ema.weight == 3).all()
+
+
+def test_store_copy_and_restore():
+    model = nn.Linear(2, 2)
+    ema = LitEma(model)
+    with torch.no_grad():
+        ema.weight.fill_(3.0)
+    before = model.weight.detach().clone()
+    ema.store(model.parameters())
+    ema.copy_to(model)
+    assert (model.weight == 3).all()
+    ema.restore(model.parameters())
+    assert torch.equal(model.weight, before)
+
+
+def test_restart_forgets_the_past():
+    model = nn.Linear(2, 2)
+    ema = LitEma(model)
+    ema(model)
+    nn.init.ones_(model.weight)
+    ema.restart(model)
+    assert (ema.weight == 1).all()
+    assert int(ema.num_updates) == 0
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.5])
+def test_decay_is_checked(decay):
+    with pytest.raises(ValueError, match="decay"):
+        LitEma(nn.Linear(1, 1), decay=decay)

@@ -1,0 +1,109 @@
+"""From a training checkpoint to a folder to draw with."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny_models import randomise, text_config
+
+from ldm.checkpoint import read_checkpoint, read_state_dict
+from ldm.inference import SamplerSettings, load_model, text_to_images
+from ldm.util import instantiate_from_config
+
+
+@pytest.fixture(scope="module")
+def export(load_script):
+    return load_script("export_model").main
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a training run whose averages differ from its live weights, and the model itself."""
+    config = text_config(use_ema=True)
+    config["params"]["first_stage_config"]["params"]["ckpt_path"] = None
+    model = randomise(instantiate_from_config(config))
+    with torch.no_grad():
+        for name, buffer in model.model_ema.named_buffers():
+            if buffer.is_floating_point() and name != "decay":
+                buffer.add_(0.25)
+    folder = tmp_path / "logs" / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "configs").mkdir()
+    project = {"model": {"base_learning_rate": 1e-4, **config}, "data": {"target": "gone.Data"}}
+    OmegaConf.save(OmegaConf.create(project), folder / "configs" / "2024-project.yaml")
+    checkpoint = {"state_dict": model.state_dict(), "global_step": 42, "optimizer_states": [{"state": {}}]}
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    return folder, model
+
+
+@pytest.mark.parametrize("ema", [None, "--ema", "--no-ema"])
+def test_the_chosen_weights_are_written(export, run, tmp_path, ema, capsys):
+    folder, model = run
+    ckpt, out = folder / "checkpoints" / "last.ckpt", tmp_path / "models" / "mine"
+    options = ["--ckpt", str(ckpt), "--outdir", str(out), "--dtype", "float32", *([ema] if ema else [])]
+    assert export(options) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "model.safetensors"]
+    assert "MB" in capsys.readouterr().out
+
+    weights = read_state_dict(out / "model.safetensors")
+    assert not any(name.startswith(("model_ema.", "loss.")) for name in weights)
+    name = "model.diffusion_model.out.2.weight"
+    expected = name if ema == "--no-ema" else "model_ema.diffusion_modelout2weight"
+    assert torch.equal(weights[name], model.state_dict()[expected])
+    metadata = read_checkpoint(out / "model.safetensors")["metadata"]
+    assert metadata["weights"] == ("live" if ema == "--no-ema" else "ema") and metadata["step"] == "42"
+    assert metadata["source_sha256"] == hashlib.sha256(ckpt.read_bytes()).hexdigest()
+
+
+def test_the_written_configuration_stands_alone(export, run, tmp_path):
+    folder, _ = run
+    assert export(["--ckpt", str(folder / "checkpoints" / "last.ckpt"), "--outdir", str(tmp_path / "m")]) == 0
+    config = OmegaConf.load(tmp_path / "m" / "config.yaml")
+    assert list(config) == ["model"] and config.model.params.use_ema is False
+    assert "ckpt_path" not in config.model.params.first_stage_config.params
+
+
+def test_an_exported_model_draws_what_the_averages_draw(export, run, tmp_path):
+    folder, model = run
+    out = tmp_path / "m"
+    assert export(["--ckpt", str(folder / "checkpoints" / "last.ckpt"), "--outdir", str(out)]) == 0
+    weights = read_state_dict(out / "model.safetensors")
+    assert weights["model.diffusion_model.out.2.weight"].dtype == torch.float16
+    assert weights["alphas_cumprod"].dtype == torch.float32
+    exported = load_model(out / "config.yaml", out / "model.safetensors")
+    noise = torch.randn(1, 3, 8, 8)
+    settings = SamplerSettings(steps=3)
+    drawn = text_to_images(exported, ["fox"], (8, 8), settings, noise=noise)
+    with model.eval().ema_scope():
+        expected = text_to_images(model, ["fox"], (8, 8), settings, noise=noise)
+    assert torch.allclose(drawn, expected, atol=0.05)
+
+
+def test_mistakes_are_told(export, run, tmp_path, capsys):
+    folder, model = run
+    ckpt, out = str(folder / "checkpoints" / "last.ckpt"), tmp_path / "m"
+    out.mkdir()
+    (out / "model.safetensors").write_text("precious")
+    live = {name: value for name, value in model.state_dict().items() if not name.startswith("model_ema.")}
+    torch.save({"state_dict": live}, folder / "checkpoints" / "live.ckpt")
+    large = {**live, "model.diffusion_model.out.2.bias": torch.full((3,), 1e6)}
+    torch.save({"state_dict": large}, folder / "checkpoints" / "large.ckpt")
+    torch.save({"state_dict": {"x": torch.ones(1)}}, folder / "checkpoints" / "foreign.ckpt")
+    torch.save({"state_dict": live}, tmp_path / "alone.ckpt")
+    checkpoints, new = folder / "checkpoints", str(tmp_path / "new")
+    cases = [
+        (["--ckpt", ckpt, "--outdir", str(out)], "--overwrite"),
+        (["--ckpt", "gone.ckpt", "--outdir", new], "no checkpoint"),
+        (["--ckpt", str(tmp_path / "alone.ckpt"), "--outdir", new], "--config"),
+        (["--ckpt", str(checkpoints / "live.ckpt"), "--outdir", new, "--ema"], "no averaged weights"),
+        (["--ckpt", str(checkpoints / "large.ckpt"), "--outdir", new], "bfloat16"),
+        (["--ckpt", str(checkpoints / "foreign.ckpt"), "--outdir", new], "foreign checkpoint"),
+    ]
+    for options, message in cases:
+        assert export(options) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert (out / "model.safetensors").read_text() == "precious" and not (tmp_path / "new").exists()
+    assert export([*cases[0][0], "--overwrite"]) == 0

@@ -1,0 +1,111 @@
+"""The demonstration of training: the commands it runs, and how it judges what came of them.
+
+The whole of it runs in continuous integration (`make train-demo`); here no model is trained.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ldm.training import options
+from ldm.util import UserError
+
+
+@pytest.fixture
+def train_demo(load_script):
+    return load_script("train_demo")
+
+
+def write_log(folder: Path, name: str, values: list[float]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "version_0")) as writer:
+        for step, value in enumerate(values):
+            writer.add_scalar(name, value, step)
+
+
+def test_a_falling_loss(train_demo, tmp_path):
+    write_log(tmp_path, "train/rec_loss_step", [4.0, 2.0, *[1.5] * 16, 0.5, 0.25])
+    curve = train_demo.curve(tmp_path, "train/rec_loss")
+    assert (curve.first, curve.last) == (3.0, 0.375)
+    assert curve.fell
+    assert str(curve) == "train/rec_loss fell: 3.0000 -> 0.3750"
+
+
+@pytest.mark.parametrize("last", [1.0, 2.0, float("nan")])
+def test_a_loss_that_did_not_fall(train_demo, tmp_path, last):
+    write_log(tmp_path, "train/loss_simple", [1.0, 0.1, last])
+    assert not train_demo.curve(tmp_path, "train/loss_simple").fell
+
+
+def test_every_value_counts_in_long_logs(train_demo, tmp_path):
+    """TensorBoard's reader keeps a random 10,000 values unless it is told to keep all."""
+    write_log(tmp_path, "train/loss_simple", [float(i) for i in range(10_050)])
+    assert train_demo.logged(tmp_path, "train/loss_simple") == [float(i) for i in range(10_050)]
+
+
+def test_nothing_logged_is_an_error(train_demo, tmp_path):
+    write_log(tmp_path, "train/other", [1.0, 0.5])
+    with pytest.raises(UserError, match="too few logged values of train/loss_simple"):
+        train_demo.curve(tmp_path, "train/loss_simple")
+
+
+@pytest.fixture
+def commands(train_demo, monkeypatch):
+    """The commands that would run; training commands leave a checkpoint and a falling loss behind."""
+    seen = []
+
+    def pretend(words):
+        seen.append([str(word) for word in words[1:]])
+        if Path(words[1]).name == "main.py":
+            chosen = options.parse(words[2:])
+            run = Path(chosen.logdir) / f"2000-01-01T00-00-00_{chosen.name}"
+            (run / "checkpoints").mkdir(parents=True)
+            (run / "checkpoints" / "last.ckpt").touch()
+            loss = {"first_stage": "train/rec_loss", "ldm": "train/loss_simple"}[chosen.name]
+            write_log(run, loss, [1.0, 0.5])
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(train_demo.subprocess, "run", pretend)
+    return seen
+
+
+def test_the_chain_hands_each_result_to_the_next_command(train_demo, commands, tmp_path, load_script):
+    curves = train_demo.train_and_draw(tmp_path)
+    assert [curve.fell for curve in curves] == [True, True]
+    first, second, export, draw = commands
+
+    first_checkpoint = tmp_path / "2000-01-01T00-00-00_first_stage" / "checkpoints" / "last.ckpt"
+    assert options.parse(first[1:]).overrides == []
+    overrides = options.parse(second[1:]).overrides
+    assert overrides == [f"model.params.first_stage_config.params.ckpt_path={first_checkpoint}"]
+    for training in (first, second):
+        chosen = options.parse(training[1:])
+        assert chosen.train
+        assert all(Path(config).is_file() for config in chosen.base)
+
+    exported = load_script("export_model").make_parser().parse_args(export[1:])
+    assert Path(exported.ckpt) == tmp_path / "2000-01-01T00-00-00_ldm" / "checkpoints" / "last.ckpt"
+    drawn = load_script("txt2img").make_parser().parse_args(draw[1:])
+    assert drawn.model == exported.outdir
+    assert Path(drawn.from_file).is_file()
+
+
+def test_a_stage_that_fails_stops_the_chain(train_demo, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train_demo.subprocess, "run", lambda words: subprocess.CompletedProcess(words, 2))
+    assert train_demo.main(["--logdir", str(tmp_path)]) == 2
+    assert "error: train first_stage stopped with status 2" in capsys.readouterr().err
+
+
+def test_the_status_says_whether_both_losses_fell(train_demo, monkeypatch, tmp_path, capsys):
+    fell, rose = train_demo.Curve("a", 2.0, 1.0), train_demo.Curve("b", 1.0, 2.0)
+    monkeypatch.setattr(train_demo, "train_and_draw", lambda folder: [fell, rose])
+    with pytest.raises(SystemExit) as exit_status:
+        train_demo.main(["--logdir", str(tmp_path)])
+    assert exit_status.value.code == 1
+    assert "b DID NOT FALL: 1.0000 -> 2.0000" in capsys.readouterr().out
+    monkeypatch.setattr(train_demo, "train_and_draw", lambda folder: [fell, fell])
+    assert train_demo.main(["--logdir", str(tmp_path)]) == 0

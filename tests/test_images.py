@@ -1,0 +1,138 @@
+"""Reading, saving, value ranges and grids."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from ldm.images import load_image, log_txt_as_img, make_grid, next_index, save_png, to_uint8
+from ldm.util import UserError
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    return np.random.RandomState(0).randint(0, 256, (24, 32, 3), dtype=np.uint8)
+
+
+def test_every_level_survives_reading_and_writing(tmp_path):
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    save_png(levels, tmp_path / "a.png")
+    tensor = load_image(tmp_path / "a.png")
+    assert tensor.shape == (1, 3, 16, 16) and tensor.min() == -1 and tensor.max() == 1
+    assert (to_uint8(tensor)[0] == levels).all()
+
+
+def test_levels_are_rounded_down_as_published():
+    x = torch.rand(1, 3, 50, 50, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    published = (255 * ((x + 1) / 2).clamp(0, 1)).permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    difference = to_uint8(x).astype(int) - published
+    assert set(np.unique(difference)) <= {0, 1} and (difference != 0).mean() < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((2, 3, 5, 6), (2, 5, 6, 3)), ((3, 5, 6), (5, 6, 3)), ((2, 5, 6, 3), (2, 5, 6, 3)), ((2, 1, 5, 6), (2, 5, 6, 1))],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_come_last(shape, expected, dtype):
+    x = torch.full(shape, 3.0, dtype=dtype)
+    assert to_uint8(x).shape == expected and (to_uint8(x) == 255).all()
+    assert to_uint8(x.float().numpy()).shape == expected
+
+
+def test_pixels_pass_unchanged_and_nan_is_black(picture):
+    assert (to_uint8(picture) == picture).all()
+    assert (to_uint8(torch.full((3, 2, 2), torch.nan)) == 0).all()
+    with pytest.raises(ValueError, match="channels"):
+        to_uint8(torch.zeros(5, 5, 5))
+
+
+@pytest.mark.parametrize(
+    ("count", "channels", "nrow", "padding"), [(7, 3, 3, 2), (2, 1, 8, 2), (4, 3, 2, 0), (1, 3, 4, 2)]
+)
+def test_grids_are_laid_out_as_torchvision_does(count, channels, nrow, padding):
+    x = torch.rand(count, channels, 5, 6, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    expected = torchvision.utils.make_grid(torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2), nrow, padding)
+    grid = make_grid(x, nrow, padding)
+    assert grid.dtype == np.uint8 and (grid == expected.permute(1, 2, 0).numpy()).all()
+
+
+def test_a_grid_needs_pictures():
+    with pytest.raises(ValueError, match="grid"):
+        make_grid(torch.zeros(0, 3, 4, 4))
+
+
+def test_text_comes_back_from_a_png(tmp_path, picture):
+    text = {"prompt": "grüße 🚀\nsecond line", "seed": 3}
+    save_png(picture, tmp_path / "new" / "a.png", text)
+    with Image.open(tmp_path / "new" / "a.png") as file:
+        assert file.text == {"prompt": "grüße 🚀\nsecond line", "seed": "3"}
+        assert (np.asarray(file) == picture).all()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path, picture):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        save_png(picture, tmp_path / "file" / "a.png")
+
+
+@pytest.mark.parametrize(("size", "shape"), [(None, (24, 32)), (16, (16, 16)), ((8, 12), (8, 12))])
+def test_pictures_are_cropped_and_resized(tmp_path, picture, size, shape):
+    save_png(picture, tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", size).shape == (1, 3, *shape)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.new(mode, (4, 4)).save(path)
+    x = load_image(path)
+    assert x.shape == (1, 3, 4, 4) and x.min() >= -1 and x.max() <= 1
+
+
+def test_transparent_parts_become_white(tmp_path):
+    Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(tmp_path / "a.png")
+    assert (load_image(tmp_path / "a.png") == 1).all()
+
+
+def test_the_camera_s_rotation_is_applied(tmp_path, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture).save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(tmp_path / "a.jpg").shape == (1, 3, 32, 24)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"hello", b"\x89PNG\r\n\x1a\n1234"])
+def test_what_is_no_picture_is_told(tmp_path, content):
+    path = tmp_path / "a.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.png"):
+        load_image(path)
+
+
+def test_a_picture_cut_short_is_told(tmp_path, picture):
+    save_png(picture, tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot read the picture"):
+        load_image(tmp_path / "a.png")
+
+
+def test_numbering_goes_on_after_the_highest(tmp_path):
+    assert next_index(tmp_path / "absent") == 0
+    for name in ("0000.png", "0007.png", "grid-0012.png", "a0099.png", "0050.jpg"):
+        (tmp_path / name).touch()
+    assert next_index(tmp_path) == 8 and next_index(tmp_path, "grid-") == 13
+
+
+def test_text_is_black_on_white_and_wraps():
+    x = log_txt_as_img((64, 40), ["", "a", "many words that will not fit on one line of so few pixels"])
+    assert x.shape == (3, 3, 40, 64) and x.min() >= -1 and x.max() <= 1
+    assert (x[0] == 1).all()
+    assert (x[1] < 0).any() and (x[1, :, 15:] == 1).all()
+    assert (x[2, :, 15:] < 0).any()

@@ -1,0 +1,242 @@
+"""The house rules that a parser can check: who imports whom, and what no file may contain."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(
+    [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("taming/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("main.py")]
+)
+
+# Imports point down: a module may import its own level and those below. The first pattern that matches counts.
+LEVELS = [
+    (r"main|scripts\..*", 5),
+    (r"taming(\..*)?", 4),
+    (r"ldm\.(training|data|inference|retrieval)(\..*)?", 4),
+    (r"ldm\.models\.diffusion\.(ddpm|preview|classifier)", 3),
+    (r"ldm\.models(\..*)?", 2),
+    (r"ldm\.modules(\..*)?", 1),
+    (r"ldm(\.(util|cli|files|images|checkpoint|model_files|lr_scheduler))?", 0),
+]
+# Samplers work on anything with `apply_model` and the schedule's tables; they must not know a concrete model.
+SAMPLERS = tuple(f"ldm.models.diffusion.{name}" for name in ("sampler", "ancestral", "ddim", "plms"))
+
+# Importing these costs seconds or needs more than sampling does: inside the function that uses them.
+HEAVY = {"transformers", "torchvision", "kornia", "lpips", "pytorch_lightning", "tensorboard", "scipy"}
+# Optional extras: no module may need one to be imported.
+OPTIONAL = ["scann", "clip", "gradio", "wandb", "emoji", "diffusers", "albumentations", "cv2", "faiss"]
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path) for path in SOURCES}
+
+
+def every(*prefixes: str) -> pytest.MarkDecorator:
+    """Run a test once for each source whose dotted name starts so."""
+    paths = [path for path in SOURCES if module_name(path).startswith(prefixes or "")]
+    return pytest.mark.parametrize("path", paths, ids=[str(path.relative_to(ROOT)) for path in paths])
+
+
+def level(module: str) -> int:
+    for pattern, number in LEVELS:
+        if re.fullmatch(pattern, module):
+            return number
+    raise AssertionError(f"{module} has no place in LEVELS yet: give it one")
+
+
+def typing_only(nodes: ast.Module) -> set[ast.AST]:
+    """What stands under `if TYPE_CHECKING:`, which never runs."""
+    blocks = [n for n in ast.walk(nodes) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """Each module that a file imports anywhere, functions included, with its line."""
+    found = []
+    skipped = typing_only(tree(path))
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    for node in ast.walk(tree(path)):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parent, base] if base else parent)
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            found += [(name if name in MODULES else base, node.lineno) for name in names]
+    return found
+
+
+def ours(name: str) -> bool:
+    return name.partition(".")[0] in {"ldm", "taming", "main", "scripts"}
+
+
+def calls(path: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+
+
+def places(path: Path, nodes: list) -> list[str]:
+    return [f"{path.relative_to(ROOT)}:{node.lineno}" for node in nodes]
+
+
+def test_there_is_something_to_check():
+    assert len(SOURCES) > 10
+
+
+@every()
+def test_imports_point_down(path):
+    module = module_name(path)
+    wrong = [
+        f"line {line}: {module} (level {level(module)}) imports {name} (level {level(name)})"
+        for name, line in imports(path)
+        if ours(name) and level(name) > level(module)
+    ]
+    assert not wrong, wrong
+
+
+@every(*SAMPLERS)
+def test_samplers_know_no_model(path):
+    allowed = {*SAMPLERS, "ldm.models.diffusion.conditioning"}
+    assert not [name for name, _ in imports(path) if name.startswith("ldm.models") and name not in allowed]
+
+
+@every()
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    allowed = {"pytorch_lightning"} if module_name(path).startswith("ldm.training") else set()
+    statements = [node for node in tree(path).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {
+        (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
+        for node in statements
+        for alias in node.names
+    }
+    assert not {name.partition(".")[0] for name in names} & (HEAVY - allowed)
+
+
+@every("ldm")
+def test_only_the_trainer_knows_lightning(path):
+    uses = [name for name, _ in imports(path) if name.partition(".")[0] in {"pytorch_lightning", "lightning"}]
+    assert not uses or module_name(path).startswith("ldm.training")
+
+
+@every("ldm", "taming")
+def test_the_package_logs_and_does_not_print(path):
+    assert not places(path, [c for c in calls(path) if isinstance(c.func, ast.Name) and c.func.id == "print"])
+
+
+@every()
+def test_no_star_imports(path):
+    stars = [n for n in ast.walk(tree(path)) if isinstance(n, ast.ImportFrom) and n.names[0].name == "*"]
+    assert not places(path, stars)
+
+
+@every()
+def test_no_device_is_hard_coded(path):
+    moves = [c for c in calls(path) if isinstance(c.func, ast.Attribute) and c.func.attr == "cuda"]
+    devices = [
+        argument
+        for call in calls(path)
+        for argument in [*call.args, *(k.value for k in call.keywords if k.arg == "device")]
+        if isinstance(argument, ast.Constant)
+        and isinstance(argument.value, str)
+        and re.fullmatch(r"cuda(:\d+)?", argument.value)
+        and ast.unparse(call.func).rpartition(".")[2] in {"to", "device", "randn", "zeros", "ones", "tensor", "empty"}
+    ]
+    assert not places(path, moves + devices)
+
+
+@every()
+def test_nothing_read_can_run_code(path):
+    def keyword(call, name):
+        return next((k.value.value for k in call.keywords if k.arg == name and isinstance(k.value, ast.Constant)), None)
+
+    unsafe = []
+    for call in calls(path):
+        name = ast.unparse(call.func)
+        unsafe += [call] if name == "torch.load" and keyword(call, "weights_only") is not True else []
+        unsafe += [call] if name in {"pickle.load", "pickle.loads", "yaml.load", "eval", "exec"} else []
+        unsafe += [call] if name in {"np.load", "numpy.load"} and keyword(call, "allow_pickle") else []
+    assert not places(path, unsafe)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*SOURCES, *sorted((ROOT / "tests").glob("**/*.py"))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_no_file_is_over_600_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600, "one noun a file: split it"
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """Run code in a fresh interpreter at the repository's root; returns what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+IMPORT_WITHOUT_EXTRAS = """
+import importlib, importlib.util, sys
+optional, files = sys.argv[1].split(","), sys.argv[2:]
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in optional:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+failures = []
+for number, entry in enumerate(files):
+    try:
+        if entry.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(f"script_{number}", entry)
+            sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            importlib.import_module(entry)
+    except BaseException as error:
+        failures.append(f"{entry}: {type(error).__name__}: {error}")
+print("\\n".join(failures))
+"""
+
+
+@pytest.mark.slow
+def test_every_module_imports_without_the_optional_extras():
+    entries = [
+        str(path) if path.parent.name == "scripts" or path == ROOT / "main.py" else module_name(path)
+        for path in SOURCES
+    ]
+    assert run_python(IMPORT_WITHOUT_EXTRAS, ",".join(OPTIONAL), *entries).strip() == ""
+
+
+@pytest.mark.parametrize(
+    "module", ["ldm.models.diffusion.ddpm", "ldm.models.diffusion.ddim", "ldm.models.autoencoder", "ldm.inference"]
+)
+def test_sampling_starts_without_what_only_training_needs(module):
+    """Each of these costs up to seconds before the first step."""
+    code = "import importlib, sys; importlib.import_module(sys.argv[1]); print(*sys.modules)"
+    loaded = {name.partition(".")[0] for name in run_python(code, module).split()}
+    assert not loaded & {*HEAVY, "lightning", "torchmetrics", "matplotlib"}

@@ -1,0 +1,54 @@
+"""Learning-rate multipliers against the recorded ones, and beyond their last step."""
+
+import pytest
+from parity_cases import load_case
+
+from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler, LambdaWarmUpCosineScheduler2
+
+CYCLES = {
+    "warm_up_steps": [5, 3],
+    "f_min": [0.1, 0.2],
+    "f_max": [1.0, 0.5],
+    "f_start": [0.0, 0.05],
+    "cycle_lengths": [20, 30],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        ("lr_warmup_cosine", LambdaWarmUpCosineScheduler(10, 0.1, 1.0, 0.01, 30)),
+        ("lr_warmup_cosine2", LambdaWarmUpCosineScheduler2(**CYCLES)),
+        ("lr_linear", LambdaLinearScheduler(**CYCLES)),
+    ],
+)
+def test_multipliers_are_the_published_ones(name, scheduler):
+    recorded = load_case("schedules").outputs[name].tolist()
+    assert [scheduler(n) for n in range(len(recorded))] == pytest.approx(recorded, abs=1e-6)
+
+
+def test_the_published_warm_up_of_the_churches_model_reaches_one_and_stays():
+    scheduler = LambdaLinearScheduler([10000], [1.0], [1.0], [1e-6], [10**13])
+    assert scheduler(0) == pytest.approx(1e-6)
+    assert scheduler(5000) == pytest.approx(0.5, abs=1e-5)
+    assert scheduler(10000) == scheduler(10**6) == 1.0
+
+
+@pytest.mark.parametrize("kind", [LambdaWarmUpCosineScheduler2, LambdaLinearScheduler])
+def test_after_the_last_cycle_the_factor_stays_at_its_minimum(kind):
+    scheduler = kind(**CYCLES)
+    assert scheduler(50) == pytest.approx(0.2)
+    assert scheduler(5000) == pytest.approx(0.2)
+
+
+def test_cycles_need_one_entry_each():
+    with pytest.raises(ValueError, match="one entry for each cycle"):
+        LambdaLinearScheduler([1, 2], [0.1], [1.0], [0.0], [10])
+
+
+def test_the_interval_of_verbosity_is_logged(caplog):
+    scheduler = LambdaWarmUpCosineScheduler(10, 0.1, 1.0, 0.0, 30, verbosity_interval=5)
+    with caplog.at_level("INFO", logger="ldm.lr_scheduler"):
+        for n in range(10):
+            scheduler(n)
+    assert [record.args[0] for record in caplog.records] == [0, 5]

@@ -1,0 +1,252 @@
+"""The adapters: what they step, count, log and save, with models small enough to follow by hand."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import nn
+
+from ldm.training.loader import ResumableLoader
+from ldm.training.modules import ManualOptimization, lightning_module
+from ldm.util import UserError
+
+SCHEDULE = {
+    "target": "ldm.lr_scheduler.LambdaLinearScheduler",
+    "params": {"warm_up_steps": [2], "cycle_lengths": [100], "f_start": [0.0], "f_max": [1.0], "f_min": [1.0]},
+}
+
+
+@dataclass(frozen=True)
+class Pass:
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    regularizer: Any = None
+    extra: Any = None
+
+
+class ToyAutoencoder(nn.Module):
+    """One linear layer each way, and a linear discriminator; notes what it is asked."""
+
+    learning_rate = 0.1
+    monitor = None
+
+    def __init__(self, with_discriminator=True, scheduler_config=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(3, 3)
+        self.critic = nn.Linear(3, 1) if with_discriminator else None
+        self.scheduler_config = scheduler_config
+        self.asked, self.passes, self.dtypes = [], 0, []
+        self.critic_gradients = []
+
+    def reconstruct(self, batch):
+        self.passes += 1
+        outputs = self.net(batch["image"])
+        self.dtypes.append(outputs.dtype)
+        return Pass(batch["image"], outputs)
+
+    def adversarial_loss(self, rec, optimizer_idx, global_step, split="train"):
+        self.asked.append((optimizer_idx, global_step, split))
+        if optimizer_idx == 0:
+            loss = (rec.inputs - rec.outputs).square().mean()
+            if self.critic is not None:
+                loss = loss - self.critic(rec.outputs).mean()
+            return loss, {f"{split}/rec_loss": loss.detach()}
+        assert not rec.outputs.requires_grad
+        self.critic_gradients.append(self.critic.weight.grad)
+        loss = (self.critic(rec.outputs) - self.critic(rec.inputs)).mean() + self.critic.weight.square().sum()
+        return loss, {f"{split}/disc_loss": loss.detach()}
+
+    def optimizer_parameters(self):
+        return list(self.net.parameters()), list(self.critic.parameters()) if self.critic is not None else []
+
+
+class ToyDiffusion(nn.Module):
+    """A linear layer with a moving average of its weights."""
+
+    learning_rate = 0.1
+    monitor = None
+    use_ema = True
+
+    def __init__(self, scheduler_config=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(3, 3)
+        self.register_buffer("average", self.net.weight.detach().clone())
+        self.scheduler_config = scheduler_config
+        self.first = []
+
+    def shared_step(self, batch):
+        loss = (self.net(batch["image"]) - torch.rand(3)).square().mean()
+        return loss, {f"{'train' if self.training else 'val'}/loss": loss.detach()}
+
+    def optimizer_parameters(self):
+        return list(self.net.parameters())
+
+    def before_training_batch(self, batch, is_first):
+        self.first.append(is_first)
+
+    def update_ema(self):
+        self.average.lerp_(self.net.weight.detach(), 0.5)
+
+    @contextmanager
+    def ema_scope(self):
+        live = self.net.weight.data
+        self.net.weight.data = self.average.clone()
+        yield
+        self.net.weight.data = live
+
+
+def images(count=8, batch_size=2):
+    generator = torch.Generator().manual_seed(1)
+    data = [{"image": torch.randn(3, generator=generator), "caption": "x"} for _ in range(count)]
+    return ResumableLoader(data, batch_size)
+
+
+def fit(model, loader=None, manual=None, validate=False, **trainer):
+    module = lightning_module(model, manual)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    plain = {"accelerator": "cpu", "max_epochs": 1, "num_sanity_val_steps": 0, "enable_checkpointing": False}
+    given = Trainer(**{**quiet, **plain, **trainer})
+    given.fit(module, loader or images(), images(2) if validate else None)
+    return module, given
+
+
+def test_the_discriminator_judges_without_gathering_gradients_and_both_step_every_batch():
+    model = ToyAutoencoder()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _, trainer = fit(model)
+    assert model.passes == 4, "one pass through the autoencoder serves both players"
+    assert [index for index, _, _ in model.asked] == [0, 1] * 4
+    assert model.critic_gradients == [None] * 4
+    assert not torch.equal(before["net.weight"], model.net.weight)
+    assert not torch.equal(before["critic.weight"], model.critic.weight)
+    assert trainer.global_step == 4
+
+
+@pytest.mark.parametrize(("accumulated", "steps"), [(1, [0, 1, 2, 3]), (2, [0, 0, 1, 1]), (3, [0, 0, 0, 1])])
+def test_steps_are_counted_once_for_both_optimizers(accumulated, steps):
+    model = ToyAutoencoder()
+    _, trainer = fit(model, manual=ManualOptimization(accumulated))
+    assert [step for index, step, _ in model.asked if index == 0] == steps
+    assert [step for index, step, _ in model.asked if index == 1] == steps
+    assert trainer.global_step == steps[-1] + 1, "what is left at the end of an epoch is not lost"
+
+
+def test_max_steps_means_steps_of_the_autoencoder():
+    model = ToyAutoencoder()
+    _, trainer = fit(model, max_steps=3, max_epochs=-1)
+    assert trainer.global_step == model.passes == 3
+
+
+def test_accumulated_batches_are_one_large_batch():
+    """Adam's first step is insensitive to a factor on the gradients, so several are compared."""
+    large, small = ToyAutoencoder(), ToyAutoencoder()
+    fit(large, images(batch_size=4), max_epochs=3)
+    fit(small, images(batch_size=2), ManualOptimization(2), max_epochs=3)
+    for name, value in large.state_dict().items():
+        torch.testing.assert_close(small.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_clipped():
+    norms = []
+
+    class Spy(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
+
+    fit(ToyAutoencoder(), manual=ManualOptimization(gradient_clip_val=0.01), callbacks=[Spy()])
+    assert len(norms) == 8
+    assert max(norms) <= 0.01 * (1 + 1e-4)
+
+
+def test_without_a_discriminator_there_is_one_optimizer():
+    model = ToyAutoencoder(with_discriminator=False)
+    _, trainer = fit(model, validate=True)
+    assert len(trainer.optimizers) == 1
+    assert {index for index, _, _ in model.asked} == {0}
+    assert "val/rec_loss" in trainer.callback_metrics
+
+
+def test_the_published_optimizers_and_their_learning_rates():
+    model = ToyAutoencoder()
+    model.lr_g_factor = 2.0
+    _, trainer = fit(model)
+    assert [type(optimizer).__name__ for optimizer in trainer.optimizers] == ["Adam", "Adam"]
+    assert [optimizer.defaults["betas"] for optimizer in trainer.optimizers] == [(0.5, 0.9)] * 2
+    assert [optimizer.defaults["lr"] for optimizer in trainer.optimizers] == pytest.approx([0.2, 0.1])
+
+
+def test_schedules_move_with_the_steps():
+    _, adversarial = fit(ToyAutoencoder(scheduler_config=SCHEDULE), manual=ManualOptimization(4))
+    assert [optimizer.param_groups[0]["lr"] for optimizer in adversarial.optimizers] == pytest.approx([0.05] * 2)
+    _, diffusion = fit(ToyDiffusion(SCHEDULE), accumulate_grad_batches=4)
+    assert diffusion.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+def test_lower_precision_reaches_the_model():
+    model = ToyAutoencoder()
+    fit(model, precision="bf16-mixed")
+    assert set(model.dtypes) == {torch.bfloat16}
+    assert model.net.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [ToyAutoencoder, ToyDiffusion])
+def test_checkpoints_hold_the_models_own_names(kind, tmp_path):
+    model = kind()
+    module, trainer = fit(model)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == model.state_dict().keys()
+    fresh = lightning_module(kind())
+    fresh.load_state_dict(saved["state_dict"])
+    assert torch.equal(fresh.model.net.weight, model.net.weight)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        fresh.load_state_dict({})
+
+
+def test_the_average_follows_steps_and_not_batches():
+    model = ToyDiffusion()
+    averages = []
+    model.update_ema = lambda: averages.append(model.net.weight.detach().clone())
+    fit(model, accumulate_grad_batches=2)
+    assert len(averages) == 2
+    assert torch.equal(averages[-1], model.net.weight), "it is taken after the step, not before"
+
+
+def test_validation_reports_live_and_averaged_weights():
+    model = ToyDiffusion()
+    _, trainer = fit(model, validate=True)
+    metrics = trainer.callback_metrics
+    assert metrics["val/loss"] != metrics["val/loss_ema"]
+    assert {"train/loss", "val/loss", "val/loss_ema"} <= metrics.keys()
+
+
+def test_validating_does_not_change_what_is_learnt():
+    with_validation, without = ToyDiffusion(), ToyDiffusion()
+    torch.manual_seed(5)
+    fit(with_validation, validate=True, val_check_interval=1)
+    torch.manual_seed(5)
+    fit(without)
+    assert torch.equal(with_validation.net.weight, without.net.weight)
+
+
+def test_only_the_very_first_batch_is_the_first():
+    model = ToyDiffusion()
+    fit(model, max_epochs=2)
+    assert model.first == [True] + [False] * 7
+
+
+def test_a_lightning_module_trains_itself():
+    module = LightningModule()
+    assert lightning_module(module) is module
+
+
+def test_a_model_without_a_loss_is_refused():
+    with pytest.raises(UserError, match="Linear cannot be trained"):
+        lightning_module(nn.Linear(1, 1))

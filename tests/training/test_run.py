@@ -1,0 +1,222 @@
+"""Whole runs of the diffusion model, several processes, and what happens when training fails."""
+
+import sys
+import types
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny_models import text_config
+
+import main
+
+QUIET = ["--enable_progress_bar", "false", "--enable_model_summary", "false"]
+
+FIRST_STAGE = {
+    "model": {
+        "base_learning_rate": 1e-3,
+        "target": "ldm.models.autoencoder.AutoencoderKL",
+        "params": {
+            "embed_dim": 3,
+            "ddconfig": text_config()["params"]["first_stage_config"]["params"]["ddconfig"],
+            "lossconfig": {
+                "target": "ldm.modules.losses.LPIPSWithDiscriminator",
+                "params": {"disc_start": 2, "perceptual_weight": 0.0, "disc_num_layers": 1},
+            },
+        },
+    },
+    "data": {
+        "target": "main.DataModuleFromConfig",
+        "params": {
+            "batch_size": 2,
+            "num_workers": 0,
+            "train": {"target": "ldm.data.emoji.EmojiTrain", "params": {"size": 16}},
+        },
+    },
+}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`run(model, *words)` trains on tiny emoji and gives the exit status; the log folder is `tmp_path / "logs"`."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(model, *words, **data):
+        emoji = {"target": "ldm.data.emoji.EmojiTrain", "params": {"size": 16}}
+        validation = {"target": "ldm.data.emoji.EmojiValidation", "params": {"size": 16}}
+        params = {"batch_size": 2, "num_workers": 0, "train": emoji, "validation": validation, **data}
+        config = {
+            "model": {"base_learning_rate": 1e-4, **model},
+            "data": {"target": "main.DataModuleFromConfig", "params": params},
+            "lightning": {"trainer": {"limit_train_batches": 3, "limit_val_batches": 1, "log_every_n_steps": 1}},
+        }
+        OmegaConf.save(OmegaConf.create(config), "tiny.yaml")
+        return main.main(["-b", "tiny.yaml", "-t", *QUIET, *words])
+
+    return start
+
+
+def the_run(tmp_path):
+    (folder,) = (tmp_path / "logs").iterdir()
+    return folder
+
+
+def test_a_diffusion_model_trains_validates_and_draws(run, tmp_path):
+    pictures = "lightning.callbacks.image_logger.params.log_images_kwargs={ddim_steps: 2}"
+    model = text_config(use_ema=True, monitor="val/loss_simple_ema")
+    assert run(model, "--max_steps", "4", pictures, "lightning.callbacks.image_logger.params.batch_frequency=2") == 0
+    folder = the_run(tmp_path)
+    drawn = {path.name.split("_gs-")[0] for path in (folder / "images" / "train").iterdir()}
+    assert {"inputs", "reconstruction", "conditioning", "samples"} <= drawn
+    assert list((folder / "images" / "val").glob("samples_gs-000003_*"))
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]["model_ema.num_updates"] == 4
+    assert "first_stage_model.encoder.conv_in.weight" in checkpoint["state_dict"]
+    best = next(value for key, value in checkpoint["callbacks"].items() if key.startswith("ModelCheckpoint"))
+    assert best["monitor"] == "val/loss_simple_ema"
+    assert (folder / "checkpoints" / "epoch=000000.ckpt").is_file()
+
+
+def test_weights_by_step_are_kept_on_request(run, tmp_path):
+    kept = "lightning.callbacks.metrics_over_trainsteps_checkpoint.params.every_n_train_steps=2"
+    assert run(text_config(), "--max_steps", "4", kept, "lightning.callbacks.image_logger=null") == 0
+    folder = the_run(tmp_path) / "checkpoints" / "trainstep_checkpoints"
+    assert [path.name for path in sorted(folder.iterdir())] == [
+        "epoch=000000-step=000000002.ckpt",
+        "epoch=000001-step=000000004.ckpt",
+    ]
+    assert "optimizer_states" not in torch.load(next(folder.iterdir()), weights_only=True)
+
+
+def test_without_validation_data_the_latest_checkpoint_is_kept(run, tmp_path):
+    words = ["--max_epochs", "2", "lightning.callbacks.image_logger=null"]
+    assert run(text_config(monitor="val/loss"), *words, validation=None) == 0
+    names = sorted(path.name for path in (the_run(tmp_path) / "checkpoints").iterdir())
+    assert names == ["epoch=000001.ckpt", "last.ckpt"]
+
+
+def test_latents_are_cached_before_training_when_asked(run, monkeypatch):
+    calls = []
+    latents = types.ModuleType("ldm.training.latents")
+    latents.cache_latents = lambda data, model, device: calls.append((data.latent_cache, type(model).__name__, device))
+    monkeypatch.setitem(sys.modules, "ldm.training.latents", latents)
+    words = ["--max_steps", "1", "lightning.callbacks.image_logger=null"]
+    assert run(text_config(), *words, latent_cache={"variants": 2}) == 0
+    assert calls == [({"variants": 2}, "LatentDiffusion", torch.device("cpu"))]
+
+
+def test_a_failure_keeps_its_traceback_and_what_was_learnt(run, tmp_path, monkeypatch):
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+    original, count = LatentDiffusion.shared_step, []
+
+    def failing(self, batch):
+        count.append(1)
+        if len(count) == 5:
+            raise ZeroDivisionError("on purpose")
+        return original(self, batch)
+
+    monkeypatch.setattr(LatentDiffusion, "shared_step", failing)
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        run(text_config(), "lightning.callbacks.image_logger=null", "--limit_val_batches", "0")
+    saved = torch.load(the_run(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 4
+
+
+def test_a_failure_before_the_first_step_leaves_no_checkpoint(run, tmp_path, monkeypatch):
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+    def failing(self, batch):
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr(LatentDiffusion, "shared_step", failing)
+    with pytest.raises(ZeroDivisionError):
+        run(text_config(), "lightning.callbacks.image_logger=null", "--num_sanity_val_steps", "0")
+    assert not list(tmp_path.glob("logs/*/checkpoints/*"))
+
+
+def test_ctrl_c_in_a_batch_finishes_it_saves_and_exits_with_130(run, tmp_path, monkeypatch):
+    import signal
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+    original, count = LatentDiffusion.shared_step, []
+
+    def interrupted(self, batch):
+        count.append(1)
+        if len(count) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, batch)
+
+    monkeypatch.setattr(LatentDiffusion, "shared_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    words = ["lightning.callbacks.image_logger=null", "--num_sanity_val_steps", "0"]
+    assert run(text_config(), *words) == 130
+    assert len(count) == 2
+    assert torch.load(the_run(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.setattr(LatentDiffusion, "shared_step", original)
+    assert main.main(["-r", str(the_run(tmp_path)), "-t", "--max_steps", "3", *QUIET, *words]) == 0
+
+
+def test_a_lightning_module_with_a_test_is_tested(run, tmp_path, monkeypatch):
+    from pytorch_lightning import LightningModule
+
+    tested = []
+
+    class Own(LightningModule):
+        learning_rate = 0.0
+
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch["image"].mean().reshape(1, 1)).sum()
+
+        def test_step(self, batch, batch_idx):
+            tested.append(self.learning_rate)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+
+    toys = types.ModuleType("toys")
+    toys.Own = Own
+    monkeypatch.setitem(sys.modules, "toys", toys)
+    test = {"target": "ldm.data.emoji.EmojiValidation", "params": {"size": 16}}
+    words = ["--max_steps", "1", "--limit_test_batches", "2", "lightning.callbacks.image_logger=null"]
+    assert run({"target": "toys.Own"}, *words, test=test, validation=None) == 0
+    assert tested == pytest.approx([2e-4] * 2)
+    assert run({"target": "toys.Own"}, *words, "--no-test", "-l", "other", test=test, validation=None) == 0
+    assert len(tested) == 2
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert main.main(["-r", str(folder), *QUIET]) == 0
+    assert len(tested) == 4
+
+
+SPY = """
+import pathlib
+from pytorch_lightning import Callback
+
+class Spy(Callback):
+    def on_train_end(self, trainer, module):
+        total = sum(value.double().abs().sum().item() for value in module.parameters())
+        pathlib.Path(f"rank{trainer.global_rank}.txt").write_text(repr(total))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_folder_and_stay_together(tmp_path, repo_root):
+    import os
+    import subprocess
+
+    (tmp_path / "spy.py").write_text(SPY)
+    OmegaConf.save(OmegaConf.create(FIRST_STAGE), tmp_path / "tiny.yaml")
+    words = ["-b", "tiny.yaml", "-t", "--max_steps", "5", "--accelerator", "cpu", "--devices", "2", *QUIET]
+    spy = ["lightning.callbacks.spy.target=spy.Spy", "lightning.callbacks.image_logger=null"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(repo_root / "main.py"), *words, *spy, "--accumulate_grad_batches", "2"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "rank0.txt").read_text() == (tmp_path / "rank1.txt").read_text()
+    assert torch.load(the_run(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
