@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from ldm.util import UserError, did_you_mean
 
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**63 - 1
 
 
@@ -122,7 +122,7 @@ def model_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--precision",
         choices=PRECISIONS,
-        default="auto",
-        help="numbers the network computes in (default: bfloat16 on recent CUDA devices, else float32)",
+        default="float32",
+        help="numbers the network computes in (default: %(default)s)",
     )
     return parser

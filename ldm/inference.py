@@ -49,15 +49,6 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The data type called `name`; "auto" is bfloat16 on CUDA devices that compute in it, float32 elsewhere."""
-    if name != "auto":
-        return getattr(torch, name)
-    # Devices from compute capability 8.0 on; older ones only emulate it.
-    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if native else torch.float32
-
-
 def load_model(
     config: str | Path,
     checkpoint: str | Path,

@@ -115,7 +115,9 @@ def _parameters(cls: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
             return accepted, required, True
         named = [p for p in parameters if p.name != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         accepted += [p.name for p in named]
-        required += [p.name for p in named if p.default is p.empty]
+        # What a base class requires may be given by the derived one; only the first constructor is called from here.
+        if constructor is constructors[0]:
+            required = [p.name for p in named if p.default is p.empty]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return accepted, required, False
     return accepted, required, True

@@ -223,17 +223,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = find_model(args.model, args.config, args.ckpt) or named_model(DEFAULT_MODEL)
     size = PictureSize.of(read_config(files.config))
 
+    import torch
+
     from ldm.data.emoji import EmojiValidation
     from ldm.files import atomic_path
     from ldm.images import save_png
-    from ldm.inference import SamplerSettings, choose_device, choose_precision, load_model
+    from ldm.inference import SamplerSettings, choose_device, load_model
 
-    unseen_pairs, seen_pairs = (
-        EmojiValidation(size.height, split="held_out"),
-        EmojiValidation(size.height, split="seen"),
-    )
+    unseen_pairs, seen_pairs = (EmojiValidation(size.height, split=split) for split in ("held_out", "seen"))
     device = choose_device(args.device)
-    precision = choose_precision(args.precision, device)
+    precision = getattr(torch, args.precision)
     model = load_model(files.config, files.checkpoint, device, precision)
     settings = SamplerSettings("ddim", args.steps, 0.0, args.scale)
     latent = (size.height // size.factor, size.width // size.factor)

@@ -1,6 +1,7 @@
-"""Train a small model from nothing on the CPU in minutes: first stage, diffusion model, export, pictures.
+"""Train a text-to-image model from nothing: first stage, diffusion model, export, pictures.
 
-python scripts/train_demo.py
+python scripts/train_demo.py           a small one, on the CPU in minutes
+python scripts/train_demo.py --full    the bundled one
 
 Each stage is the command that one would type; it is shown before it runs. The two losses are read back from the logs
 at the end, and the exit status is 1 unless both fell.
@@ -23,21 +24,36 @@ from ldm.cli import Parser, command
 from ldm.util import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-FIRST_STAGE = ROOT / "configs" / "emoji" / "demo_first_stage.yaml"
-LDM = ROOT / "configs" / "emoji" / "demo_ldm.yaml"
-PROMPTS = ROOT / "configs" / "emoji" / "prompts.txt"
+CONFIGS = ROOT / "configs" / "emoji"
+PROMPTS = CONFIGS / "prompts.txt"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: its folder's name, its configuration, the loss that shows whether it learns."""
+    """One training run."""
 
     name: str
-    config: Path
-    loss: str
+    configs: tuple[str, ...]  # merged from left to right
+    loss: str  # the scalar that shows whether it learns
+    starts_from: str | None = None  # the configuration value that takes the checkpoint of the stage before
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where its configurations are."""
+        return [CONFIGS / name for name in self.configs]
 
 
-STAGES = (Stage("first_stage", FIRST_STAGE, "train/rec_loss"), Stage("ldm", LDM, "train/loss_simple"))
+FIRST_STAGE_OF_LDM = "model.params.first_stage_config.params.ckpt_path"
+DEMO = (
+    Stage("first_stage", ("demo_first_stage.yaml",), "train/rec_loss"),
+    Stage("ldm", ("demo_ldm.yaml",), "train/loss_simple", FIRST_STAGE_OF_LDM),
+)
+CROPS = "autoencoder_kl_16x16x6.yaml"
+FULL = (
+    Stage("crops", (CROPS,), "train/rec_loss"),
+    Stage("whole", (CROPS, "whole_pictures.yaml"), "train/rec_loss", "model.params.ckpt_path"),
+    Stage("ldm", ("txt2img_64.yaml",), "train/loss_simple", FIRST_STAGE_OF_LDM),
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,8 @@ class Curve:
 
 def make_parser() -> Parser:
     """The options."""
-    parser = Parser(description="Train a small model from nothing on the CPU, then draw with it.")
+    parser = Parser(description="Train a text-to-image model of emoji from nothing, then draw with it.")
+    parser.add_argument("--full", action="store_true", help="the bundled model: hours on two cores, not minutes")
     parser.add_argument("--logdir", default="logs/train-demo", metavar="DIR", help="default: %(default)s")
     return parser
 
@@ -79,7 +96,7 @@ def run(title: str, *arguments: str | Path) -> None:
 
 def train(stage: Stage, folder: Path, overrides: Sequence[str] = ()) -> Path:
     """Train one stage under `folder`; returns the folder of its run."""
-    words = ["-b", stage.config, "-t", "--no-test", "-l", folder, "-n", stage.name, *overrides]
+    words = ["-b", *stage.paths, "-t", "--no-test", "-l", folder, "-n", stage.name, *overrides]
     run(f"train {stage.name}", "main.py", *words)
     runs = sorted(folder.glob(f"*_{stage.name}"))
     if not runs or not checkpoint(runs[-1]).is_file():
@@ -119,17 +136,17 @@ def curve(run_folder: Path, name: str) -> Curve:
     return Curve(name, sum(values[:count]) / count, sum(values[-count:]) / count)
 
 
-def train_and_draw(folder: Path) -> list[Curve]:
-    """The whole chain under `folder`; returns the two loss curves."""
-    first_stage, ldm = STAGES
-    first_run = train(first_stage, folder)
-    weights = f"model.params.first_stage_config.params.ckpt_path={checkpoint(first_run)}"
-    ldm_run = train(ldm, folder, [weights])
+def train_and_draw(stages: Sequence[Stage], folder: Path) -> list[Curve]:
+    """The whole chain under `folder`; returns the loss curves of the stages."""
+    runs: list[Path] = []
+    for stage in stages:
+        overrides = [f"{stage.starts_from}={checkpoint(runs[-1])}"] if stage.starts_from else []
+        runs.append(train(stage, folder, overrides))
     model, pictures = folder / "model", folder / "pictures"
-    run("export", "scripts/export_model.py", "--ckpt", checkpoint(ldm_run), "--outdir", model)
+    run("export", "scripts/export_model.py", "--ckpt", checkpoint(runs[-1]), "--outdir", model)
     options = ["--from-file", PROMPTS, "--ddim_steps", "50", "--seed", "1", "--outdir", pictures]
     run("draw", "scripts/txt2img.py", "--model", model, *options)
-    return [curve(first_run, first_stage.loss), curve(ldm_run, ldm.loss)]
+    return [curve(run_folder, stage.loss) for run_folder, stage in zip(runs, stages, strict=True)]
 
 
 def report(curves: Sequence[Curve], seconds: float) -> bool:
@@ -148,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     start = time.monotonic()
     folder = Path(args.logdir) / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    if not report(train_and_draw(folder), time.monotonic() - start):
+    if not report(train_and_draw(FULL if args.full else DEMO, folder), time.monotonic() - start):
         sys.exit(1)
 
 

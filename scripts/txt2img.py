@@ -202,10 +202,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from ldm.images import make_grid, save_png
-    from ldm.inference import SamplerSettings, choose_device, choose_precision, load_model, unknown_words
+    from ldm.inference import SamplerSettings, choose_device, load_model, unknown_words
 
     device = choose_device(args.device)
-    precision = choose_precision(args.precision, device)
+    precision = getattr(torch, args.precision)
     model = load_model(files.config, files.checkpoint, device, precision)
     unknown = unknown_words(model, [*prompts, args.negative_prompt])
     if unknown:

@@ -10,6 +10,7 @@ Shapes: `rgba` (S, S, 4) uint8 with straight alpha; images (S, S, 3) float32 in 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.util import UserError
+from ldm.util import UserError, did_you_mean
 
 DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "data" / "emoji"
 SIZES = (64, 128)
@@ -192,6 +193,20 @@ def compose(
     return over(place(rgba, scale, shift_x, shift_y, size), colour)
 
 
+def chosen_pairs(drawings: Drawings, held_out: bool, names: Sequence[str] | None = None) -> list[tuple[int, str]]:
+    """The (drawing, colour) pairs that are held out, or all the others; `names` keeps the drawings so called.
+
+    Raises:
+        UserError: a name (either of a drawing's two) that no drawing has.
+    """
+    known = {name: i for either in (drawings.unicode_names, drawings.cldr_names) for i, name in enumerate(either)}
+    for name in names or ():
+        if name not in known:
+            raise UserError(f'no emoji drawing is called "{name}"{did_you_mean(name, known)}; see data/emoji/names.tsv')
+    indices = range(len(drawings)) if names is None else sorted({known[name] for name in names})
+    return [(i, colour) for i in indices for colour in COLOURS if is_held_out(i, colour) == held_out]
+
+
 class _EmojiPairs(Dataset):
     """What training and validation share: a list of (drawing, colour) pairs and the making of an item.
 
@@ -229,10 +244,10 @@ class EmojiTrain(_EmojiPairs):
     drawing moves only as far as the canvas has room, so that none is cut off); `name_only_prob`: how often
     the caption leaves the background out; `crop`: side of a random square cut from the image, for training
     a first stage on parts. All randomness comes from PyTorch's global generator, which a data loader seeds
-    in each worker.
+    in each worker. `names`: only these drawings, by either name.
 
     Raises:
-        UserError: no data at `root`, or a parameter out of range.
+        UserError: no data at `root`, an unknown name, or a parameter out of range.
     """
 
     def __init__(
@@ -243,10 +258,10 @@ class EmojiTrain(_EmojiPairs):
         scale: tuple[float, float] = (0.85, 1.0),
         shift: float = 0.06,
         crop: int | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         drawings = load_drawings(_source_size(size), root)
-        pairs = [(i, colour) for i in range(len(drawings)) for colour in COLOURS if not is_held_out(i, colour)]
-        super().__init__(pairs, drawings, size)
+        super().__init__(chosen_pairs(drawings, False, names), drawings, size)
         if crop is not None and not 1 <= crop <= size:
             raise UserError(f"crop must lie between 1 and size ({size}), not {crop}")
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
@@ -274,19 +289,24 @@ class EmojiTrain(_EmojiPairs):
 class EmojiValidation(_EmojiPairs):
     """Fixed pairs without augmentation: the drawing centred at full size, its CLDR short name, the colour.
 
-    `split`: "held_out" for the pairs never shown in training, "seen" for the others.
+    `split`: "held_out" for the pairs never shown in training, "seen" for the others. `names`: only these
+    drawings, by either name.
 
     Raises:
-        UserError: no data at `root`, or an unknown split.
+        UserError: no data at `root`, an unknown name, or an unknown split.
     """
 
-    def __init__(self, size: int = 64, root: str | Path | None = None, split: str = "held_out") -> None:
+    def __init__(
+        self,
+        size: int = 64,
+        root: str | Path | None = None,
+        split: str = "held_out",
+        names: Sequence[str] | None = None,
+    ) -> None:
         if split not in ("held_out", "seen"):
             raise UserError(f'split of the emoji data must be "held_out" or "seen", not "{split}"')
         drawings = load_drawings(_source_size(size), root)
-        wanted = split == "held_out"
-        pairs = [(i, colour) for i in range(len(drawings)) for colour in COLOURS if is_held_out(i, colour) == wanted]
-        super().__init__(pairs, drawings, size)
+        super().__init__(chosen_pairs(drawings, split == "held_out", names), drawings, size)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         index, colour = self.pairs[item]

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelSummary
@@ -22,6 +23,8 @@ from ldm.training.storage import SafeCheckpointIO, check_resumable
 from ldm.util import UserError, get_obj_from_str, instantiate_from_config
 
 logger = logging.getLogger(__name__)
+
+AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 DEFAULT_CALLBACKS = {
     "image_logger": {
@@ -171,8 +174,6 @@ def device_count(settings: dict[str, Any]) -> int:
     if isinstance(devices, list):
         return len(devices)
     if devices == -1 or devices == "-1":
-        import torch
-
         return max(1, torch.cuda.device_count())
     return devices if isinstance(devices, int) else 1
 
@@ -217,4 +218,5 @@ def prepare(model: nn.Module, data: LightningDataModule, trainer: Trainer) -> No
         from ldm.training.latents import cache_latents
 
         with isolate_rng():  # whether the latents were kept from an earlier run must not show in what training draws
-            cache_latents(data, model, trainer.strategy.root_device)
+            dtype = AUTOCAST_DTYPES.get(str(trainer.precision))
+            cache_latents(data, model, trainer.strategy.root_device, dtype)

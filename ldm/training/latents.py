@@ -22,28 +22,26 @@ log = logging.getLogger(__name__)
 
 
 class CachedLatents(Dataset):
-    """A dataset whose images are replaced by their latents' moments, in several augmented variants.
+    """A dataset whose images are replaced by the moments of their latents.
 
-    An item is the original item without its image-sized entries, plus `latent_moments` (2c, h, w): mean and
-    log-variance, from which the model samples anew each time. The variant is drawn from the global generator.
+    An item is the original item without its pictures, plus `latent_moments` (2c, h, w): mean and log-variance, from
+    which the model samples anew each time. With several variants every original item is there so many times, each
+    time augmented otherwise.
 
     Args:
-        moments: (variants · N, 2c, h, w) float16, variant by variant.
+        moments: (items, 2c, h, w) float16.
         fields: the other entries of the items, lists of the same length.
-        variants: how many times each of the N items was encoded.
     """
 
-    def __init__(self, moments: torch.Tensor, fields: dict[str, list[Any]], variants: int) -> None:
-        self.moments, self.fields, self.variants = moments, fields, variants
-        self.count = len(moments) // variants
+    def __init__(self, moments: torch.Tensor, fields: dict[str, list[Any]]) -> None:
+        self.moments, self.fields = moments, fields
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.moments)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = int(torch.randint(self.variants, ())) * self.count + index
-        item = {key: values[row] for key, values in self.fields.items()}
-        return {**item, LATENT_KEY: self.moments[row].float()}
+        item = {key: values[index] for key, values in self.fields.items()}
+        return {**item, LATENT_KEY: self.moments[index].float()}
 
 
 def cache_latents(
@@ -74,7 +72,7 @@ def cache_latents(
         raise UserError("latent_cache needs a training set with a length; remove it from data.params")
     variants, path = settings.get("variants", 1), settings.get("path")
     key = _fingerprint(model, data.dataset_configs["train"], len(dataset), variants)
-    cached = _stored(path, key, variants)
+    cached = _stored(path, key)
     if cached is None:
         cached = _encode(dataset, model, variants, data.batch_size, torch.device(device), autocast_dtype)
         if path is not None:
@@ -83,7 +81,7 @@ def cache_latents(
     data.datasets["train"] = cached
 
 
-def _stored(path: str | None, key: str, variants: int) -> CachedLatents | None:
+def _stored(path: str | None, key: str) -> CachedLatents | None:
     """What the file at `path` holds, if it was made under `key`."""
     if path is None or not Path(path).is_file():
         return None
@@ -92,7 +90,7 @@ def _stored(path: str | None, key: str, variants: int) -> CachedLatents | None:
         log.info("the latents in %s belong to another first stage or data set; making them anew", path)
         return None
     log.info("using the latents in %s", path)
-    return CachedLatents(stored["moments"], stored["fields"], variants)
+    return CachedLatents(stored["moments"], stored["fields"])
 
 
 @torch.no_grad()
@@ -118,7 +116,7 @@ def _encode(
                 fields.setdefault(key, []).extend(values)
             progress.update(len(images))
     progress.close()
-    return CachedLatents(torch.cat(moments), fields, variants)
+    return CachedLatents(torch.cat(moments), fields)
 
 
 def _small_fields(batch: dict[str, Any], image_key: str) -> dict[str, list[Any]]:

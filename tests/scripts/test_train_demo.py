@@ -65,7 +65,7 @@ def commands(train_demo, monkeypatch):
             run = Path(chosen.logdir) / f"2000-01-01T00-00-00_{chosen.name}"
             (run / "checkpoints").mkdir(parents=True)
             (run / "checkpoints" / "last.ckpt").touch()
-            loss = {"first_stage": "train/rec_loss", "ldm": "train/loss_simple"}[chosen.name]
+            loss = "train/loss_simple" if chosen.name == "ldm" else "train/rec_loss"
             write_log(run, loss, [1.0, 0.5])
         return subprocess.CompletedProcess(words, 0)
 
@@ -74,7 +74,7 @@ def commands(train_demo, monkeypatch):
 
 
 def test_the_chain_hands_each_result_to_the_next_command(train_demo, commands, tmp_path, load_script):
-    curves = train_demo.train_and_draw(tmp_path)
+    curves = train_demo.train_and_draw(train_demo.DEMO, tmp_path)
     assert [curve.fell for curve in curves] == [True, True]
     first, second, export, draw = commands
 
@@ -94,6 +94,15 @@ def test_the_chain_hands_each_result_to_the_next_command(train_demo, commands, t
     assert Path(drawn.from_file).is_file()
 
 
+def test_the_bundled_model_finishes_its_first_stage_on_whole_pictures(train_demo, commands, tmp_path):
+    train_demo.train_and_draw(train_demo.FULL, tmp_path)
+    crops, whole, ldm = (options.parse(command[1:]) for command in commands[:3])
+    assert whole.base[0] == crops.base[0]
+    assert whole.overrides == [f"model.params.ckpt_path={tmp_path}/2000-01-01T00-00-00_crops/checkpoints/last.ckpt"]
+    assert ldm.overrides[0].endswith("2000-01-01T00-00-00_whole/checkpoints/last.ckpt")
+    assert all(Path(config).is_file() for chosen in (crops, whole, ldm) for config in chosen.base)
+
+
 def test_a_stage_that_fails_stops_the_chain(train_demo, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train_demo.subprocess, "run", lambda words: subprocess.CompletedProcess(words, 2))
     assert train_demo.main(["--logdir", str(tmp_path)]) == 2
@@ -102,10 +111,10 @@ def test_a_stage_that_fails_stops_the_chain(train_demo, monkeypatch, tmp_path, c
 
 def test_the_status_says_whether_both_losses_fell(train_demo, monkeypatch, tmp_path, capsys):
     fell, rose = train_demo.Curve("a", 2.0, 1.0), train_demo.Curve("b", 1.0, 2.0)
-    monkeypatch.setattr(train_demo, "train_and_draw", lambda folder: [fell, rose])
+    monkeypatch.setattr(train_demo, "train_and_draw", lambda stages, folder: [fell, rose])
     with pytest.raises(SystemExit) as exit_status:
         train_demo.main(["--logdir", str(tmp_path)])
     assert exit_status.value.code == 1
     assert "b DID NOT FALL: 1.0000 -> 2.0000" in capsys.readouterr().out
-    monkeypatch.setattr(train_demo, "train_and_draw", lambda folder: [fell, fell])
+    monkeypatch.setattr(train_demo, "train_and_draw", lambda stages, folder: [fell, fell])
     assert train_demo.main(["--logdir", str(tmp_path)]) == 0

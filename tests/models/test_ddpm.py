@@ -1,0 +1,276 @@
+"""Diffusion models: losses against recorded numbers, latents, conditioning, precision, previews."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from parity_cases import assert_close, build, load_case
+from tiny_models import randomise, text_config
+
+from ldm.models.diffusion.ddpm import LATENT_KEY
+from ldm.util import UserError, instantiate_from_config
+
+
+def text_model(**params):
+    torch.manual_seed(0)
+    return randomise(instantiate_from_config(text_config(**params)))
+
+
+def text_batch(n=2):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(n, 16, 16, 3, generator=generator) * 2 - 1
+    return {"image": image, "caption": ["rocket on a blue background", "fox"][:n]}
+
+
+def grad_norm(module):
+    return torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm()
+
+
+# -- losses ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["eps_l2", "eps_l1", "x0_l2", "eps_elbo", "eps_learned_logvar"])
+def test_losses_and_gradients_are_the_recorded_ones(kind):
+    case = load_case(f"train_loss_{kind}")
+    model = build(case).train()
+    z, t, noise = (case.inputs[name] for name in ("z", "timesteps", "noise"))
+    loss, log = model.p_losses(z, None, t, noise=noise)
+    loss.backward()
+    assert_close(loss, case.outputs["loss"])
+    for name, recorded in case.outputs.items():
+        if name.startswith("train.") or name == "logvar":
+            assert_close(log[name.replace(".", "/")], recorded)
+    unet = model.model.diffusion_model
+    assert_close(unet.input_blocks[0][0].weight.grad, case.outputs["grad_first_conv"])
+    assert_close(unet.out[2].weight.grad, case.outputs["grad_last_conv"])
+    assert_close(grad_norm(model.model), case.outputs["grad_norm"])
+
+
+def test_the_text_conditional_loss_trains_the_encoder_too():
+    case = load_case("text_train_loss")
+    model = build(case).train()
+    z, t, noise = (case.inputs[name] for name in ("z", "timesteps", "noise"))
+    loss, _ = model.p_losses(z, model.get_learned_conditioning(case.inputs["tokens"]), t, noise=noise)
+    loss.backward()
+    assert_close(loss, case.outputs["loss"])
+    assert_close(grad_norm(model.model), case.outputs["grad_norm_unet"])
+    assert_close(grad_norm(model.cond_stage_model), case.outputs["grad_norm_cond"])
+
+
+def test_the_schedule_buffers_are_the_recorded_ones():
+    case = load_case("noise_schedule")
+    model = build(case)
+    for name, recorded in case.outputs.items():
+        assert_close(getattr(model, name), recorded, 1e-6)
+
+
+def test_noising_and_its_inverse():
+    model = text_model()
+    x, noise, t = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([3, 90])
+    assert_close(model.predict_start_from_noise(model.q_sample(x, t, noise), t, noise), x, 1e-5)
+    mean, variance, log_variance = model.q_mean_variance(x, t)
+    assert_close(model.q_sample(x, t, torch.zeros_like(x)), mean, 1e-6)
+    assert_close(variance.log(), log_variance, 1e-4)
+
+
+# -- state -----------------------------------------------------------------------------------------------------
+
+
+def test_scale_factor_is_a_buffer_only_when_measured():
+    assert "scale_factor" not in text_model(scale_factor=0.5).state_dict()
+    assert "scale_factor" in text_model(scale_by_std=True).state_dict()
+
+
+def test_the_schedule_stays_in_single_precision():
+    model = text_model(scale_by_std=True)
+    before = model.alphas_cumprod.clone()
+    model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model.alphas_cumprod, before)
+    assert model.scale_factor.dtype == torch.float32
+
+
+def test_bfloat16_and_channels_last_need_no_change_to_the_model():
+    model = text_model().eval()
+    reference, _ = model.sample_log(None_conditioning(model), 2, True, 3, verbose=False, x_T=torch.ones(2, 3, 8, 8))
+    pictures = model.decode_first_stage(reference)
+    model.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    sample, _ = model.sample_log(None_conditioning(model), 2, True, 3, verbose=False, x_T=torch.ones(2, 3, 8, 8))
+    assert sample.dtype == torch.float32
+    assert_close(sample, reference, 5e-2)
+    assert_close(model.decode_first_stage(sample).float(), pictures, 5e-2)
+
+
+def None_conditioning(model):
+    return model.get_learned_conditioning(["", ""])
+
+
+def test_the_average_follows_the_weights_and_takes_their_place():
+    model = text_model(use_ema=True)
+    weight = model.model.diffusion_model.out[2].weight
+    average = model.model_ema.diffusion_modelout2weight
+    model.model_ema.restart(model.model)
+    old = weight.detach().clone()
+    with torch.no_grad():
+        weight += 1
+    model.update_ema()
+    assert_close(average, old + 9 / 11, 1e-5)  # the first warm-up decay is 2/11
+    with model.ema_scope():
+        assert_close(weight, old + 9 / 11, 1e-5)
+    assert_close(weight, old + 1, 1e-6)
+
+
+def test_a_checkpoint_without_averages_restarts_them(tmp_path):
+    path = tmp_path / "model.ckpt"
+    source = text_model()
+    torch.save({"state_dict": source.state_dict()}, path)
+    model = instantiate_from_config(text_config(use_ema=True, ckpt_path=str(path)))
+    live = dict(model.model.named_parameters())
+    for name, buffer in model.model_ema.m_name2s_name.items():
+        assert torch.equal(getattr(model.model_ema, buffer), live[name])
+
+
+# -- latents and conditioning ----------------------------------------------------------------------------------
+
+
+def test_scaling_by_the_deviation_of_the_first_batch():
+    model = text_model(scale_by_std=True)
+    batch = text_batch()
+    torch.manual_seed(3)
+    model.before_training_batch(batch, is_first=True)
+    torch.manual_seed(3)
+    z = model.get_input(batch, "image")[0]
+    assert z.std().item() == pytest.approx(1, abs=1e-4)
+    scale = model.scale_factor.clone()
+    model.before_training_batch(text_batch(1), is_first=False)
+    assert torch.equal(model.scale_factor, scale)
+
+
+def test_moments_in_a_batch_stand_in_for_the_pictures():
+    model = text_model(scale_factor=0.5)
+    batch = text_batch()
+    moments = model.first_stage_model.encode(batch["image"].movedim(-1, 1)).parameters
+    torch.manual_seed(1)
+    z, c = model.get_input(batch, "image")
+    torch.manual_seed(1)
+    cached, c2 = model.get_input({"caption": batch["caption"], LATENT_KEY: moments}, "image")
+    assert torch.equal(cached, z)
+    assert c == c2 == batch["caption"]
+
+
+def test_captions_are_dropped_only_in_training_and_as_often_as_asked():
+    model = text_model(cond_dropout=0.25)
+    captions = ["fox"] * 4000
+    torch.manual_seed(0)
+    dropped = model.drop_conditioning(captions).count("")
+    assert dropped == pytest.approx(1000, abs=110)  # four standard deviations
+    batch = {**text_batch(), "caption": ["fox", "rocket"]}
+    assert model.eval().get_input(batch, "image")[1] == ["fox", "rocket"]
+
+
+def test_no_dropout_draws_nothing():
+    model = text_model().train()
+    batch = text_batch()
+    torch.manual_seed(0)
+    model.get_input(batch, "image")
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    torch.randn(2, 3, 8, 8)  # the posterior's draw
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_dropped_classes_become_the_last_one_and_dropped_maps_zero():
+    model = text_model(cond_dropout=0.5)
+    model.cond_stage_model.n_classes = 11
+    torch.manual_seed(0)
+    labels = model.drop_conditioning({"class_label": torch.arange(8)})["class_label"]
+    assert set(labels.tolist()) - {10} <= set(range(8))
+    assert 10 in labels
+    maps = model.drop_conditioning(torch.ones(8, 2, 4, 4))
+    assert set(maps.sum(dim=(1, 2, 3)).tolist()) == {0.0, 32.0}
+
+
+def test_a_missing_entry_of_the_batch_is_named():
+    batch = {"image": torch.zeros(1, 16, 16, 3), "captions": ["fox"]}
+    with pytest.raises(UserError, match='gives no "caption" \\(did you mean "captions"'):
+        text_model().get_input(batch, "image")
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"parameterization": "x_0"}, 'did you mean "x0"'),
+        ({"loss_type": "l3"}, "choose one of l1, l2"),
+        ({"conditioning_key": "crosattn"}, 'did you mean "crossattn"'),
+        ({"beta_schedule": "cosin"}, 'did you mean "cosine"'),
+        ({"cond_dropout": 1.5}, "cond_dropout must lie in"),
+        ({"cond_stage_keys": "caption"}, 'no parameter "cond_stage_keys" \\(did you mean "cond_stage_key"'),
+    ],
+)
+def test_wrong_parameters_are_named(params, message):
+    with pytest.raises(UserError, match=message):
+        instantiate_from_config(text_config(**params))
+
+
+def test_the_noised_conditioning_follows_its_schedule():
+    model = text_model(num_timesteps_cond=5)
+    assert model.shorten_cond_schedule
+    assert model.cond_ids[:5].tolist() == [0, 25, 50, 74, 99]
+    assert (model.cond_ids[5:] == 99).all()
+
+
+def test_the_loss_of_a_batch_learns():
+    model = text_model().train()
+    batch = text_batch()
+    optimizer = torch.optim.AdamW(model.optimizer_parameters(), lr=2e-3)
+    losses = []
+    for _ in range(30):
+        torch.manual_seed(0)  # the same noise and steps, so that the loss must fall
+        loss, _ = model.shared_step(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+# -- previews --------------------------------------------------------------------------------------------------
+
+
+def test_previews_show_every_picture_asked_for():
+    model = text_model(log_every_t=50).eval()
+    pictures = model.log_images(
+        text_batch(), N=2, n_row=2, ddim_steps=2, plot_denoise_rows=True, unconditional_guidance_scale=2.0
+    )
+    assert set(pictures) == {
+        "inputs", "reconstruction", "conditioning", "diffusion_row", "samples", "samples_guided", "denoise_row",
+        "mask", "samples_inpainting", "samples_outpainting", "progressive_row",
+    }  # fmt: skip
+    assert torch.equal(pictures["inputs"], text_batch()["image"].movedim(-1, 1))
+    assert pictures["samples"].shape == (2, 3, 16, 16)
+    assert pictures["diffusion_row"].shape == (1, 3, 32, 48)  # 2 items × steps 0, 50, 99
+
+
+def test_only_the_previews_named_are_made():
+    assert set(text_model().eval().log_images(text_batch(), return_keys=["inputs"], ddim_steps=1)) == {"inputs"}
+
+
+def test_outpainting_keeps_the_middle_and_inpainting_the_border():
+    model = text_model().eval()
+    kept = {}
+    model.sample_log = lambda c, n, ddim, steps, mask=None, **_: (kept.setdefault(len(kept), mask), (None, None))[1]
+    model.decode_first_stage = lambda z: z
+    model.log_images(text_batch(), sample=False, plot_progressive_rows=False, plot_diffusion_rows=False)
+    inpainting, outpainting = kept[0], kept[1]
+    assert inpainting[0, 0, 0, 0] == 1
+    assert inpainting[0, 0, 4, 4] == 0
+    assert torch.equal(outpainting, 1 - inpainting)
+
+
+def test_previews_do_not_depend_on_where_the_seed_stands():
+    from ldm.models.diffusion.preview import _in_colours
+
+    maps = torch.rand(1, 7, 4, 4)
+    assert torch.equal(_in_colours(maps), _in_colours(maps))
+    assert np.isclose(_in_colours(maps).max(), 1)
