@@ -44,7 +44,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             # torch's on a GPU, whose class cannot be named without importing torch; and its allocator's on the CPU
             if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
                 raise
-            return _fail("error: out of memory; make fewer or smaller pictures at once", 2)
+            return _fail("error: out of memory; use a smaller batch or smaller pictures", 2)
         return 0
 
     return wrapped

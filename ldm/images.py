@@ -10,14 +10,14 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.files import atomic_path
-from ldm.util import UserError
+from ldm.util import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,6 +54,41 @@ def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None 
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     return (pixels.float() / 127.5 - 1.0).contiguous()
+
+
+def batch_entry(batch: Mapping[str, Any], key: str) -> Any:
+    """Entry `key` of a batch.
+
+    Raises:
+        UserError: the data set gives no such entry.
+    """
+    if key not in batch:
+        raise UserError(f'the dataset gives no "{key}"{did_you_mean(key, batch)}; it gives {", ".join(batch)}')
+    return batch[key]
+
+
+def batch_images(batch: Mapping[str, Any], key: str) -> Tensor:
+    """Pictures of a batch, `(B, H, W, C)` or `(B, H, W)`, as contiguous float32 `(B, C, H, W)`.
+
+    Raises:
+        UserError: the data set gives no such entry.
+    """
+    x = batch_entry(batch, key)
+    x = x[..., None] if x.dim() == 3 else x
+    return x.movedim(-1, 1).to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def in_random_colours(maps: Tensor, colours: Tensor | None = None) -> Tensor:
+    """Maps `(B, C, H, W)` with any number of channels as pictures `(B, 3, H, W)` in [-1, 1].
+
+    Args:
+        colours: `(3, C, 1, 1)`; by default random ones, the same each time, that take nothing from the global seed.
+    """
+    if colours is None:
+        colours = torch.randn(3, maps.shape[1], 1, 1, generator=torch.Generator().manual_seed(0))
+    x = torch.nn.functional.conv2d(maps, colours.to(maps))
+    low, high = x.aminmax()
+    return 2.0 * (x - low) / (high - low).clamp_min(1e-12) - 1.0
 
 
 def to_uint8(x: Tensor | np.ndarray) -> np.ndarray:

@@ -19,8 +19,6 @@ from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS = ("ddim", "plms")
-
 
 @dataclass(frozen=True)
 class SamplerSettings:
@@ -129,14 +127,11 @@ def skip_init() -> Iterator[None]:
 
 
 def make_sampler(name: str, model: Any) -> Any:
-    """The sampler called `name` (one of `SAMPLERS`) for `model`."""
-    if name == "plms":
-        from ldm.models.diffusion.plms import PLMSSampler
-
-        return PLMSSampler(model)
+    """The sampler called `name` ("ddim" or "plms") for `model`."""
     from ldm.models.diffusion.ddim import DDIMSampler
+    from ldm.models.diffusion.plms import PLMSSampler
 
-    return DDIMSampler(model)
+    return {"ddim": DDIMSampler, "plms": PLMSSampler}[name](model)
 
 
 @torch.no_grad()
@@ -183,9 +178,5 @@ def text_to_images(
 
 def unknown_words(model: Any, texts: Sequence[str]) -> list[str]:
     """The words of `texts` that the model's vocabulary lacks, each once; empty where the model cannot tell."""
-    stage = model.cond_stage_model
-    for owner in (stage, getattr(stage, "tokenizer", None), getattr(stage, "tknz_fn", None)):
-        find = getattr(owner, "unknown_words", None)
-        if callable(find):
-            return list(dict.fromkeys(word for text in texts for word in find(text)))
-    return []
+    find = getattr(getattr(model.cond_stage_model, "tknz_fn", None), "unknown_words", None)
+    return list(dict.fromkeys(word for text in texts for word in find(text))) if find else []

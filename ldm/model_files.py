@@ -11,6 +11,7 @@ from ldm.util import UserError, did_you_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path("models/ldm")
+TEXT_KEYS = ("caption", "txt")
 WEIGHTS = ("model.safetensors", "model.ckpt", "last.ckpt")
 # Published models whose configuration is not kept beside their weights.
 CONFIGS_ELSEWHERE = {
@@ -116,6 +117,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f'the configuration "{path}" describes no model; it needs "model:" with "target:" and "params:"'
         )
     return {**model, "params": dict(model.get("params") or {})}
+
+
+def check_text_model(name: str, model_config: Mapping[str, Any], option: str, steps: int) -> None:
+    """Whether a model draws from text, and in as many steps.
+
+    Raises:
+        UserError: it does not.
+    """
+    params = model_config["params"]
+    key, timesteps = params.get("cond_stage_key", "image"), params.get("timesteps", 1000)
+    if key not in TEXT_KEYS:
+        raise UserError(f'the model "{name}" draws from "{key}", not from text; choose a text-to-image model')
+    if steps > timesteps:
+        raise UserError(f"{option} {steps} is more than the model's {timesteps}; give {timesteps} or fewer")
 
 
 @dataclass(frozen=True)

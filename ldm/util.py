@@ -84,7 +84,13 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> An
     cls = get_obj_from_str(target)
     params = {**(config.get("params") or {}), **extra}
     _check_params(cls, target, params)
-    return cls(**params)
+    try:
+        return cls(**params)
+    except TypeError as error:
+        # A base class's constructor misses what nobody gave.
+        if "__init__() missing" in str(error) and inspect.isclass(cls):
+            raise UserError(f"{target}: {error}") from error
+        raise
 
 
 def _check_params(cls: Callable[..., Any], target: str, params: Mapping[str, Any]) -> None:

@@ -8,20 +8,23 @@ Needs the extra `data` (the `emoji` package) and the font (Debian: fonts-noto-co
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+
+from ldm.cli import Parser, command
 from ldm.data.emoji import COLOURS, DEFAULT_ROOT, SIZES, caption, join_sheet, load_drawings, read_names
+from ldm.files import atomic_path
 from ldm.util import UserError
 
 log = logging.getLogger("build_emoji_data")
@@ -143,11 +146,13 @@ def texts(names: list[tuple[int, str, str]], drawings: dict[int, np.ndarray]) ->
 
 def write(out: Path, names: list[tuple[int, str, str]], drawings: dict[int, np.ndarray]) -> None:
     """Write every generated file of the data folder."""
-    out.mkdir(parents=True, exist_ok=True)
     for name, text in texts(names, drawings).items():
-        (out / name).write_text(text, encoding="utf-8", newline="\n")
+        with atomic_path(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
     for size in SIZES:
-        Image.fromarray(join_sheet(drawings[size])).save(out / f"drawings-{size}.webp", lossless=True, exact=True)
+        with atomic_path(out / f"drawings-{size}.webp") as temporary:
+            sheet = Image.fromarray(join_sheet(drawings[size]))
+            sheet.save(temporary, format="WEBP", lossless=True, exact=True)
     log.info("wrote %d drawings to %s", len(names), out)
 
 
@@ -166,19 +171,16 @@ def check(out: Path, names: list[tuple[int, str, str]], drawings: dict[int, np.n
     log.info("%s is what a rebuild gives (%d drawings)", out, len(names))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = Parser(description="Draw the emoji training data again.")
     parser.add_argument("--font", type=Path, default=FONT, help=f"NotoColorEmoji.ttf (default: {FONT})")
     parser.add_argument("--out", type=Path, default=DEFAULT_ROOT, help="the data folder (default: data/emoji)")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the folder differs from a rebuild")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        (check if options.check else write)(options.out, *draw_all(options.font))
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    options = parser.parse_args(argv)
+    (check if options.check else write)(options.out, *draw_all(options.font))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
 from ldm.cli import Parser, command, finite_float, model_options, positive_int, seed
-from ldm.model_files import PictureSize, find_model, named_model, read_config
+from ldm.model_files import PictureSize, check_text_model, find_model, named_model, read_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -221,7 +221,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     args = make_parser().parse_args(argv)
     files = find_model(args.model, args.config, args.ckpt) or named_model(DEFAULT_MODEL)
-    size = PictureSize.of(read_config(files.config))
+    config = read_config(files.config)
+    check_text_model(files.name, config, "--steps", args.steps)
+    size = PictureSize.of(config)
 
     import torch
 

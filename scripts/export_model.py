@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
 from ldm.cli import Parser, command
-from ldm.model_files import read_config
+from ldm.model_files import WEIGHTS, read_config
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def convert(model: Any, dtype: str) -> dict[str, Tensor]:
     import torch
 
     state_dict = model.state_dict()
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         converted = parameter.detach().to(getattr(torch, dtype))
         if not torch.isfinite(converted).all():
             raise UserError(f"{name} does not fit into {dtype}; export with --dtype bfloat16")
@@ -91,8 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     source, folder = Path(args.ckpt), Path(args.outdir)
     target = folder / "model.safetensors"
-    if target.exists() and not args.overwrite:
-        raise UserError(f'"{target}" exists; choose another --outdir, or give --overwrite')
+    for taken in (folder / name for name in ("config.yaml", *WEIGHTS)):
+        if taken.exists() and not args.overwrite:
+            raise UserError(f'"{taken}" exists; choose another --outdir, or give --overwrite')
 
     from omegaconf import OmegaConf
 

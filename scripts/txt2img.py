@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
 from ldm.cli import Parser, command, finite_float, model_options, non_negative_float, positive_int, seed
-from ldm.model_files import CONFIGS_ELSEWHERE, ModelFiles, PictureSize, find_model, locate, named_model, read_config
+from ldm.model_files import (
+    CONFIGS_ELSEWHERE,
+    ModelFiles,
+    PictureSize,
+    check_text_model,
+    find_model,
+    locate,
+    named_model,
+    read_config,
+)
 from ldm.util import UserError
 
 if TYPE_CHECKING:  # numpy and torch take seconds to import; mistakes are told before
@@ -30,7 +39,6 @@ PUBLISHED, BUNDLED = "text2img-large", "emoji64"
 PUBLISHED_CKPT = Path(f"models/ldm/{PUBLISHED}/model.ckpt")
 DOWNLOAD = f"put https://ommer-lab.com/files/latent-diffusion/nitro/txt2img-f8-large/model.ckpt at {PUBLISHED_CKPT}"
 PROMPTS = {PUBLISHED: "a painting of a virus monster playing guitar", BUNDLED: "rocket on a blue background"}
-TEXT_KEYS = ("caption", "txt")
 BATCH_FROM_FILE = 16
 
 
@@ -115,14 +123,7 @@ def read_prompts(args: argparse.Namespace, model: str) -> list[str]:
 def check(args: argparse.Namespace, files: ModelFiles) -> tuple[int, int]:
     """Everything that can be wrong before the model is built; gives the latents' height and width."""
     config = read_config(files.config)
-    key = config["params"].get("cond_stage_key", "image")
-    if key not in TEXT_KEYS:
-        raise UserError(f'the model "{files.name}" draws from "{key}", not from text; choose a text-to-image model')
-    timesteps = config["params"].get("timesteps", 1000)
-    if args.ddim_steps > timesteps:
-        raise UserError(
-            f"--ddim_steps {args.ddim_steps} is more than the model's {timesteps}; give {timesteps} or fewer"
-        )
+    check_text_model(files.name, config, "--ddim_steps", args.ddim_steps)
     if args.plms and args.ddim_eta:
         raise UserError(f"--plms is deterministic; leave out --ddim_eta {args.ddim_eta:g}, or --plms")
     if args.negative_prompt and args.scale == 1:

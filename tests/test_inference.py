@@ -131,7 +131,7 @@ def test_given_noise_makes_pictures_independent_of_their_batch(model):
     assert_close(torch.cat(apart), together)
 
 
-@pytest.mark.parametrize("sampler", inference.SAMPLERS)
+@pytest.mark.parametrize("sampler", ["ddim", "plms"])
 def test_progress_counts_every_step(model, sampler):
     from tqdm import tqdm
 

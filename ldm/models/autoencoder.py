@@ -17,8 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checkpoint import load_weights
+from ldm.images import batch_images, in_random_colours
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.ema import LitEma
 from ldm.modules.losses.contperceptual import DummyLoss
 from ldm.modules.quantize import VectorQuantizer2 as VectorQuantizer
 from ldm.util import UserError, instantiate_from_config
@@ -88,8 +91,6 @@ class Autoencoder(nn.Module):
         Raises:
             UserError: the file is missing, damaged, or holds another model.
         """
-        from ldm.checkpoint import load_weights
-
         load_weights(self, path, ignore_keys)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -98,10 +99,7 @@ class Autoencoder(nn.Module):
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> Tensor:
         """The images `batch[k]`, (B, H, W, C) or (B, H, W), as (B, C, H, W)."""
-        x = batch[k]
-        if x.dim() == 3:
-            x = x[..., None]
-        return x.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return batch_images(batch, k)
 
     def get_last_layer(self) -> Tensor:
         """The weight that makes the image, at which the adversarial term is weighed."""
@@ -110,11 +108,7 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def to_rgb(self, x: Tensor) -> Tensor:
         """A segmentation map (B, labels, H, W) in random but fixed colours: (B, 3, H, W) in [-1, 1]."""
-        if not hasattr(self, "colorize"):
-            self.register_buffer("colorize", torch.randn(3, x.shape[1], 1, 1).to(x))
-        x = F.conv2d(x, weight=self.colorize)
-        low, high = x.aminmax()
-        return 2.0 * (x - low) / (high - low).clamp_min(1e-12) - 1.0
+        return in_random_colours(x, getattr(self, "colorize", None))
 
     def _shown(self, x: Tensor) -> Tensor:
         return self.to_rgb(x) if x.shape[1] > 3 else x
@@ -191,11 +185,15 @@ class VQModel(Autoencoder):
         self.lr_g_factor = lr_g_factor
         self.use_ema = use_ema
         if use_ema:
-            from ldm.modules.ema import LitEma
-
             self.model_ema = LitEma(self)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
+
+    def init_from_ckpt(self, path: str | Path, ignore_keys: Iterable[str] = ()) -> None:
+        """As for every first stage; averages that the file lacks start at its weights."""
+        report = load_weights(self, path, ignore_keys)
+        if self.use_ema and any(name.startswith("model_ema.") for name in report.missing):
+            self.model_ema.restart(self)
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:

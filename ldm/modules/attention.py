@@ -13,11 +13,21 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from ldm.modules.diffusionmodules.util import checkpoint as run_checkpointed
 from ldm.modules.diffusionmodules.util import zero_module
+from ldm.util import UserError
 
 
-def Normalize(in_channels: int) -> nn.GroupNorm:
-    """The normalisation of the attention layers and the autoencoder: 32 groups, eps 1e-6."""
-    return nn.GroupNorm(num_groups=32, num_channels=in_channels, eps=1e-6, affine=True)
+def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
+    """Group normalization (arXiv 1803.08494) with a learned scale and shift for each channel.
+
+    Raises:
+        UserError: the channels do not divide into `num_groups` groups.
+    """
+    if in_channels % num_groups:
+        raise UserError(
+            f"{in_channels} channels do not divide into {num_groups} normalization groups; "
+            f'choose "ch" and "ch_mult" so that every level has a multiple of {num_groups} channels'
+        )
+    return nn.GroupNorm(num_groups, in_channels, eps=1e-6, affine=True)
 
 
 class GEGLU(nn.Module):

@@ -79,7 +79,9 @@ class VectorQuantizer2(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """Indices of the entries nearest to the rows of `z`: (N, e_dim) -> (N,)."""
-        codebook = self.embedding.weight
+        # Rounding the distances to half precision would pick other entries.
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        z, codebook = z.to(dtype), self.embedding.weight.to(dtype)
         # |z - e|^2 without |z|^2, which is the same for every entry.
         squares, doubled = codebook.square().sum(dim=1), codebook.t()
         chunks = z.split(max(1, MAX_DISTANCES // self.n_e))
@@ -101,9 +103,7 @@ class VectorQuantizer2(nn.Module):
         if temp not in (None, 1.0) or rescale_logits or return_logits:
             raise ValueError("a nearest-entry quantizer has neither a temperature nor logits")
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            # Rounding the distances to half precision would pick other entries.
-            rows = z.permute(0, 2, 3, 1).reshape(-1, self.e_dim)
-            indices = self.nearest(rows.to(self.embedding.weight.dtype))
+            indices = self.nearest(z.permute(0, 2, 3, 1).reshape(-1, self.e_dim))
         indices = indices.view(z.shape[0], *z.shape[2:])
         z_q = self.embedding(indices).permute(0, 3, 1, 2)
 

@@ -116,7 +116,14 @@ def build_callbacks(plan: Plan) -> list[Callback]:
         config=plan.config,
         lightning_config=plan.lightning,
     )
-    return [setup, *(instantiate_from_config(config) for config in merged.values() if config is not None)]
+    return [setup, *(_build_callback(name, config) for name, config in merged.items() if config is not None)]
+
+
+def _build_callback(name: str, config: dict[str, Any]) -> Callback:
+    try:
+        return instantiate_from_config(config)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"lightning.{name} cannot be built: {' '.join(str(error).split())}") from error
 
 
 def build_logger(plan: Plan) -> Any:
@@ -148,7 +155,7 @@ def build_model_checkpoint(plan: Plan, model: nn.Module, data: LightningDataModu
     given = plan.lightning.get("modelcheckpoint") or OmegaConf.create()
     config = OmegaConf.to_container(OmegaConf.merge(default, given), resolve=True)
     config["params"].pop("save_last", None)  # LastCheckpoint does
-    return instantiate_from_config(config)
+    return _build_callback("modelcheckpoint", config)
 
 
 def set_learning_rate(model: nn.Module, plan: Plan, settings: dict[str, Any]) -> None:
@@ -160,7 +167,7 @@ def set_learning_rate(model: nn.Module, plan: Plan, settings: dict[str, Any]) ->
         return
     batches = settings.get("accumulate_grad_batches", 1)
     devices = device_count(settings)
-    size = plan.config.data.params.get("batch_size", 1)
+    size = (plan.config.data.get("params") or {}).get("batch_size", 1)
     model.learning_rate = batches * devices * size * base
     logger.info(
         "learning rate %.2e = %d (accumulated batches) × %d (devices) × %d (batch size) × %.2e (base)",
@@ -173,7 +180,7 @@ def device_count(settings: dict[str, Any]) -> int:
     devices = settings.get("devices", 1)
     if isinstance(devices, list):
         return len(devices)
-    if devices == -1 or devices == "-1":
+    if devices == -1 or (devices == "auto" and settings.get("accelerator") in ("gpu", "cuda")):
         return max(1, torch.cuda.device_count())
     return devices if isinstance(devices, int) else 1
 

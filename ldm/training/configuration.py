@@ -64,6 +64,7 @@ def plan(chosen: argparse.Namespace) -> Plan:
     _add_trainer_arguments(lightning, chosen.trainer)
     if not chosen.train and checkpoint is None:
         raise UserError("there is nothing to do; give -t to train, or -r to test a trained model")
+    _check_writable(folder or Path(chosen.logdir))
     now = os.environ.get(START_TIME_VARIABLE) or datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     return Plan(
         config=config,
@@ -77,6 +78,13 @@ def plan(chosen: argparse.Namespace) -> Plan:
         seed=chosen.seed,
         scale_lr=chosen.scale_lr,
     )
+
+
+def _check_writable(folder: Path) -> None:
+    """Find out before training whether its folder can be made."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f'cannot write a run to "{folder}": "{parent}" is not a folder to write to; choose a --logdir')
 
 
 def _resumed(path: Path) -> tuple[Path, Path]:

@@ -64,8 +64,8 @@ class DataModuleFromConfig(LightningDataModule):
         latent_cache: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"data.params.batch_size is {batch_size}; give at least 1")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"data.params.batch_size is {batch_size}; give a whole number from 1 on")
         for key in latent_cache or ():
             if key not in LATENT_CACHE_KEYS:
                 hint = did_you_mean(key, LATENT_CACHE_KEYS)
@@ -131,7 +131,8 @@ class DataModuleFromConfig(LightningDataModule):
             limit=limit,
             num_workers=self.num_workers,
             worker_init_fn=ShareRecords(rank, replicas) if streamed else seed_worker,
-            persistent_workers=self.num_workers > 0,
+            # Workers of the training set start anew each epoch: a continued run then augments as this one does.
+            persistent_workers=self.num_workers > 0 and name != "train",
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint import read_checkpoint
 from ldm.files import atomic_path
+from ldm.images import batch_images
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LATENT_KEY, LatentDiffusion
 from ldm.training.data import DataModuleFromConfig
@@ -71,7 +72,7 @@ def cache_latents(
     if isinstance(dataset, IterableDataset):
         raise UserError("latent_cache needs a training set with a length; remove it from data.params")
     variants, path = settings.get("variants", 1), settings.get("path")
-    key = _fingerprint(model, data.dataset_configs["train"], len(dataset), variants)
+    key = _fingerprint(model, data.dataset_configs["train"], len(dataset), variants, autocast_dtype)
     cached = _stored(path, key)
     if cached is None:
         cached = _encode(dataset, model, variants, data.batch_size, torch.device(device), autocast_dtype)
@@ -109,7 +110,7 @@ def _encode(
     progress = tqdm(total=variants * len(dataset), desc="encoding latents", unit="image")
     for _ in range(variants):
         for batch in loader:
-            images = batch[model.first_stage_key].movedim(-1, 1).to(device, torch.float32)
+            images = batch_images(batch, model.first_stage_key).to(device)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
                 moments.append(encoder.encode(images).parameters.to("cpu", torch.float16))
             for key, values in _small_fields(batch, model.first_stage_key).items():
@@ -131,9 +132,9 @@ def _small_fields(batch: dict[str, Any], image_key: str) -> dict[str, list[Any]]
     return fields
 
 
-def _fingerprint(model: LatentDiffusion, dataset: Any, count: int, variants: int) -> str:
-    """A hash of the first stage's weights, of the data set's configuration and of the settings."""
-    digest = hashlib.sha256(f"{dataset} {count} {variants}".encode())
+def _fingerprint(model: LatentDiffusion, *settings: Any) -> str:
+    """A hash of the first stage's weights and of the settings that decide what is encoded, and how."""
+    digest = hashlib.sha256(repr(settings).encode())
     for name, value in model.first_stage_model.state_dict().items():
         if not name.startswith("loss."):
             digest.update(name.encode())

@@ -215,7 +215,10 @@ class AutoencoderTraining(ModelTraining):
     def _clip(self, optimizer: LightningOptimizer) -> None:
         if self.manual.gradient_clip_val:
             algorithm = self.manual.gradient_clip_algorithm or "norm"
-            self.clip_gradients(optimizer, self.manual.gradient_clip_val, algorithm)
+            # In float16 the gradients still carry the loss's scale here.
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            limit = self.manual.gradient_clip_val * (scaler.get_scale() if scaler else 1.0)
+            self.clip_gradients(optimizer, limit, algorithm)
 
     def _uncounted_step(self, optimizer: LightningOptimizer) -> None:
         """Step through the strategy, which heeds the precision, but past the count of steps."""

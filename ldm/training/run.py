@@ -81,6 +81,8 @@ def trainer_settings(plan: Plan) -> dict[str, Any]:
     gpus = settings.pop("gpus", None)
     if gpus is not None:
         settings |= {"accelerator": "gpu", "devices": parse_gpus(gpus)}
+    if isinstance(settings.get("devices"), str) and settings["devices"] != "auto":
+        settings["devices"] = parse_gpus(settings["devices"])
     settings.setdefault("accelerator", "cpu")
     if settings["accelerator"] == "cpu":
         settings.setdefault("devices", 1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from parity_cases import assert_close, build, load_case
 from tiny_models import randomise, text_config
 
+from ldm.images import in_random_colours
 from ldm.models.diffusion.ddpm import LATENT_KEY
 from ldm.util import UserError, instantiate_from_config
 
@@ -155,7 +155,7 @@ def test_moments_in_a_batch_stand_in_for_the_pictures():
     z, c = model.get_input(batch, "image")
     torch.manual_seed(1)
     cached, c2 = model.get_input({"caption": batch["caption"], LATENT_KEY: moments}, "image")
-    assert torch.equal(cached, z)
+    assert_close(cached, z, 1e-6)
     assert c == c2 == batch["caption"]
 
 
@@ -180,14 +180,9 @@ def test_no_dropout_draws_nothing():
     assert torch.equal(after, torch.rand(1))
 
 
-def test_dropped_classes_become_the_last_one_and_dropped_maps_zero():
-    model = text_model(cond_dropout=0.5)
-    model.cond_stage_model.n_classes = 11
+def test_dropped_maps_become_zero():
     torch.manual_seed(0)
-    labels = model.drop_conditioning({"class_label": torch.arange(8)})["class_label"]
-    assert set(labels.tolist()) - {10} <= set(range(8))
-    assert 10 in labels
-    maps = model.drop_conditioning(torch.ones(8, 2, 4, 4))
+    maps = text_model(cond_dropout=0.5).drop_conditioning(torch.ones(8, 2, 4, 4))
     assert set(maps.sum(dim=(1, 2, 3)).tolist()) == {0.0, 32.0}
 
 
@@ -268,9 +263,33 @@ def test_outpainting_keeps_the_middle_and_inpainting_the_border():
     assert torch.equal(outpainting, 1 - inpainting)
 
 
-def test_previews_do_not_depend_on_where_the_seed_stands():
-    from ldm.models.diffusion.preview import _in_colours
-
+def test_colours_of_maps_are_always_the_same():
     maps = torch.rand(1, 7, 4, 4)
-    assert torch.equal(_in_colours(maps), _in_colours(maps))
-    assert np.isclose(_in_colours(maps).max(), 1)
+    torch.manual_seed(0)
+    pictures, drawn = in_random_colours(maps), torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1), drawn)  # nothing was taken from the global generator
+    assert torch.equal(in_random_colours(maps), pictures)
+    assert tuple(float(v) for v in pictures.aminmax()) == (-1, 1)
+
+
+def test_a_class_model_trains_with_dropped_labels():
+    classes = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"embed_dim": 32, "n_classes": 11}}
+    classes["params"]["key"] = "class_label"
+    model = text_model(cond_stage_config=classes, cond_stage_key="class_label", cond_dropout=0.5).train()
+    batch = {**text_batch(), "class_label": torch.tensor([2, 7])}
+    loss, _ = model.shared_step(batch)
+    assert loss.isfinite()
+    labels = model.drop_conditioning({"class_label": torch.arange(10).repeat(40)})["class_label"]
+    assert (labels == 10).float().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_only_the_network_can_be_loaded(tmp_path):
+    source = text_model()
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "model.ckpt")
+    torch.manual_seed(9)
+    model = instantiate_from_config(text_config(ckpt_path=str(tmp_path / "model.ckpt"), load_only_unet=True))
+    name = "model.diffusion_model.out.2.weight"
+    assert torch.equal(model.state_dict()[name], source.state_dict()[name])
+    name = "first_stage_model.quant_conv.weight"
+    assert not torch.equal(model.state_dict()[name], source.state_dict()[name])

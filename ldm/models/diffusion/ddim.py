@@ -14,7 +14,9 @@ class DDIMSampler(GridSampler):
 
     name = "DDIM"
 
-    def make_schedule(self, ddim_num_steps: int, ddim_discretize: str = "exact", ddim_eta: float = 0.0) -> None:
+    def make_schedule(
+        self, ddim_num_steps: int, ddim_discretize: str = "exact", ddim_eta: float = 0.0, verbose: bool = True
+    ) -> None:
         """Set `ddim_timesteps` and, for them, `ddim_sigmas`, `ddim_alphas`, `ddim_alphas_prev` (each (S,))."""
         self.ddim_timesteps = self.grid(ddim_num_steps, ddim_discretize)
         self.ddim_sigmas, self.ddim_alphas, self.ddim_alphas_prev = make_ddim_sampling_parameters(

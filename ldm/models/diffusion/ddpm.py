@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from ldm.checkpoint import load_weights, read_state_dict
+from ldm.images import batch_entry, batch_images
 from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion import preview
 from ldm.models.diffusion.ancestral import AncestralSampler
-from ldm.models.diffusion.conditioning import Conditioning, DiffusionWrapper, as_dict, slice_batch
+from ldm.models.diffusion.conditioning import Conditioning, DiffusionWrapper, as_dict, map_tensors, slice_batch
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.sampler import SamplingOptions
 from ldm.modules.diffusionmodules.schedule import (
@@ -186,9 +188,10 @@ class DDPM(nn.Module):
         Raises:
             UserError: the file cannot be read or holds another model.
         """
-        from ldm.checkpoint import load_weights
-
-        report = load_weights(self.model if only_model else self, path, ignore_keys=ignore_keys)
+        weights = read_state_dict(path)
+        if only_model:
+            weights = {name[6:]: value for name, value in weights.items() if name.startswith("model.")} or weights
+        report = load_weights(self.model if only_model else self, weights, ignore_keys, source=f'"{path}"')
         if self.use_ema and (only_model or any(name.startswith("model_ema.") for name in report.missing)):
             self.model_ema.restart(self.model)  # a file without averages: they start at its weights
 
@@ -245,12 +248,7 @@ class DDPM(nn.Module):
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> torch.Tensor:
         """Entry `k` of a batch as float (B, C, H, W); datasets give (B, H, W, C) or (B, H, W)."""
-        if k not in batch:
-            raise UserError(f'the dataset gives no "{k}"{did_you_mean(k, batch)}; it gives {", ".join(batch)}')
-        x = batch[k]
-        if x.dim() == 3:
-            x = x[..., None]
-        return x.movedim(-1, 1).to(device=self.device, dtype=torch.float32, memory_format=torch.contiguous_format)
+        return batch_images(batch, k).to(self.device)
 
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a batch at random steps."""
@@ -464,26 +462,26 @@ class LatentDiffusion(DDPM):
     def raw_conditioning(self, batch: Mapping[str, Any], cond_key: str | None = None) -> Any:
         """The part of a batch that conditions, not yet encoded."""
         key = default(cond_key, self.cond_stage_key)
-        if key not in batch:
-            raise UserError(f'the dataset gives no "{key}"{did_you_mean(key, batch)}; it gives {", ".join(batch)}')
         if key == "class_label":
-            return {key: batch[key].to(self.device)}
+            return {key: batch_entry(batch, key).to(self.device)}
         if key in ("caption", "coordinates_bbox"):
-            return batch[key]
+            return batch_entry(batch, key)
         return self.get_input(batch, key)
 
     def drop_conditioning(self, xc: Any) -> Any:
         """`xc` with each item replaced by the empty conditioning with probability `cond_dropout`."""
-        if isinstance(xc, Mapping):
-            null_class = self.cond_stage_model.n_classes - 1
-            return {k: torch.where(self._dropped(len(v), v.device), null_class, v) for k, v in xc.items()}
-        dropped = self._dropped(len(xc), self.device)
-        if isinstance(xc, torch.Tensor):
-            return xc * (~dropped).reshape(-1, *[1] * (xc.dim() - 1)).to(xc)
-        return ["" if drop else caption for drop, caption in zip(dropped.tolist(), xc, strict=True)]
+        empty = self.empty_conditioning(xc)
+        n = len(next(iter(xc.values()))) if isinstance(xc, Mapping) else len(xc)
+        dropped = torch.rand(n, device=self.device) < self.cond_dropout
+        if isinstance(xc, list):
+            return [e if drop else x for drop, e, x in zip(dropped.tolist(), empty, xc, strict=True)]
+        return map_tensors(lambda e, x: torch.where(dropped.reshape(-1, *[1] * (x.dim() - 1)), e, x), empty, xc)
 
-    def _dropped(self, n: int, device: torch.device) -> torch.Tensor:
-        return torch.rand(n, device=device) < self.cond_dropout
+    def empty_conditioning(self, xc: Any) -> Any:
+        """What stands for no conditioning, in the form of `xc`: "" for text, the last class, zeros otherwise."""
+        if isinstance(xc, Mapping):
+            return {key: torch.full_like(value, self.cond_stage_model.n_classes - 1) for key, value in xc.items()}
+        return torch.zeros_like(xc) if isinstance(xc, torch.Tensor) else [""] * len(xc)
 
     # -- training --------------------------------------------------------------------------------------------
 

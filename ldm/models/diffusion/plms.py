@@ -19,7 +19,9 @@ class PLMSSampler(DDIMSampler):
 
     name = "PLMS"
 
-    def make_schedule(self, ddim_num_steps: int, ddim_discretize: str = "exact", ddim_eta: float = 0.0) -> None:
+    def make_schedule(
+        self, ddim_num_steps: int, ddim_discretize: str = "exact", ddim_eta: float = 0.0, verbose: bool = True
+    ) -> None:
         """As for DDIM; the method is deterministic, so `ddim_eta` must be 0."""
         if ddim_eta != 0:
             raise UserError(f"PLMS is deterministic: eta must be 0, got {ddim_eta}")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ldm.images import log_txt_as_img
+from ldm.images import in_random_colours, log_txt_as_img
+from ldm.models.autoencoder import VQModel
 from ldm.models.diffusion.conditioning import slice_batch
 
 if TYPE_CHECKING:
@@ -81,11 +82,11 @@ def latent_previews(
             steps = steps["x_inter"] if isinstance(steps, dict) else steps
             log["denoise_row"] = as_rows([model.decode_first_stage(s[:n_row]) for s in steps])
         if unconditional_guidance_scale != 1.0 and c is not None:
-            empty = model.get_learned_conditioning(_empty_like(model, xc))
+            empty = model.get_learned_conditioning(model.empty_conditioning(xc))
             log["samples_guided"], _ = draw(
                 unconditional_guidance_scale=unconditional_guidance_scale, unconditional_conditioning=empty
             )
-        if quantize_denoised and hasattr(model.first_stage_model, "quantize"):
+        if quantize_denoised and isinstance(model.first_stage_model, VQModel):
             log["samples_x0_quantized"], _ = draw(quantize_x0=True)
     if inpaint:
         kept = middle_square(z)
@@ -135,22 +136,7 @@ def _conditioning(
         return {"conditioning": log_txt_as_img((x.shape[3], x.shape[2]), words, size=max(x.shape[2] // 25, 8))}
     if not isinstance(xc, torch.Tensor) or xc.dim() != 4:
         return {}
-    return {"conditioning": xc if xc.shape[1] in (1, 3) else _in_colours(xc)}
-
-
-def _in_colours(maps: torch.Tensor) -> torch.Tensor:
-    """Maps with any number of channels, projected on three; the colours do not depend on the global seed."""
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(3, maps.shape[1], 1, 1, generator=generator).to(maps)
-    x = torch.nn.functional.conv2d(maps, weights)
-    return 2.0 * (x - x.min()) / (x.max() - x.min()).clamp_min(1e-6) - 1.0
-
-
-def _empty_like(model: LatentDiffusion, xc: Any) -> Any:
-    """The conditioning that stands for none, as `cond_dropout` trains it."""
-    if isinstance(xc, Mapping):
-        return {key: torch.full_like(value, model.cond_stage_model.n_classes - 1) for key, value in xc.items()}
-    return torch.zeros_like(xc) if isinstance(xc, torch.Tensor) else [""] * len(xc)
+    return {"conditioning": xc if xc.shape[1] in (1, 3) else in_random_colours(xc)}
 
 
 def _only(log: dict[str, torch.Tensor], keys: Sequence[str] | None) -> dict[str, torch.Tensor]:

@@ -203,7 +203,9 @@ class Sampler:
 class GridSampler(Sampler):
     """A sampler on a subset of the model's steps: the published `sample(S, batch_size, shape, …)`."""
 
-    def make_schedule(self, ddim_num_steps: int, ddim_discretize: str = "exact", ddim_eta: float = 0.0) -> None:
+    def make_schedule(
+        self, ddim_num_steps: int, ddim_discretize: str = "exact", ddim_eta: float = 0.0, verbose: bool = True
+    ) -> None:
         """Choose the grid and the tables that go with it; see `schedule.make_ddim_timesteps`."""
         raise NotImplementedError
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attention import LinearAttention
+from ldm.modules.attention import LinearAttention, Normalize
+from ldm.modules.attention import SpatialSelfAttention as AttnBlock  # its published name here
 from ldm.util import UserError
 
 ATTENTION_TYPES = ("vanilla", "linear", "none")
@@ -23,20 +24,6 @@ ATTENTION_TYPES = ("vanilla", "linear", "none")
 def nonlinearity(x: Tensor) -> Tensor:
     """Swish, `x * sigmoid(x)` (arXiv 1710.05941)."""
     return F.silu(x)
-
-
-def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
-    """Group normalization (arXiv 1803.08494) with a learned scale and shift for each channel.
-
-    Raises:
-        UserError: the channels do not divide into `num_groups` groups.
-    """
-    if in_channels % num_groups:
-        raise UserError(
-            f"{in_channels} channels do not divide into {num_groups} normalization groups; "
-            f'choose "ch" and "ch_mult" so that every level has a multiple of {num_groups} channels'
-        )
-    return nn.GroupNorm(num_groups, in_channels, eps=1e-6, affine=True)
 
 
 class Upsample(nn.Module):
@@ -121,31 +108,6 @@ class ResnetBlock(nn.Module):
         if self.in_channels == self.out_channels:
             return x
         return self.conv_shortcut(x) if self.use_conv_shortcut else self.nin_shortcut(x)
-
-
-class AttnBlock(nn.Module):
-    """Self-attention between all positions, with one head and a residual connection (arXiv 1706.03762)."""
-
-    def __init__(self, in_channels: int) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        self.norm = Normalize(in_channels)
-        self.q = nn.Conv2d(in_channels, in_channels, kernel_size=1)
-        self.k = nn.Conv2d(in_channels, in_channels, kernel_size=1)
-        self.v = nn.Conv2d(in_channels, in_channels, kernel_size=1)
-        self.proj_out = nn.Conv2d(in_channels, in_channels, kernel_size=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        h = self.norm(x)
-        q, k, v = (_as_one_head(project(h)) for project in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
-
-
-def _as_one_head(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 1, N, C)."""
-    return x.flatten(2).transpose(1, 2).unsqueeze(1)
 
 
 class LinAttnBlock(LinearAttention):

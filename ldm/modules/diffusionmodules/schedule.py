@@ -92,12 +92,14 @@ def lvlb_weights(tables: dict[str, np.ndarray], parameterization: str) -> np.nda
     """Weights (T,) that turn the simple loss into the variational bound.
 
     For `eps` these are those of equation 12, arXiv:2006.11239. For `x0` the published expression is kept:
-    its denominator is 2 - ᾱ_t.
+    its denominator is 2 - ᾱ_t. Computed in single precision, as published: 1 - ᾱ_0 cancels.
     """
-    betas, alphas_cumprod = tables["betas"], tables["alphas_cumprod"]
+    single = {name: table.astype(np.float32) for name, table in tables.items()}
+    betas, alphas_cumprod, variance = (single[name] for name in ("betas", "alphas_cumprod", "posterior_variance"))
     if parameterization == "eps":
+        alphas = (1 - tables["betas"]).astype(np.float32)
         with np.errstate(divide="ignore"):
-            weights = betas**2 / (2 * tables["posterior_variance"] * (1 - betas) * (1 - alphas_cumprod))
+            weights = betas**2 / (2 * variance * alphas * (1 - alphas_cumprod))
     else:
         weights = 0.5 * np.sqrt(alphas_cumprod) / (2.0 - alphas_cumprod)
     weights[0] = weights[min(1, len(weights) - 1)]

@@ -48,6 +48,7 @@ class ClassEmbedder(nn.Module):
     def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
         super().__init__()
         self.key = key
+        self.n_classes = n_classes
         self.embedding = nn.Embedding(n_classes, embed_dim)
 
     def forward(self, batch: Mapping[str, Tensor], key: str | None = None) -> Tensor:
