@@ -29,10 +29,23 @@ STRAY_PREFIXES = ("ddim_", "loss.")
 EMA_PREFIX = "model_ema."
 # Above this share of missing parameters a file is another model's, not an older version of this one's.
 MAX_MISSING_SHARE = 1e-3
-# Classes that a checkpoint may name besides those torch itself allows; each must be inert.
-SAFE_CLASSES: tuple[Any, ...] = ()
+# Lightning 1.x wrote names of its own classes into checkpoints, e.g. as keys of `callbacks`.
+_LIGHTNING = ("pytorch_lightning.", "lightning.")
 
 _ZIP, _PICKLE, _MAX_HEADER = b"PK\x03\x04", b"\x80", 100_000_000
+
+
+class _StandIn:
+    """Takes the place of a class that a checkpoint names: accepts any arguments and state, keeps and does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _StandIn:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -202,7 +215,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_torch(path: Path, mmap: bool) -> dict[str, Any]:
     try:
         # Only a path can be mapped; but torch judges paths by their suffix, and open files by their content.
-        with torch.serialization.safe_globals(list(SAFE_CLASSES)), path.open("rb") as file:
+        with torch.serialization.safe_globals(_stand_ins(path) if mmap else []), path.open("rb") as file:
             mmap = mmap and path.suffix != ".safetensors"
             checkpoint = torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
@@ -214,6 +227,12 @@ def _read_torch(path: Path, mmap: bool) -> dict[str, Any]:
         what = type(checkpoint).__name__
         raise UserError(f'"{path}" holds a {what}, not a checkpoint; give a file with a "state_dict" of weights')
     return dict(checkpoint)
+
+
+def _stand_ins(path: Path) -> list[tuple[type, str]]:
+    """An inert class for each of Lightning's that the file names, for one call of `torch.load`."""
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return [(type(name.rpartition(".")[2], (_StandIn,), {}), name) for name in names if name.startswith(_LIGHTNING)]
 
 
 def _refused(path: Path, reason: str) -> UserError:

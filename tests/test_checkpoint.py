@@ -6,6 +6,8 @@ import json
 import logging
 import pickle
 import struct
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -152,6 +154,29 @@ def test_no_code_runs_out_of_a_pickle(tmp_path, model, new):
     with pytest.raises(UserError, match=r"refused.*open.*could run code"):
         read_checkpoint(path)
     assert not trap.exists()
+
+
+def test_checkpoints_of_lightning_1_load_without_lightning(tmp_path, model, monkeypatch):
+    """Published files have classes among the keys of `callbacks`; opening one neither imports nor calls them."""
+    name = "pytorch_lightning.callbacks.retired"
+    retired = ModuleType(name)
+    calls = []
+
+    class Checkpoint:
+        def __setstate__(self, state):
+            calls.append(state)
+
+    Checkpoint.__module__, Checkpoint.__qualname__ = name, "Checkpoint"
+    retired.Checkpoint = Checkpoint
+    content = {"state_dict": model.state_dict(), "callbacks": {Checkpoint: {"best": 0.5}}, "hook": Checkpoint()}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, name, retired)
+        path = written(tmp_path / "published.ckpt", content)
+    assert equal(read_state_dict(path), model.state_dict())
+    assert list(read_checkpoint(path)["callbacks"].values()) == [{"best": 0.5}]
+    assert not calls
+    assert name not in sys.modules
+    assert not [g for g in torch.serialization.get_safe_globals() if isinstance(g, tuple)], "the stand-ins stayed"
 
 
 def test_no_code_runs_out_of_a_plain_pickle(tmp_path):
