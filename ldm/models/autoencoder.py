@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.losses.contperceptual import DummyLoss
 from ldm.modules.quantize import VectorQuantizer2 as VectorQuantizer
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, did_you_mean, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.image_key = image_key
         self.monitor = monitor
+        _check_keys(ddconfig)
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
         self.loss = instantiate_from_config(lossconfig)
@@ -139,6 +141,14 @@ class Autoencoder(nn.Module):
         generator = [p for module in self._generator_modules() for p in module.parameters()]
         discriminator = getattr(self.loss, "discriminator", None)
         return generator, list(discriminator.parameters()) if discriminator is not None else []
+
+
+def _check_keys(ddconfig: Mapping[str, Any]) -> None:
+    """Refuse keys that neither network knows; each ignores those of the other."""
+    known = {*signature(Encoder).parameters, *signature(Decoder).parameters}
+    for key in ddconfig:
+        if key not in known:
+            raise UserError(f'ddconfig has an unknown key "{key}"{did_you_mean(str(key), known)}')
 
 
 class VQModel(Autoencoder):

@@ -147,6 +147,8 @@ def _split(merged: DictConfig) -> tuple[DictConfig, DictConfig]:
         OmegaConf.resolve(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"the configuration cannot be resolved: {_first_line(error)}") from None
+    for key in sorted(OmegaConf.missing_keys(merged)):
+        raise UserError(f"the configuration leaves {key} to you; give {key}=VALUE")
     lightning = merged.pop("lightning", None) or OmegaConf.create()
     _check_keys(lightning, LIGHTNING_SECTIONS, 'the section "lightning"')
     return merged, lightning

@@ -106,6 +106,11 @@ def test_recorded_vq_model():
 # Building
 
 
+def test_unknown_keys_of_the_networks_are_named():
+    with pytest.raises(UserError, match='"attn_typ" \\(did you mean "attn_type"'):
+        kl_model(ddconfig={**DDCONFIG, "attn_typ": "none"})
+
+
 def test_kl_needs_double_z():
     with pytest.raises(UserError, match="double_z: true"):
         AutoencoderKL(DDCONFIG, NO_LOSS, embed_dim=2)
