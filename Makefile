@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-DEMO := --model emoji64 --from-file configs/emoji/prompts.txt --ddim_steps 50 --seed 1 --outdir outputs/demo
+DEMO := --model emoji64 --from-file configs/emoji/prompts.txt --ddim_steps 50 --scale 3 --seed 1 --outdir outputs/demo
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo train-demo test smoke lint format data

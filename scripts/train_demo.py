@@ -144,7 +144,7 @@ def train_and_draw(stages: Sequence[Stage], folder: Path) -> list[Curve]:
         runs.append(train(stage, folder, overrides))
     model, pictures = folder / "model", folder / "pictures"
     run("export", "scripts/export_model.py", "--ckpt", checkpoint(runs[-1]), "--outdir", model)
-    options = ["--from-file", PROMPTS, "--ddim_steps", "50", "--seed", "1", "--outdir", pictures]
+    options = ["--from-file", PROMPTS, "--ddim_steps", "50", "--scale", "3", "--seed", "1", "--outdir", pictures]
     run("draw", "scripts/txt2img.py", "--model", model, *options)
     return [curve(run_folder, stage.loss) for run_folder, stage in zip(runs, stages, strict=True)]
 

@@ -72,7 +72,7 @@ def cache_latents(
     if isinstance(dataset, IterableDataset):
         raise UserError("latent_cache needs a training set with a length; remove it from data.params")
     variants, path = settings.get("variants", 1), settings.get("path")
-    key = _fingerprint(model, data.dataset_configs["train"], len(dataset), variants, autocast_dtype)
+    key = _digest(model, data.dataset_configs["train"], len(dataset), variants, autocast_dtype)
     cached = _stored(path, key)
     if cached is None:
         cached = _encode(dataset, model, variants, data.batch_size, torch.device(device), autocast_dtype)
@@ -132,7 +132,7 @@ def _small_fields(batch: dict[str, Any], image_key: str) -> dict[str, list[Any]]
     return fields
 
 
-def _fingerprint(model: LatentDiffusion, *settings: Any) -> str:
+def _digest(model: LatentDiffusion, *settings: Any) -> str:
     """A hash of the first stage's weights and of the settings that decide what is encoded, and how."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, value in model.first_stage_model.state_dict().items():

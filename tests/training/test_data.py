@@ -103,7 +103,7 @@ def test_sets_are_built_once(target):
 def test_mistakes(target):
     with pytest.raises(UserError, match="train is empty"):
         build(batch_size=1, train=target("Numbers", size=0))
-    with pytest.raises(UserError, match="give at least 1"):
+    with pytest.raises(UserError, match="from 1 on"):
         build(batch_size=0)
     with pytest.raises(UserError, match='did you mean "variants"'):
         build(batch_size=1, latent_cache={"variant": 1})

@@ -98,11 +98,11 @@ def test_without_validation_data_the_latest_checkpoint_is_kept(run, tmp_path):
 def test_latents_are_cached_before_training_when_asked(run, monkeypatch):
     calls = []
     latents = types.ModuleType("ldm.training.latents")
-    latents.cache_latents = lambda data, model, device: calls.append((data.latent_cache, type(model).__name__, device))
+    latents.cache_latents = lambda data, model, *how: calls.append((data.latent_cache, type(model).__name__, *how))
     monkeypatch.setitem(sys.modules, "ldm.training.latents", latents)
     words = ["--max_steps", "1", "lightning.callbacks.image_logger=null"]
     assert run(text_config(), *words, latent_cache={"variants": 2}) == 0
-    assert calls == [({"variants": 2}, "LatentDiffusion", torch.device("cpu"))]
+    assert calls == [({"variants": 2}, "LatentDiffusion", torch.device("cpu"), None)]
 
 
 def test_a_failure_keeps_its_traceback_and_what_was_learnt(run, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.conditioning import Conditioning, DiffusionWrapper, as_dict, map_tensors, slice_batch
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.sampler import SamplingOptions
+from ldm.models.diffusion.tiling import check_params, tiled, tiled_encode, tiled_predict
 from ldm.modules.diffusionmodules.schedule import (
     diffusion_tables,
     extract_into_tensor,
@@ -92,7 +94,6 @@ class DDPM(nn.Module):
         self.first_stage_key = first_stage_key
         self.image_size = image_size
         self.channels = channels
-        self.cond_stage_model: nn.Module | None = None
         self.use_positional_encodings = use_positional_encodings
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.use_ema = use_ema
@@ -387,6 +388,7 @@ class LatentDiffusion(DDPM):
         self.cond_stage_key = cond_stage_key
         self.cond_stage_forward = cond_stage_forward
         self.clip_denoised = False  # latents have no fixed range
+        self.split_input_params = None
         self.scale_by_std = scale_by_std
         if scale_by_std:
             self.register_buffer("scale_factor", torch.tensor(scale_factor))
@@ -419,6 +421,9 @@ class LatentDiffusion(DDPM):
     @torch.no_grad()
     def encode_first_stage(self, x: torch.Tensor) -> Any:
         """What the first stage says of images (B, 3, H, W): a posterior, or latents."""
+        split = self.split_input_params
+        if split and split.get("patch_distributed_vq"):
+            return tiled_encode(self.first_stage_model.encode, x, split)
         return self.first_stage_model.encode(x)
 
     def get_first_stage_encoding(self, encoder_posterior: Any) -> torch.Tensor:
@@ -445,9 +450,34 @@ class LatentDiffusion(DDPM):
             shape = (*indices.shape, self.first_stage_model.embed_dim)
             z = self.first_stage_model.quantize.get_codebook_entry(indices.reshape(-1), shape=shape)
         z = (z / self.scale_factor).to(next(self.first_stage_model.parameters(), z).dtype)
+        decode = self.first_stage_model.decode
         if isinstance(self.first_stage_model, VQModelInterface):
-            return self.first_stage_model.decode(z, force_not_quantize=predict_cids or force_not_quantize)
-        return self.first_stage_model.decode(z)
+            decode = partial(decode, force_not_quantize=predict_cids or force_not_quantize)
+        split = self.split_input_params
+        if split and split.get("patch_distributed_vq"):
+            return tiled(decode, [z], split, split["vqf"])
+        return decode(z)
+
+    @property
+    def split_input_params(self) -> Mapping[str, Any] | None:
+        """How to tile large pictures, see `tiling`; None for not at all."""
+        return self._split_input_params
+
+    @split_input_params.setter
+    def split_input_params(self, params: Mapping[str, Any] | None) -> None:
+        if params is not None:
+            check_params(params)
+        self._split_input_params = params
+
+    def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning = None) -> torch.Tensor:
+        """The network's prediction for x_noisy (B, C, H, W) at steps t; tiled where `split_input_params` says so.
+
+        What is joined to the input is cut into the same tiles; other conditioning serves every tile.
+        """
+        if not self.split_input_params:
+            return super().apply_model(x_noisy, t, cond)
+        given = as_dict(cond, self.model.conditioning_key)
+        return tiled_predict(self.model, x_noisy, t, given, self.split_input_params)
 
     # -- conditioning ----------------------------------------------------------------------------------------
 

@@ -1,0 +1,97 @@
+"""Tiled encoding, decoding and denoising."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from parity_cases import assert_close, build, load_case
+
+from ldm.models.diffusion.tiling import border_distance, tile_weights, tiled
+from ldm.util import UserError
+
+SPLIT = {
+    "ks": (8, 8),
+    "stride": (4, 4),
+    "vqf": 2,
+    "patch_distributed_vq": True,
+    "tie_braker": False,
+    "clip_max_weight": 0.5,
+    "clip_min_weight": 0.01,
+    "clip_max_tie_weight": 0.5,
+    "clip_min_tie_weight": 0.01,
+}
+
+
+def test_decoding_is_the_recorded_one():
+    case = load_case("patchwise_decoding")
+    model = build(case)
+    model.split_input_params = SPLIT
+    assert_close(model.decode_first_stage(case.inputs["z"]), case.outputs["decoded"])
+
+
+def test_denoising_is_the_recorded_one():
+    case = load_case("patchwise_denoising")
+    model = build(case)
+    model.split_input_params = SPLIT
+    eps = model.apply_model(case.inputs["z"], torch.tensor([500]), case.inputs["LR_image"])
+    assert_close(eps, case.outputs["eps"])
+
+
+def test_a_gaussian_first_stage_gives_one_posterior():
+    model = build(load_case("text_to_image_pipeline"))
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    whole = model.encode_first_stage(x)
+    model.split_input_params = {**SPLIT, "ks": (32, 32), "stride": (32, 32)}
+    assert_close(model.encode_first_stage(x).mode(), whole.mode(), 1e-5)  # one tile is the whole
+    model.split_input_params = {**SPLIT, "ks": (16, 16), "stride": (8, 8)}
+    assert model.encode_first_stage(x).mode().shape == whole.mode().shape
+
+
+@pytest.mark.parametrize("tie_braker", [False, True])
+def test_a_pixelwise_function_does_not_show_the_tiles(tie_braker):
+    x, y = torch.randn(2, 3, 16, 24), torch.randn(2, 1, 16, 24)
+    split = {**SPLIT, "tie_braker": tie_braker}
+    assert_close(tiled(lambda a, b: a * 2 + b, [x, y], split), x * 2 + y, 1e-6)
+
+
+def test_results_may_be_larger_or_smaller():
+    x = torch.randn(1, 2, 16, 16)
+    up = torch.nn.Upsample(scale_factor=2)
+    assert_close(tiled(up, [x], SPLIT, 2), up(x), 1e-6)
+    halve = torch.nn.AvgPool2d(2)
+    assert_close(tiled(halve, [x], SPLIT, Fraction(1, 2)), halve(x), 1e-6)
+
+
+def test_a_map_smaller_than_a_tile_is_one_tile():
+    x, calls = torch.randn(1, 1, 6, 6), []
+    tiled(lambda a: calls.append(a.shape) or a, [x], SPLIT)
+    assert calls == [(1, 1, 6, 6)]
+
+
+def test_weights():
+    assert border_distance(5, 3).tolist() == [[0, 0, 0], [0, 0.25, 0], [0, 0.5, 0], [0, 0.25, 0], [0, 0, 0]]
+    weights = tile_weights((5, 3), (1, 2), {**SPLIT, "clip_max_weight": 0.3})
+    assert weights.shape == (5, 3, 2)
+    assert weights.amin() == pytest.approx(0.01)
+    assert weights.amax() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strides": (4, 4)}, 'did you mean "stride"'),
+        ({"ks": 8}, "ks must be two"),
+        ({"stride": (0, 4)}, "stride must"),
+    ],
+)
+def test_wrong_settings_are_named(change, message):
+    model = build(load_case("patchwise_decoding"))
+    with pytest.raises(UserError, match=message):
+        model.split_input_params = {**SPLIT, **change}
+
+
+def test_tiles_must_cover_the_map():
+    with pytest.raises(UserError, match="do not cover"):
+        tiled(lambda a: a, [torch.zeros(1, 1, 18, 18)], SPLIT)
