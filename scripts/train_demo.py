@@ -1,7 +1,7 @@
 """Train a text-to-image model from nothing: first stage, diffusion model, export, pictures.
 
 python scripts/train_demo.py           a small one, on the CPU in minutes
-python scripts/train_demo.py --full    the bundled one
+python scripts/train_demo.py --full    one of all the drawings
 
 Each stage is the command that one would type; it is shown before it runs. The two losses are read back from the logs
 at the end, and the exit status is 1 unless both fell.
@@ -76,7 +76,7 @@ class Curve:
 def make_parser() -> Parser:
     """The options."""
     parser = Parser(description="Train a text-to-image model of emoji from nothing, then draw with it.")
-    parser.add_argument("--full", action="store_true", help="the bundled model: hours on two cores, not minutes")
+    parser.add_argument("--full", action="store_true", help="all the drawings instead of sixteen: hours on two cores")
     parser.add_argument("--logdir", default="logs/train-demo", metavar="DIR", help="default: %(default)s")
     return parser
 
