@@ -9,6 +9,7 @@ from tiny_models import randomise, text_config
 
 from ldm.images import in_random_colours
 from ldm.models.diffusion.ddpm import LATENT_KEY
+from ldm.modules.diffusionmodules.parameterization import interpret, training_target
 from ldm.util import UserError, instantiate_from_config
 
 
@@ -45,6 +46,42 @@ def test_losses_and_gradients_are_the_recorded_ones(kind):
     assert_close(unet.input_blocks[0][0].weight.grad, case.outputs["grad_first_conv"])
     assert_close(unet.out[2].weight.grad, case.outputs["grad_last_conv"])
     assert_close(grad_norm(model.model), case.outputs["grad_norm"])
+
+
+def test_the_target_of_v_and_what_is_read_from_it():
+    """v = √ᾱ ε - √(1 - ᾱ) x_0, equation of arXiv:2202.00512: the direction at right angles to x_t."""
+    x_start, noise = torch.randn(2, 3, 4, 4, 4).double()
+    alpha = torch.tensor([0.2, 0.7, 0.99]).double().reshape(3, 1, 1, 1)
+    x_t = alpha.sqrt() * x_start + (1 - alpha).sqrt() * noise
+    v = training_target("v", x_start, noise, alpha)
+    angle = alpha.sqrt().acos()
+    assert_close(v, torch.cos(angle) * noise - torch.sin(angle) * x_start, 1e-12)
+    eps, estimate = interpret("v", v, x_t, alpha)
+    assert_close(eps, noise, 1e-12)
+    assert_close(estimate, x_start, 1e-12)
+
+
+@pytest.mark.parametrize("gamma", [5.0, 0.3])
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+def test_with_min_snr_the_loss_is_that_of_the_estimate(parameterization, gamma):
+    """min(SNR, γ) ‖x_0 - x̂_0‖², whatever the network predicts."""
+    model = text_model(parameterization=parameterization, min_snr_gamma=gamma)
+    x_start, estimate, noise = torch.randn(3, 4, 3, 8, 8).unbind()
+    t = torch.tensor([0, 20, 60, 99])
+    alpha = model.alphas_cumprod[t].reshape(4, 1, 1, 1)
+    implied = (model.q_sample(x_start, t, noise) - alpha.sqrt() * estimate) / (1 - alpha).sqrt()
+    model.apply_model = lambda *_: training_target(parameterization, estimate, implied, alpha)
+    snr = (alpha / (1 - alpha)).flatten()
+    loss, log = model.p_losses(x_start, None, t, noise)
+    assert_close(loss, (snr.clamp(max=gamma) * (x_start - estimate).square().mean(dim=(1, 2, 3))).mean(), 1e-4)
+    plain = text_model(parameterization=parameterization)
+    plain.apply_model = model.apply_model
+    unweighted, _ = plain.p_losses(x_start, None, t, noise)
+    assert_close(log["train/loss_simple"], unweighted, 1e-6)
+
+
+def test_loss_weights_are_no_part_of_the_state():
+    assert text_model(min_snr_gamma=5.0).state_dict().keys() == text_model().state_dict().keys()
 
 
 def test_the_text_conditional_loss_trains_the_encoder_too():
@@ -197,6 +234,7 @@ def test_a_missing_entry_of_the_batch_is_named():
     [
         ({"parameterization": "x_0"}, 'did you mean "x0"'),
         ({"loss_type": "l3"}, "choose one of l1, l2"),
+        ({"min_snr_gamma": -5}, "min_snr_gamma must be above 0"),
         ({"conditioning_key": "crosattn"}, 'did you mean "crossattn"'),
         ({"beta_schedule": "cosin"}, 'did you mean "cosine"'),
         ({"cond_dropout": 1.5}, "cond_dropout must lie in"),
@@ -215,8 +253,9 @@ def test_the_noised_conditioning_follows_its_schedule():
     assert (model.cond_ids[5:] == 99).all()
 
 
-def test_the_loss_of_a_batch_learns():
-    model = text_model().train()
+@pytest.mark.parametrize("params", [{}, {"parameterization": "v", "min_snr_gamma": 5.0}])
+def test_the_loss_of_a_batch_learns(params):
+    model = text_model(**params).train()
     batch = text_batch()
     optimizer = torch.optim.AdamW(model.optimizer_parameters(), lr=2e-3)
     losses = []
@@ -251,16 +290,32 @@ def test_only_the_previews_named_are_made():
     assert set(text_model().eval().log_images(text_batch(), return_keys=["inputs"], ddim_steps=1)) == {"inputs"}
 
 
-def test_outpainting_keeps_the_middle_and_inpainting_the_border():
+@pytest.mark.parametrize("ddim_steps", [20, None])
+def test_outpainting_keeps_the_middle_and_inpainting_the_border(ddim_steps):
+    """With the exact denoiser of pixels that are mostly 1, else -1, and a picture of -1: what is filled is 1."""
     model = text_model().eval()
-    kept = {}
-    model.sample_log = lambda c, n, ddim, steps, mask=None, **_: (kept.setdefault(len(kept), mask), (None, None))[1]
-    model.decode_first_stage = lambda z: z
-    model.log_images(text_batch(), sample=False, plot_progressive_rows=False, plot_diffusion_rows=False)
-    inpainting, outpainting = kept[0], kept[1]
-    assert inpainting[0, 0, 0, 0] == 1
-    assert inpainting[0, 0, 4, 4] == 0
-    assert torch.equal(outpainting, 1 - inpainting)
+    log_odds = 3.5  # e^-7 of the pixels are -1
+
+    def apply_model(x, t, cond=None):
+        alpha = model.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        x_start = torch.tanh(alpha.sqrt() * x / (1 - alpha) + log_odds)
+        return (x - alpha.sqrt() * x_start) / (1 - alpha).sqrt()
+
+    latents = -torch.ones(2, 3, 8, 8)
+    model.apply_model, model.decode_first_stage = apply_model, lambda z: z
+    model.get_input = lambda *_, **__: (latents, None, latents, latents, None)
+    torch.manual_seed(0)
+    pictures = model.log_images(
+        {}, ddim_steps=ddim_steps, sample=False, plot_progressive_rows=False, plot_diffusion_rows=False
+    )
+    middle = torch.zeros(8, 8, dtype=torch.bool)
+    middle[2:6, 2:6] = True
+    inpainted, outpainted = pictures["samples_inpainting"], pictures["samples_outpainting"]
+    for filled in (inpainted[..., middle], outpainted[..., ~middle]):
+        assert (filled > 0.8).float().mean() > 0.95
+    for kept in (inpainted[..., ~middle], outpainted[..., middle]):
+        assert (kept < -0.8).all()
+    assert (pictures["mask"][..., middle] == -1).all() and (pictures["mask"][..., ~middle] == 1).all()
 
 
 def test_colours_of_maps_are_always_the_same():
