@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity_cases import assert_close, build, load_case
+from parity_cases import assert_close, build, load_case, relative_error
 from tiny_models import randomise, text_config
 
-from ldm.images import in_random_colours
+from ldm.images import draw_boxes, in_random_colours
 from ldm.models.diffusion.ddpm import LATENT_KEY
 from ldm.modules.diffusionmodules.parameterization import interpret, training_target
+from ldm.modules.encoders.layout import Box
 from ldm.util import UserError, instantiate_from_config
 
 
@@ -348,3 +349,73 @@ def test_only_the_network_can_be_loaded(tmp_path):
     assert torch.equal(model.state_dict()[name], source.state_dict()[name])
     name = "first_stage_model.quant_conv.weight"
     assert not torch.equal(model.state_dict()[name], source.state_dict()[name])
+
+
+# -- layouts ---------------------------------------------------------------------------------------------------
+
+LAYOUT = {
+    "cond_stage_key": "coordinates_bbox",
+    "cond_stage_config": {
+        "target": "ldm.modules.encoders.modules.BERTEmbedder",
+        "params": {"n_embed": 32, "n_layer": 1, "vocab_size": 300, "max_seq_len": 11, "use_tokenizer": False},
+    },
+}
+
+
+def layout_model(**params):
+    torch.manual_seed(0)
+    config = text_config(**{**LAYOUT, **params})
+    return randomise(instantiate_from_config({**config, "target": "ldm.models.diffusion.ddpm.Layout2ImgDiffusion"}))
+
+
+def layout_batch(model):
+    boxes = [[Box(1, (0.0, 0.0, 0.5, 1.0)), Box(7, (0.25, 0.5, 1.0, 1.0))], []]
+    tokens = torch.stack([model.layout_tokens.encode(b, 11) for b in boxes])
+    return {"image": text_batch()["image"], "coordinates_bbox": tokens}
+
+
+def test_a_layout_model_trains_and_heeds_its_boxes():
+    model = layout_model(cond_dropout=0.1).train()
+    batch = layout_batch(model)
+    loss, _ = model.shared_step(batch)
+    loss.backward()
+    assert grad_norm(model.cond_stage_model) > 0
+    model.eval()
+    c = model.get_learned_conditioning(batch["coordinates_bbox"])
+    assert c.shape == (2, 11, 32)
+    noise = torch.randn(1, 3, 8, 8)
+    with_boxes, without = (model.sample_log(c[i : i + 1], 1, True, 3, x_T=noise, verbose=False)[0] for i in (0, 1))
+    assert relative_error(with_boxes, without) > 1e-3
+
+
+def test_layouts_are_dropped_to_layouts_without_boxes():
+    model = layout_model(cond_dropout=0.5).train()
+    tokens = layout_batch(model)["coordinates_bbox"][:1].repeat(200, 1)
+    torch.manual_seed(0)
+    boxes = [len(model.layout_tokens.decode(layout)) for layout in model.drop_conditioning(tokens)]
+    assert set(boxes) == {0, 2}
+    assert boxes.count(0) == pytest.approx(100, abs=28)  # four standard deviations
+
+
+def test_previews_show_the_boxes_with_their_labels():
+    model = layout_model(class_names=["cat", "dog"], log_every_t=50).eval()
+    batch = layout_batch(model)
+    assert [model.class_name(label) for label in (1, 7)] == ["dog", "7"]
+    pictures = model.log_images(batch, N=2, n_row=1, ddim_steps=1, unconditional_guidance_scale=2.0)
+    assert {"samples", "samples_guided", "bbox_image"} <= pictures.keys()
+    expected = draw_boxes((16, 16), [(0, 0, 0.5, 1), (0.25, 0.5, 1, 1)], ["dog", "7"], 8)
+    assert torch.equal(pictures["bbox_image"], torch.stack([expected, torch.ones(3, 16, 16)]))
+    assert set(model.log_images(batch, N=1, ddim_steps=1, return_keys=["bbox_image"])) == {"bbox_image"}
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"cond_stage_key": "caption"}, 'needs the cond_stage_key "coordinates_bbox", not "caption"'),
+        ({"cond_stage_config": "__is_unconditional__"}, "reads tokens"),
+        ({"cond_stage_config": text_config()["params"]["cond_stage_config"]}, "reads tokens"),
+    ],
+)
+def test_a_layout_model_needs_layouts(params, message):
+    with pytest.raises(UserError, match=message):
+        layout_model(**params)

@@ -36,10 +36,13 @@ from ldm.modules.diffusionmodules.schedule import (
 )
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
+from ldm.modules.encoders.layout import LayoutTokens
 from ldm.util import UserError, default, did_you_mean, freeze, instantiate_from_config
 
 # Where a batch carries moments that the first stage computed earlier: (B, 2c, h, w), mean and log-variance.
 LATENT_KEY = "latent_moments"
+# Where a batch carries layouts: the tokens of `encoders.layout`, (B, L) int64.
+LAYOUT_KEY = "coordinates_bbox"
 LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "l1": lambda prediction, target: (prediction - target).abs(),
     "l2": lambda prediction, target: (prediction - target) ** 2,
@@ -401,7 +404,9 @@ class LatentDiffusion(LatentSpace, DDPM):
         key = default(cond_key, self.cond_stage_key)
         if key == "class_label":
             return {key: batch_entry(batch, key).to(self.device)}
-        if key in ("caption", "coordinates_bbox"):
+        if key == LAYOUT_KEY:
+            return batch_entry(batch, key).to(self.device)
+        if key == "caption":
             return batch_entry(batch, key)
         return self.get_input(batch, key)
 
@@ -500,6 +505,41 @@ class LatentDiffusion(LatentSpace, DDPM):
     def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, torch.Tensor]:
         """Pictures (B, C, H, W) in [-1, 1] that show what the model does with a batch; see `preview`."""
         return preview.latent_previews(self, batch, N, **options)
+
+
+class Layout2ImgDiffusion(LatentDiffusion):
+    """A latent diffusion model of pictures that follow a layout of labelled boxes (arXiv:2112.10752, section 4.3.1).
+
+    Args:
+        cond_stage_key: must be "coordinates_bbox", the entry of the batch with the layouts' tokens.
+        class_names: what previews call the classes, in their order; numbers beyond it.
+
+    Raises:
+        UserError: another `cond_stage_key`, or a conditioning stage that reads no tokens.
+    """
+
+    def __init__(self, cond_stage_key: str = LAYOUT_KEY, class_names: Sequence[str] = (), **kwargs: Any) -> None:
+        if cond_stage_key != LAYOUT_KEY:
+            raise UserError(f'Layout2ImgDiffusion needs the cond_stage_key "{LAYOUT_KEY}", not "{cond_stage_key}"')
+        super().__init__(cond_stage_key=cond_stage_key, **kwargs)
+        transformer = getattr(self.cond_stage_model, "transformer", None)
+        if transformer is None or getattr(self.cond_stage_model, "use_tknz_fn", False):
+            raise UserError("Layout2ImgDiffusion needs a cond_stage_config that reads tokens: use_tokenizer: false")
+        self.layout_tokens = LayoutTokens(transformer.num_tokens)
+        self.class_names = tuple(class_names)
+
+    def class_name(self, label: int) -> str:
+        """What previews call class `label`."""
+        return self.class_names[label] if label < len(self.class_names) else str(label)
+
+    def empty_conditioning(self, xc: torch.Tensor) -> torch.Tensor:
+        """Layouts like `xc` without any box."""
+        return torch.full_like(xc, self.layout_tokens.none)
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, torch.Tensor]:
+        """Pictures (B, C, H, W) in [-1, 1] that show what the model does with a batch; see `preview`."""
+        return preview.layout_previews(self, batch, N, **options)
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:
