@@ -494,9 +494,7 @@ class LatentDiffusion(DDPM):
         key = default(cond_key, self.cond_stage_key)
         if key == "class_label":
             return {key: batch_entry(batch, key).to(self.device)}
-        if key in ("caption", "coordinates_bbox"):
-            return batch_entry(batch, key)
-        return self.get_input(batch, key)
+        return batch_entry(batch, key) if key in ("caption", "coordinates_bbox") else self.get_input(batch, key)
 
     def drop_conditioning(self, xc: Any) -> Any:
         """`xc` with each item replaced by the empty conditioning with probability `cond_dropout`."""
@@ -510,7 +508,8 @@ class LatentDiffusion(DDPM):
     def empty_conditioning(self, xc: Any) -> Any:
         """What stands for no conditioning, in the form of `xc`: "" for text, the last class, zeros otherwise."""
         if isinstance(xc, Mapping):
-            return {key: torch.full_like(value, self.cond_stage_model.n_classes - 1) for key, value in xc.items()}
+            known = getattr(self.cond_stage_model, "n_classes", None) or self.model.diffusion_model.num_classes
+            return {key: torch.full_like(value, known - 1) for key, value in xc.items()}
         return torch.zeros_like(xc) if isinstance(xc, torch.Tensor) else [""] * len(xc)
 
     # -- training --------------------------------------------------------------------------------------------
