@@ -33,7 +33,7 @@ SAMPLERS = tuple(f"ldm.models.diffusion.{name}" for name in ("sampler", "ancestr
 # Importing these costs seconds or needs more than sampling does: inside the function that uses them.
 HEAVY = {"transformers", "torchvision", "kornia", "lpips", "pytorch_lightning", "tensorboard", "scipy"}
 # Optional extras: no module may need one to be imported.
-OPTIONAL = ["transformers", "scann", "clip", "gradio", "wandb", "emoji", "diffusers", "albumentations", "cv2", "faiss"]
+OPTIONAL = ["scann", "clip", "gradio", "wandb", "emoji", "diffusers", "albumentations", "cv2", "faiss"]
 
 
 @cache
