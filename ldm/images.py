@@ -28,12 +28,8 @@ _ROUNDING = 1 / 1024
 BOX_COLOURS = ("crimson", "royalblue", "darkgreen", "darkorange", "purple", "teal", "saddlebrown", "deeppink")
 
 
-def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None = None) -> Tensor:
-    """Read a picture as `(1, 3, H, W)` float32 in [-1, 1]; transparent parts become white.
-
-    Args:
-        path: any file that Pillow reads; a rotation noted by a camera is applied.
-        size: `(height, width)`, or one number for both: the largest centred part of that shape, resized.
+def open_picture(path: str | os.PathLike[str]) -> Image:
+    """A picture as Pillow's RGB image: turned as the camera noted, transparent parts white.
 
     Raises:
         UserError: the file is missing or is no picture.
@@ -46,11 +42,26 @@ def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None 
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
+            return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f'there is no picture "{path}"; check the path') from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f'cannot read the picture "{path}": {error}; give a PNG, JPEG or WebP file') from None
+
+
+def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None = None) -> Tensor:
+    """Read a picture as `(1, 3, H, W)` float32 in [-1, 1]; transparent parts become white.
+
+    Args:
+        path: any file that Pillow reads; a rotation noted by a camera is applied.
+        size: `(height, width)`, or one number for both: the largest centred part of that shape, resized.
+
+    Raises:
+        UserError: the file is missing or is no picture.
+    """
+    from PIL import Image, ImageOps
+
+    image = open_picture(path)
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

@@ -422,7 +422,8 @@ class LatentDiffusion(LatentSpace, DDPM):
     def empty_conditioning(self, xc: Any) -> Any:
         """What stands for no conditioning, in the form of `xc`: "" for text, the last class, zeros otherwise."""
         if isinstance(xc, Mapping):
-            return {key: torch.full_like(value, self.cond_stage_model.n_classes - 1) for key, value in xc.items()}
+            known = getattr(self.cond_stage_model, "n_classes", None) or self.model.diffusion_model.num_classes
+            return {key: torch.full_like(value, known - 1) for key, value in xc.items()}
         return torch.zeros_like(xc) if isinstance(xc, torch.Tensor) else [""] * len(xc)
 
     # -- training --------------------------------------------------------------------------------------------

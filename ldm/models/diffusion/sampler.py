@@ -50,7 +50,7 @@ class SamplingOptions:
     noise_dropout: float = 0.0
     quantize_x0: bool = False  # snap every estimate of x_start to the first stage's codebook
     repeat_noise: bool = False  # the same step noise for the whole batch
-    score_corrector: Any = None
+    score_corrector: Any = None  # has `modify_score`, such as `classifier.ClassifierGuidance`
     corrector_kwargs: dict[str, Any] = field(default_factory=dict)
     unconditional_guidance_scale: float = 1.0
     unconditional_conditioning: Conditioning = None
