@@ -3,6 +3,7 @@
 oneDNN, which holds torch's convolutions for the CPU, multiplies blocks. Of a plain weight it makes a blocked copy at
 every call; in the small maps and wide layers of a U-Net the copy takes longer than the product. Packed, a weight is
 copied once. A packed convolution also gives its result channels-last, which spares the next one a copy of its input.
+torch's group normalisation of small channels-last maps is slow in bfloat16 only, so that goes by way of float32.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import group_norm, linear
+
+# Below so many pixels torch 2.14 goes another way, in bfloat16 up to ten times slower for groups of few channels.
+SLOW_NORM_PIXELS = 1024
 
 
 @contextmanager
@@ -31,7 +35,9 @@ def packed_weights(*modules: nn.Module) -> Iterator[None]:
     parts = dict.fromkeys(part for module in modules for part in module.modules())
     owners = Counter(id(parameter) for part in parts for parameter in part._parameters.values())
     layers = [part for part in parts if _can_pack(part) and owners[id(part.weight)] == 1]
-    stand_ins = [_PACKED[type(layer)](layer) for layer in layers]
+    stand_ins: list[_StandIn] = [_PACKED[type(layer)](layer) for layer in layers]
+    if stand_ins:
+        stand_ins += [_NormInFloat32(part) for part in parts if _is_slow_norm(part)]
     hooks = [module.register_forward_hook(_contiguous) for module in modules] if stand_ins else []
     try:
         yield
@@ -61,28 +67,48 @@ def _packable_dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if half else (torch.float32,)
 
 
+def _is_slow_norm(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.GroupNorm) or type(layer).forward is not nn.GroupNorm.forward:
+        return False
+    weight = layer.weight
+    if weight is None or weight.requires_grad or "forward" in vars(layer):
+        return False
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+
+
+def _is_recorded(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
 def _contiguous(module: nn.Module, inputs: Any, output: Any) -> Any:
     """A forward hook. Noise drawn like a channels-last tensor would be another noise."""
     return output.contiguous() if isinstance(output, Tensor) else None
 
 
-class _PackedLayer:
+class _StandIn:
     """Stands in for the `forward` of one layer."""
-
-    dims: range
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
+        layer.forward = self
+
+    def remove(self) -> None:
+        del self.layer.forward
+
+
+class _PackedLayer(_StandIn):
+    dims: range
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
         self.parameter = layer.weight
         self.dtype = layer.weight.dtype
         self.strides = layer.weight.stride()
         self.packed: Tensor | None = None
-        layer.forward = self
 
     def __call__(self, x: Tensor) -> Tensor:
-        recorded = torch.is_grad_enabled() and x.requires_grad
         unusual = x.dtype != self.dtype or x.device.type != "cpu" or x.dim() not in self.dims or x.numel() == 0
-        if recorded or unusual or torch.is_autocast_enabled("cpu"):
+        if unusual or _is_recorded(x) or torch.is_autocast_enabled("cpu"):
             return self.plain(x, self.parameter if self.packed is None else self.unpacked())
         if self.packed is None:
             self.packed = self.pack(x)
@@ -98,7 +124,7 @@ class _PackedLayer:
         return torch.empty_strided(dense.shape, self.strides, dtype=self.dtype).copy_(dense)
 
     def remove(self) -> None:
-        del self.layer.forward
+        super().remove()
         if self.packed is not None:
             self.parameter.data = self.unpacked()
             self.layer._parameters["weight"] = self.parameter
@@ -144,6 +170,19 @@ class _PackedLinear(_PackedLayer):
 
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:
         return linear(x, weight, self.layer.bias)
+
+
+class _NormInFloat32(_StandIn):
+    def __init__(self, layer: nn.GroupNorm) -> None:
+        super().__init__(layer)
+        self.weight, self.bias = layer.weight.float(), layer.bias.float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        small = x.dim() == 4 and x.shape[2] * x.shape[3] < SLOW_NORM_PIXELS and not x.is_contiguous()
+        if not small or x.dtype != torch.bfloat16 or _is_recorded(x):
+            return type(layer).forward(layer, x)
+        return group_norm(x.float(), layer.num_groups, self.weight, self.bias, layer.eps).to(x.dtype)
 
 
 _PACKED = {nn.Conv2d: _PackedConv2d, nn.Linear: _PackedLinear}

@@ -10,6 +10,7 @@ from parity_cases import assert_close
 from tiny_models import randomise, text_config
 from torch import nn
 
+from ldm.modules.diffusionmodules.util import GroupNorm32
 from ldm.modules.packing import packed_weights
 from ldm.util import instantiate_from_config
 
@@ -79,6 +80,30 @@ def test_whole_models_agree(dtype):
     for output, plain in zip(outputs, expected, strict=True):
         assert output.is_contiguous()
         assert_close(output.float(), plain.float(), 1e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("size", [8, 32], ids=["small", "large"])
+def test_normalisations_between_bfloat16_convolutions(size):
+    """Small channels-last maps go by way of float32; the sums are made in float32 either way."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), GroupNorm32(32, 64), nn.Conv2d(64, 64, 1))
+    nn.init.normal_(model[1].weight)
+    nn.init.normal_(model[1].bias)
+    model, x = frozen(model, torch.bfloat16), torch.randn(2, 3, size, size).bfloat16()
+    expected, types = model(x), []
+    model[1].register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    with packed_weights(model):
+        assert_close(model(x).float(), expected.float(), 0.01)
+    assert types == [torch.bfloat16]
+    assert "forward" not in vars(model[1]) and torch.equal(model(x), expected)
+
+
+def test_inputs_need_not_be_contiguous():
+    convolution, layer = frozen(nn.Conv2d(4, 6, 3)), frozen(nn.Linear(4, 6))
+    image, rows = torch.randn(2, 8, 9, 9)[:, ::2].transpose(2, 3), torch.randn(5, 1, 4).expand(5, 3, 4).transpose(0, 1)
+    expected = convolution(image), layer(rows)
+    with packed_weights(convolution, layer):
+        for output, plain in zip((convolution(image), layer(rows)), expected, strict=True):
+            assert_close(output, plain, 1e-5)
 
 
 def test_afterwards_the_weights_are_the_same_objects_with_the_same_bits():
