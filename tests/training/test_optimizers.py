@@ -66,6 +66,22 @@ def test_a_continued_run_stays_fused_whatever_wrote_its_state(kind, options, wri
     assert_same_weights(ours, plain)
 
 
+def test_a_state_that_lies_otherwise_in_memory_is_continued_right():
+    """torch's own kernel reads the wrong elements then, without a word."""
+    plain = network()
+    writer = Adam(plain.parameters(), lr=0.01, foreach=False)
+    train(plain, writer, 3)
+    state, ours = copy.deepcopy(writer.state_dict()), copy.deepcopy(plain)
+    for name in ("exp_avg", "exp_avg_sq"):
+        state["state"][0][name] = state["state"][0][name].contiguous()
+        assert state["state"][0][name].stride() != ours[0].weight.stride()
+    optimizer = fused(Adam, list(ours.parameters()), lr=0.01)
+    optimizer.load_state_dict(state)
+    train(plain, writer, 3, seed=1)
+    train(ours, optimizer, 3, seed=1)
+    assert_same_weights(ours, plain)
+
+
 def test_states_of_another_model_are_still_refused():
     optimizer = fused(AdamW, list(network().parameters()))
     with pytest.raises(ValueError, match="doesn't match the size"):
