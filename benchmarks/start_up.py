@@ -29,7 +29,18 @@ IMPORTS = {
     "what training imports": "import ldm.training.run, ldm.training.assembly",
     "diffusers' networks and scheduler": "from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel",
 }
-DRAWING = ("scripts/txt2img.py", "--prompt", "rocket", "--n_samples", "1", "--ddim_steps", "1", "--skip_grid")
+DRAWING = (
+    "scripts/txt2img.py",
+    "--model",
+    "emoji64",
+    "--prompt",
+    "rocket",
+    "--n_samples",
+    "1",
+    "--ddim_steps",
+    "1",
+    "--skip_grid",
+)
 SHOWN = 12  # packages that take the longest
 
 
