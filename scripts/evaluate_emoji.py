@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm.data.emoji import EmojiValidation
     from ldm.files import atomic_path
     from ldm.images import save_png
-    from ldm.inference import SamplerSettings, choose_device, load_model
+    from ldm.inference import SamplerSettings, choose_device, load_model, prepared
 
     unseen_pairs, seen_pairs = (EmojiValidation(size.height, split=split) for split in ("held_out", "seen"))
     device = choose_device(args.device)
@@ -239,8 +239,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = SamplerSettings("ddim", args.steps, 0.0, args.scale)
     latent = (size.height // size.factor, size.width // size.factor)
 
-    fidelity = reconstruct(model, unseen_pairs, args.batch_size)
-    seen, unseen = (draw(model, pairs, args, settings, latent) for pairs in (seen_pairs, unseen_pairs))
+    with prepared(model):
+        fidelity = reconstruct(model, unseen_pairs, args.batch_size)
+        seen, unseen = (draw(model, pairs, args, settings, latent) for pairs in (seen_pairs, unseen_pairs))
     rows = score(fidelity, seen, unseen, seen_pairs.drawings, args.steps)
     print(table(rows))
     if args.json:

@@ -166,7 +166,7 @@ def draw(
     from tqdm import tqdm
 
     from ldm.images import next_index, save_png, to_uint8
-    from ldm.inference import SamplerSettings, text_to_images
+    from ldm.inference import SamplerSettings, prepared, text_to_images
 
     folder = Path(args.outdir) / "samples"
     first = next_index(folder)
@@ -174,7 +174,7 @@ def draw(
     batches = [wanted[i : i + args.batch_size] for i in range(0, len(wanted), args.batch_size)]
     settings = SamplerSettings(text["sampler"], text["steps"], text["eta"], text["scale"])
     pictures: list[np.ndarray] = []
-    with tqdm(total=len(batches) * settings.steps, desc="drawing", unit="step") as progress:
+    with prepared(model), tqdm(total=len(batches) * settings.steps, desc="drawing", unit="step") as progress:
         for batch in batches:
             images = text_to_images(model, batch, latent, settings, args.negative_prompt, progress=progress)
             for prompt, image in zip(batch, to_uint8(images), strict=True):

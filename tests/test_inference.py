@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from parity_cases import assert_close, build, load_case
@@ -15,11 +17,13 @@ from ldm.inference import (
     choose_device,
     for_inference,
     load_model,
+    prepared,
     skip_init,
     text_to_images,
     unknown_words,
 )
 from ldm.model_files import PictureSize, find_model, named_model, read_config
+from ldm.modules.attention import BasicTransformerBlock
 from ldm.util import UserError, instantiate_from_config
 
 CPU = torch.device("cpu")
@@ -157,6 +161,52 @@ def test_bfloat16_draws_nearly_the_same_picture(folder, model):
     pictures = [text_to_images(m, ["a", "b"], (8, 8), settings, noise=noise) for m in (half, model)]
     assert pictures[0].dtype == torch.float32
     assert_close(*pictures, tol=0.1)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms"])
+def test_a_prepared_model_draws_the_same_pictures(model, monkeypatch, sampler):
+    """Packed weights and kept keys change rounding only."""
+    settings, noise = SamplerSettings(sampler, steps=6, scale=3.0), torch.randn(2, 3, 8, 8)
+
+    def picture():
+        return text_to_images(model, ["a", "b"], (8, 8), settings, noise=noise)
+
+    with prepared(model):
+        together = [picture(), picture()]
+    alone = picture()
+    monkeypatch.setattr(inference, "prepared", nullcontext)
+    plain = picture()
+    for drawn in (alone, *together):
+        assert_close(drawn, plain, 1e-4)
+
+
+def test_a_run_computes_the_keys_of_its_context_once(model):
+    """Guidance too, which runs on both conditionings joined; and every run anew."""
+    layer = next(m for m in model.model.modules() if isinstance(m, BasicTransformerBlock)).attn2
+    batches = []
+    hook = layer.to_k.register_forward_hook(lambda module, inputs, output: batches.append(len(output)))
+    draw(model, ["a", "b", "c"], scale=2.0)
+    draw(model, ["a"])
+    hook.remove()
+    assert batches == [6, 1]
+    assert layer.kept is None
+
+
+def test_a_prepared_model_is_plain_again_afterwards(folder, model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with prepared(model):
+        draw(model, ["a"])
+        assert model.state_dict().keys() == before.keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_the_network_and_the_decoder_are_packed(model):
+    with prepared(model):
+        draw(model, ["a"])
+        for layer in (model.model.diffusion_model.input_blocks[0][0], model.first_stage_model.decoder.conv_out):
+            assert layer.weight.layout == torch._mkldnn
 
 
 def test_the_recorded_pictures_come_out(monkeypatch):

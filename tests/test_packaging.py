@@ -72,7 +72,9 @@ def third_party_imports(paths: Iterable[Path]) -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names.add(node.module.partition(".")[0])
-    ours = {"ldm", "taming", "main", "scripts"} | {path.stem for path in [*sources(), *ROOT.glob("tests/*.py")]}
+    ours = {"ldm", "taming", "main", "scripts", "benchmarks"} | {
+        path.stem for path in [*sources(), *ROOT.glob("tests/*.py")]
+    }
     return {canonicalize_name(DISTRIBUTIONS.get(n, n)) for n in names - sys.stdlib_module_names - ours - {"tomllib"}}
 
 
@@ -105,7 +107,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     assert core <= imported | USED_BY_NAME, "no longer needed"
 
 
-def test_what_the_tests_import_is_declared():
+def test_what_tests_and_benchmarks_import_is_declared():
     extras = PROJECT["optional-dependencies"]
     declared = {
         canonicalize_name(Requirement(text).name)
@@ -113,7 +115,7 @@ def test_what_the_tests_import_is_declared():
     }
     brought_by_pytest = {"packaging", "tomli"}
     brought_by_torch = {"setuptools"}
-    imported = third_party_imports((ROOT / "tests").glob("**/*.py"))
+    imported = third_party_imports([*(ROOT / "tests").glob("**/*.py"), *(ROOT / "benchmarks").glob("*.py")])
     assert imported <= declared | brought_by_pytest | brought_by_torch
 
 

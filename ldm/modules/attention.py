@@ -6,13 +6,16 @@ All softmax attention runs through `scaled_dot_product_attention`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from ldm.modules.diffusionmodules.util import checkpoint as run_checkpointed
 from ldm.modules.diffusionmodules.util import zero_module
+from ldm.modules.kept import Kept
 from ldm.util import UserError
 
 
@@ -58,7 +61,10 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of `x` to `context`, or to itself (arXiv:1706.03762; arXiv:2112.10752, section 3.3)."""
+    """Multi-head attention of `x` to `context`, or to itself (arXiv:1706.03762; arXiv:2112.10752, section 3.3).
+
+    Keys and values depend on the context alone. `kept_contexts` makes the layer compute them once for each context.
+    """
 
     def __init__(
         self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
@@ -71,6 +77,7 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
+        self.kept: Kept[tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Attend.
@@ -83,15 +90,42 @@ class CrossAttention(nn.Module):
         Returns:
             (B, N, query_dim).
         """
-        context = x if context is None else context
-        q, k, v = (
-            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for tokens in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        q = self._split(self.to_q(x))
+        if context is None:
+            k, v = self._keys_and_values(x)
+        elif self.kept is None or torch.is_grad_enabled():
+            k, v = self._keys_and_values(context)
+        else:
+            k, v = self.kept(lambda: self._keys_and_values(context), context)
         if mask is not None:
             mask = mask.flatten(1)[:, None, None, :]
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        """(B, N, heads * d) to (B, heads, N, d)."""
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+
+@contextmanager
+def kept_contexts(module: nn.Module) -> Iterator[None]:
+    """Run with every `CrossAttention` in `module` computing its keys and values once for the same context.
+
+    A sampling run attends to one context at every step. The same context is the same tensor, not written to
+    since; its results are the same bits. The layers' weights must stay as they are inside. With gradients
+    nothing is kept.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, CrossAttention) and layer.kept is None]
+    for layer in layers:
+        layer.kept = Kept()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.kept = None
 
 
 class BasicTransformerBlock(nn.Module):

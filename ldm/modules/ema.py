@@ -48,7 +48,11 @@ class LitEma(nn.Module):
         warm_up = (1 + self.num_updates) / (10 + self.num_updates)
         decay = torch.where(counting, torch.minimum(self.decay, warm_up), self.decay)
         live, shadows = self._pairs(model)
-        if live:
+        if not live:
+            return
+        if decay.device.type == "cpu":  # where a number costs no waiting, one pass over the memory does it
+            torch._foreach_lerp_(shadows, [p.detach() for p in live], 1 - decay.item())
+        else:
             difference = torch._foreach_sub(shadows, [p.detach() for p in live])
             torch._foreach_mul_(difference, 1 - decay)
             torch._foreach_sub_(shadows, difference)

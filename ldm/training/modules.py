@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldm.training.optimizers import fused
 from ldm.training.rng import rng_state, set_rng_state
 from ldm.util import UserError, instantiate_from_config
 
@@ -122,7 +123,7 @@ class OneLossTraining(ModelTraining):
     def configure_optimizers(self) -> Any:
         """AdamW over what the model names, with the learning-rate schedule where it has one."""
         decay = getattr(self.model, "weight_decay", 1e-2)
-        optimizer = AdamW(self.model.optimizer_parameters(), lr=self.learning_rate, weight_decay=decay)
+        optimizer = fused(AdamW, self.model.optimizer_parameters(), lr=self.learning_rate, weight_decay=decay)
         return [optimizer], self._schedulers([optimizer])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -189,9 +190,9 @@ class AutoencoderTraining(ModelTraining):
         """Adam for the autoencoder and, if there is one, for the discriminator."""
         generator, discriminator = self.model.optimizer_parameters()
         factor = getattr(self.model, "lr_g_factor", 1.0)
-        optimizers = [Adam(generator, lr=factor * self.learning_rate, betas=(0.5, 0.9))]
+        optimizers = [fused(Adam, generator, lr=factor * self.learning_rate, betas=(0.5, 0.9))]
         if discriminator:
-            optimizers.append(Adam(discriminator, lr=self.learning_rate, betas=(0.5, 0.9)))
+            optimizers.append(fused(Adam, discriminator, lr=self.learning_rate, betas=(0.5, 0.9)))
         return optimizers, self._schedulers(optimizers)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:

@@ -72,3 +72,22 @@ def test_pairs_and_slices_keep_the_structure(form):
     assert c.batch_size_of(form(A)) == 2
     assert c.slice_batch(None, 1) is None
     assert c.batch_size_of(None) is None
+
+
+@pytest.mark.parametrize("form", [lambda v: v, lambda v: [v], lambda v: {"c_concat": [v], "c_crossattn": v}])
+def test_a_pair_is_made_once_for_the_same_tensors(form):
+    """Also when the structure around them is made anew, as some callers do at every step."""
+    pairing, a, b = c.Pairing(), A.clone(), B.clone()
+    first = pairing(form(a), form(b))
+    assert pairing(form(a), form(b)) is first
+    assert list(map(torch.Tensor.tolist, c.tensors(first))) == list(
+        map(torch.Tensor.tolist, c.tensors(c.pair(form(A), form(B))))
+    )
+    assert pairing(form(a), form(B.clone())) is not first
+
+
+def test_a_pair_of_changed_tensors_is_made_anew():
+    pairing, a, b = c.Pairing(), A.clone(), B.clone()
+    pairing(a, b)
+    b.add_(1)
+    assert torch.equal(pairing(a, b), torch.cat([A, B + 1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -16,6 +18,7 @@ from ldm.modules.attention import (
     LinearAttention,
     SpatialSelfAttention,
     SpatialTransformer,
+    kept_contexts,
 )
 from ldm.modules.diffusionmodules.unet_blocks import AttentionBlock, QKVAttention, QKVAttentionLegacy
 from ldm.util import UserError
@@ -180,3 +183,54 @@ def test_heads_that_do_not_divide_the_channels_are_a_user_error():
         AttentionBlock(32, num_heads=5)
     with pytest.raises(UserError, match="num_head_channels 12 does not divide 32"):
         AttentionBlock(32, num_head_channels=12)
+
+
+def test_keys_and_values_of_one_context_are_computed_once():
+    layer, context = CrossAttention(query_dim=16, context_dim=10, heads=2, dim_head=4), torch.randn(2, 7, 10)
+    calls = []
+    layer.to_k.register_forward_hook(lambda *_: calls.append("k"))
+    layer.to_v.register_forward_hook(lambda *_: calls.append("v"))
+    inputs, mask = [torch.randn(2, 5, 16) for _ in range(3)], torch.rand(2, 7) < 0.8
+    with torch.no_grad():
+        expected = [layer(x, context, mask) for x in inputs]
+        calls.clear()
+        with kept_contexts(layer):
+            outputs = [layer(x, context, mask) for x in inputs]
+    assert calls == ["k", "v"]
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True)), "the same bits"
+
+
+@torch.no_grad()
+def test_another_context_gets_its_own_keys_and_values():
+    layer = CrossAttention(query_dim=16, context_dim=10, heads=2, dim_head=4)
+    twin = copy.deepcopy(layer)
+    x, context, other = torch.randn(2, 5, 16), torch.randn(2, 7, 10), torch.randn(2, 3, 10)
+    with kept_contexts(layer):
+        layer(x, context)
+        assert torch.equal(layer(x, other), twin(x, other))
+        layer(x, context)
+        context.mul_(2)
+        assert torch.equal(layer(x, context), twin(x, context)), "written to since"
+        assert torch.equal(layer(x, context.clone()), twin(x, context))
+
+
+@torch.no_grad()
+def test_self_attention_is_never_kept():
+    layer, x = CrossAttention(query_dim=16, heads=2, dim_head=4), torch.randn(2, 5, 16)
+    with kept_contexts(layer):
+        first = layer(x)
+        x.neg_()
+        assert not torch.equal(layer(x), first)
+
+
+def test_nothing_is_kept_with_gradients_or_outside():
+    layer, x = CrossAttention(query_dim=16, context_dim=10, heads=2, dim_head=4), torch.randn(2, 5, 16)
+    context = torch.randn(2, 7, 10, requires_grad=True)
+    with kept_contexts(nn.ModuleList([layer])):
+        for _ in range(2):
+            layer(x, context).sum().backward()
+        with kept_contexts(layer):
+            pass
+        assert layer.kept is not None, "the outer one still holds"
+    assert layer.kept is None
+    assert layer.to_k.weight.grad.abs().sum() > 0

@@ -106,12 +106,12 @@ def images(count=8, batch_size=2):
     return ResumableLoader(data, batch_size)
 
 
-def fit(model, loader=None, manual=None, validate=False, **trainer):
+def fit(model, loader=None, manual=None, validate=False, ckpt_path=None, **trainer):
     module = lightning_module(model, manual)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     plain = {"accelerator": "cpu", "max_epochs": 1, "num_sanity_val_steps": 0, "enable_checkpointing": False}
     given = Trainer(**{**quiet, **plain, **trainer})
-    given.fit(module, loader or images(), images(2) if validate else None)
+    given.fit(module, loader or images(), images(2) if validate else None, ckpt_path=ckpt_path)
     return module, given
 
 
@@ -179,6 +179,39 @@ def test_the_published_optimizers_and_their_learning_rates():
     assert [type(optimizer).__name__ for optimizer in trainer.optimizers] == ["Adam", "Adam"]
     assert [optimizer.defaults["betas"] for optimizer in trainer.optimizers] == [(0.5, 0.9)] * 2
     assert [optimizer.defaults["lr"] for optimizer in trainer.optimizers] == pytest.approx([0.2, 0.1])
+
+
+@pytest.mark.parametrize("kind", [ToyAutoencoder, ToyDiffusion])
+def test_the_optimizers_are_fused(kind):
+    _, trainer = fit(kind())
+    assert all(group["fused"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("kind", [ToyAutoencoder, ToyDiffusion])
+def test_a_checkpoint_of_plain_optimizers_is_continued_by_fused_ones(kind, tmp_path):
+    module, trainer = fit(kind())
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    for state in saved["optimizer_states"]:
+        for group in state["param_groups"]:
+            group["fused"] = None
+    torch.save(saved, tmp_path / "x.ckpt")
+    _, trainer = fit(kind(), max_epochs=2, ckpt_path=tmp_path / "x.ckpt")
+    assert trainer.global_step == 8
+    assert all(group["fused"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_of_fused_optimizers_are_clipped(precision):
+    """Lightning refuses that in mixed precision for torch's own."""
+    weights = []
+    for limit in (1e-9, None):  # below Adam's epsilon of 1e-8, where the size of a gradient counts
+        model = ToyDiffusion()
+        fit(model, precision=precision, gradient_clip_val=limit, max_steps=1, max_epochs=-1)
+        weights.append((model.net.weight - ToyDiffusion().net.weight).abs().max().item())
+    assert weights[0] < 0.02 < weights[1]
+    fit(ToyAutoencoder(), manual=ManualOptimization(gradient_clip_val=0.01), precision=precision)
 
 
 def test_schedules_move_with_the_steps():

@@ -6,12 +6,13 @@ input along channels) and `c_crossattn` (joined along the sequence, or, for `adm
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ldm.modules.kept import Kept
 from ldm.util import UserError, did_you_mean, instantiate_from_config
 
 Conditioning = torch.Tensor | list[Any] | dict[str, Any] | None
@@ -89,6 +90,30 @@ def slice_batch(cond: Conditioning, n: int) -> Conditioning:
 def pair(unconditional: Conditioning, cond: Conditioning) -> Conditioning:
     """Both conditionings in one batch of 2B, the unconditional half first, as guidance needs them."""
     return map_tensors(lambda u, c: torch.cat([u, c]), unconditional, cond)
+
+
+class Pairing:
+    """`pair`, made once for as long as both conditionings hold the same tensors, unchanged.
+
+    Guidance asks for the same pair at every step; given the same tensors, what depends on them can be kept too.
+    """
+
+    def __init__(self) -> None:
+        self._kept: Kept[Conditioning] = Kept()
+
+    def __call__(self, unconditional: Conditioning, cond: Conditioning) -> Conditioning:
+        """See `pair`."""
+        sources = [*tensors(unconditional), *tensors(cond)]
+        return self._kept(lambda: pair(unconditional, cond), *sources)
+
+
+def tensors(cond: Conditioning) -> Iterator[torch.Tensor]:
+    """Every tensor of a conditioning, in order."""
+    if isinstance(cond, (Mapping, list)):
+        for part in cond.values() if isinstance(cond, Mapping) else cond:
+            yield from tensors(part)
+    elif cond is not None:
+        yield cond
 
 
 def batch_size_of(cond: Conditioning) -> int | None:

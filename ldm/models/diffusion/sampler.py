@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ldm.models.diffusion.conditioning import Conditioning, batch_size_of, pair
+from ldm.models.diffusion.conditioning import Conditioning, Pairing, batch_size_of
 from ldm.modules.diffusionmodules.parameterization import Prediction, interpret
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor, make_ddim_timesteps, noise_like
 
@@ -77,6 +77,7 @@ class Sampler:
     def __init__(self, model: Denoiser) -> None:
         self.model = model
         self.options = SamplingOptions()
+        self.pair = Pairing()
 
     # -- what subclasses write -------------------------------------------------------------------------------
 
@@ -155,7 +156,7 @@ class Sampler:
         inputs = x.to(getattr(model, "dtype", x.dtype))
         if options.guided:
             # Classifier-free guidance, arXiv:2207.12598: one pass over both halves.
-            both = pair(options.unconditional_conditioning, cond)
+            both = self.pair(options.unconditional_conditioning, cond)
             output = model.apply_model(torch.cat([inputs] * 2), torch.cat([t] * 2), both).to(x.dtype)
             unconditional, conditional = output.chunk(2)
             output = unconditional + options.unconditional_guidance_scale * (conditional - unconditional)

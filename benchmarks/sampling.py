@@ -1,0 +1,108 @@
+"""Time a whole sampling run without the text encoder: guided DDIM steps, then the decoder, here and in diffusers.
+
+python benchmarks/sampling.py --json sampling.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+
+from benchmarks import architectures as nets
+from benchmarks.timing import Report, begin, compare, default_dtype, flops_of, make_parser
+from ldm.cli import command, positive_int
+from ldm.inference import make_sampler, prepared
+
+SCALE = 5.0
+
+
+def ours(
+    size: nets.Sizes, dtype: torch.dtype, device: torch.device, steps: int, contexts: tuple[Tensor, Tensor]
+) -> Callable[[], Tensor]:
+    """A run as `ldm.inference.text_to_images` makes it, weights prepared and unprepared within."""
+    with default_dtype(dtype), device:
+        model = nets.latent_diffusion(size).eval().requires_grad_(False)
+    count = len(contexts[0])
+
+    def run() -> Tensor:
+        with prepared(model):
+            latents, _ = make_sampler("ddim", model).sample(
+                steps,
+                count,
+                (nets.LATENT_CHANNELS, size.latent, size.latent),
+                contexts[1],
+                unconditional_guidance_scale=SCALE,
+                unconditional_conditioning=contexts[0],
+                verbose=False,
+            )
+            return model.decode_first_stage(latents)
+
+    return run
+
+
+def theirs(
+    size: nets.Sizes, dtype: torch.dtype, device: torch.device, steps: int, contexts: tuple[Tensor, Tensor]
+) -> Callable[[], Tensor]:
+    """The same with diffusers' parts."""
+    with default_dtype(dtype), device:
+        unet, decoder = nets.diffusers_text_unet(size), nets.diffusers_autoencoder(size)
+    for part in (unet, decoder):
+        part.eval().requires_grad_(False)
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    scheduler.set_timesteps(steps)
+    both, count = torch.cat(contexts), len(contexts[0])
+
+    def run() -> Tensor:
+        x = torch.randn(count, nets.LATENT_CHANNELS, size.latent, size.latent, device=device).to(dtype)
+        for t in scheduler.timesteps:
+            unconditional, conditional = unet(torch.cat([x, x]), t, both).sample.chunk(2)
+            x = scheduler.step(unconditional + SCALE * (conditional - unconditional), t, x).prev_sample
+        return decoder.decode(x / 0.18215).sample
+
+    return run
+
+
+def flops_of_run(size: nets.Sizes, steps: int, count: int) -> float:
+    """Of all steps, guided, and the decoder."""
+    with torch.device("meta"):
+        unet, decoder = nets.text_unet(size), nets.autoencoder(size).decoder
+    shape = (nets.LATENT_CHANNELS, size.latent, size.latent)
+    step = flops_of(unet, (2 * count, *shape), (2 * count,), (2 * count, *size.context))
+    return steps * step + flops_of(decoder, (count, *shape))
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = make_parser("Time sampling runs, here and in diffusers.", rounds=3)
+    parser.add_argument("--steps", type=positive_int, default=10, metavar="N", help="default: %(default)s")
+    parser.add_argument("--pictures", type=positive_int, default=1, metavar="N", help="at once (default: %(default)s)")
+    args = parser.parse_args(argv)
+    device, size, report = begin(args), nets.sizes(args.tiny), Report("sampling", args)
+    flops = flops_of_run(size, args.steps, args.pictures)
+    for name in args.precision:
+        dtype = getattr(torch, name)
+        contexts = tuple(torch.randn(args.pictures, *size.context, device=device).to(dtype) for _ in range(2))
+        setting = (size, dtype, device, args.steps, contexts)
+        with torch.no_grad():
+            runs = {"diffusers": theirs(*setting), "ldm": ours(*setting)}
+            compare(report, runs, device, dtype, flops, args.pictures)
+    report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

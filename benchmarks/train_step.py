@@ -1,0 +1,98 @@
+"""Time a training step of the unconditional U-Net: loss, gradients, AdamW and the average, here and in diffusers.
+
+python benchmarks/train_step.py --json train_step.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.optim import AdamW
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+
+from benchmarks import architectures as nets
+from benchmarks.timing import Report, begin, compare, flops_of, make_parser, same_size
+from ldm.cli import command, positive_int
+from ldm.models.diffusion.ddpm import DDPM
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.training.optimizers import fused
+
+RATE = 1e-6
+
+
+def ours(size: nets.Sizes, device: torch.device, dtype: torch.dtype, x: Tensor) -> tuple[DDPM, Callable[[], object]]:
+    """The model and its step, as `ldm.training` makes it."""
+    target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+    model = DDPM({"target": target, "params": nets.unconditional_params(size)}, image_size=size.unconditional_size)
+    model = nets.random_weights(model).to(device)
+    optimizer = fused(AdamW, model.optimizer_parameters(), lr=RATE)
+
+    def step() -> None:
+        with autocast(device, dtype):
+            loss, _ = model(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update_ema()
+
+    return model, step
+
+
+def theirs(
+    size: nets.Sizes, device: torch.device, dtype: torch.dtype, x: Tensor, is_fused: bool
+) -> tuple[nn.Module, Callable[[], object]]:
+    """The network and its step with diffusers' parts, and torch's AdamW as it comes or fused."""
+    unet = nets.diffusers_unconditional_unet(size).to(device)
+    optimizer = AdamW(unet.parameters(), lr=RATE, fused=is_fused)
+    average, scheduler = EMAModel(unet.parameters()), diffusers.DDPMScheduler()
+
+    def step() -> None:
+        noise = torch.randn_like(x)
+        t = torch.randint(0, 1000, (len(x),), device=device)
+        with autocast(device, dtype):
+            loss = mse_loss(unet(scheduler.add_noise(x, noise, t), t).sample, noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.step(unet.parameters())
+
+    return unet, step
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Weights stay in float32; products are made in `dtype`."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = make_parser("Time a training step of an unconditional U-Net, here and in diffusers.")
+    parser.add_argument("--batch_size", type=positive_int, default=2, metavar="N", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    device, size, report = begin(args), nets.sizes(args.tiny), Report("train_step", args)
+    shape = (args.batch_size, 3, size.unconditional_size, size.unconditional_size)
+    with torch.device("meta"):
+        network = UNetModel(**nets.unconditional_params(size))
+    flops = 3 * flops_of(network, shape, (args.batch_size,))  # the way back costs twice the way there
+    x = torch.randn(shape, device=device)
+    for name in args.precision:
+        dtype = getattr(torch, name)
+        (unet, plain), (_, quick) = (theirs(size, device, dtype, x, is_fused) for is_fused in (False, True))
+        model, step = ours(size, device, dtype, x)
+        same_size(model.model, unet)
+        runs = {"diffusers": plain, "diffusers, fused AdamW": quick, "ldm": step}
+        compare(report, runs, device, dtype, flops)
+    report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Time one step's work: the text-conditional U-Net on two latents, here and in diffusers.
+
+python benchmarks/unet_forward.py --json unet_forward.json
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+
+from benchmarks import architectures as nets
+from benchmarks.timing import Report, begin, compare, default_dtype, flops_of, make_parser, same_size
+from ldm.cli import command
+from ldm.modules.attention import kept_contexts
+from ldm.modules.packing import packed_weights
+
+BATCH = 2  # one picture, guided
+
+
+def contestants(
+    size: nets.Sizes, dtype: torch.dtype, device: torch.device, prepared: ExitStack
+) -> dict[str, Callable[[], object]]:
+    """The networks by name, each as a call without arguments."""
+    with default_dtype(dtype), device:
+        ours, theirs = nets.text_unet(size), nets.diffusers_text_unet(size)
+    same_size(ours, theirs)
+    networks: dict[str, nn.Module] = {
+        "diffusers": theirs,
+        "diffusers, channels-last": copy.deepcopy(theirs).to(memory_format=torch.channels_last),
+        "ldm": ours,
+        "ldm, as sampling runs it": copy.deepcopy(ours),
+    }
+    for network in networks.values():
+        network.eval().requires_grad_(False)
+    prepared.enter_context(packed_weights(networks["ldm, as sampling runs it"]))
+    prepared.enter_context(kept_contexts(networks["ldm, as sampling runs it"]))
+    x = torch.randn(BATCH, nets.LATENT_CHANNELS, size.latent, size.latent, device=device).to(dtype)
+    t, context = torch.tensor([500] * BATCH, device=device), torch.randn(BATCH, *size.context, device=device).to(dtype)
+    return {name: lambda network=network: network(x, t, context) for name, network in networks.items()}
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    args = make_parser("Time the text-conditional U-Net, here and in diffusers.").parse_args(argv)
+    device, size, report = begin(args), nets.sizes(args.tiny), Report("unet_forward", args)
+    with torch.device("meta"):
+        unet = nets.text_unet(size)
+    latents = (BATCH, nets.LATENT_CHANNELS, size.latent, size.latent)
+    flops = flops_of(unet, latents, (BATCH,), (BATCH, *size.context))
+    for name in args.precision:
+        dtype = getattr(torch, name)
+        with torch.no_grad(), ExitStack() as prepared:
+            compare(report, contestants(size, dtype, device, prepared), device, dtype, flops)
+    report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Weights in the layout that the CPU computes in.
+
+oneDNN, which holds torch's convolutions for the CPU, multiplies blocks. Of a plain weight it makes a blocked copy at
+every call; in the small maps and wide layers of a U-Net the copy takes longer than the product. Packed, a weight is
+copied once. A packed convolution also gives its result channels-last, which spares the next one a copy of its input.
+torch's group normalisation of small channels-last maps is slow in bfloat16 only, so that goes by way of float32.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import group_norm, linear
+
+# Below so many pixels torch 2.14 goes another way, in bfloat16 up to ten times slower for groups of few channels.
+SLOW_NORM_PIXELS = 1024
+
+
+@contextmanager
+def packed_weights(*modules: nn.Module) -> Iterator[None]:
+    """Run with the convolutions and linear layers of `modules` packed, each from its first call on.
+
+    For running a frozen network many times on the CPU. Inside, the packed weights cannot be trained, cast, moved or
+    saved; names and shapes stay, and no second copy is in memory. Afterwards the weights are the same objects with
+    the same bits. Results are those of plain weights up to rounding, and what leaves `modules` is contiguous.
+
+    Changes nothing for layers that cannot be packed: those that require gradients, share their weight, lie on another
+    device or hold another type of number, and all of them where torch has no oneDNN; nor for layers packed already.
+    """
+    parts = dict.fromkeys(part for module in modules for part in module.modules())
+    owners = Counter(id(parameter) for part in parts for parameter in part._parameters.values())
+    layers = [part for part in parts if _can_pack(part) and owners[id(part.weight)] == 1]
+    stand_ins: list[_StandIn] = [_PACKED[type(layer)](layer) for layer in layers]
+    if stand_ins:
+        stand_ins += [_NormInFloat32(part) for part in parts if _is_slow_norm(part)]
+    hooks = [module.register_forward_hook(_contiguous) for module in modules] if stand_ins else []
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for stand_in in stand_ins:
+            stand_in.remove()
+
+
+def _can_pack(layer: nn.Module) -> bool:
+    # Only torch's own layers, without a subclass's or a parametrization's ideas about the weight, and not packed yet.
+    weight = layer._parameters.get("weight")
+    if type(layer) not in _PACKED or "forward" in vars(layer) or weight is None:
+        return False
+    if weight.requires_grad or weight.device.type != "cpu" or weight.layout != torch.strided:
+        return False
+    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros" or layer.padding == "same"):
+        return False
+    return weight.dtype in _packable_dtypes()
+
+
+def _packable_dtypes() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return ()
+    half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if half else (torch.float32,)
+
+
+def _is_slow_norm(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.GroupNorm) or type(layer).forward is not nn.GroupNorm.forward:
+        return False
+    weight = layer.weight
+    if weight is None or weight.requires_grad or "forward" in vars(layer):
+        return False
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+
+
+def _is_recorded(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _contiguous(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """A forward hook. Noise drawn like a channels-last tensor would be another noise."""
+    return output.contiguous() if isinstance(output, Tensor) else None
+
+
+class _StandIn:
+    """Stands in for the `forward` of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        layer.forward = self
+
+    def remove(self) -> None:
+        del self.layer.forward
+
+
+class _PackedLayer(_StandIn):
+    dims: range
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.parameter = layer.weight
+        self.dtype = layer.weight.dtype
+        self.strides = layer.weight.stride()
+        self.packed: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        unusual = x.dtype != self.dtype or x.device.type != "cpu" or x.dim() not in self.dims or x.numel() == 0
+        if unusual or _is_recorded(x) or torch.is_autocast_enabled("cpu"):
+            return self.plain(x, self.parameter if self.packed is None else self.unpacked())
+        if self.packed is None:
+            self.packed = self.pack(x)
+            self.layer._parameters["weight"] = nn.Parameter(self.packed, requires_grad=False)
+            self.parameter.data = torch.empty(0, dtype=self.dtype)
+        return self.compute(x)
+
+    def unpacked(self) -> Tensor:
+        """The weight as it was, bit for bit."""
+        dense = self.packed.to_dense()
+        if dense.stride() == self.strides:
+            return dense
+        return torch.empty_strided(dense.shape, self.strides, dtype=self.dtype).copy_(dense)
+
+    def remove(self) -> None:
+        super().remove()
+        if self.packed is not None:
+            self.parameter.data = self.unpacked()
+            self.layer._parameters["weight"] = self.parameter
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The weight, blocked as suits inputs of the size of `x`; others are computed too."""
+        raise NotImplementedError
+
+    def compute(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _PackedConv2d(_PackedLayer):
+    dims = range(4, 5)
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__(layer)
+        padding = [0, 0] if layer.padding == "valid" else list(layer.padding)
+        self.geometry = (padding, list(layer.stride), list(layer.dilation), layer.groups)
+
+    def pack(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_convolution_weight(self.parameter, *self.geometry, list(x.shape))
+
+    def compute(self, x: Tensor) -> Tensor:
+        operator = torch.ops.mkldnn._convolution_pointwise
+        return operator(x, self.packed, self.layer.bias, *self.geometry, "none", [], "")
+
+    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.layer._conv_forward(x, weight, self.layer.bias)
+
+
+class _PackedLinear(_PackedLayer):
+    dims = range(2, 65)
+
+    def pack(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(self.parameter, x.numel() // x.shape[-1])
+
+    def compute(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.layer.bias, "none", [], "")
+
+    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight, self.layer.bias)
+
+
+class _NormInFloat32(_StandIn):
+    def __init__(self, layer: nn.GroupNorm) -> None:
+        super().__init__(layer)
+        self.weight, self.bias = layer.weight.float(), layer.bias.float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        small = x.dim() == 4 and x.shape[2] * x.shape[3] < SLOW_NORM_PIXELS and not x.is_contiguous()
+        if not small or x.dtype != torch.bfloat16 or _is_recorded(x):
+            return type(layer).forward(layer, x)
+        return group_norm(x.float(), layer.num_groups, self.weight, self.bias, layer.eps).to(x.dtype)
+
+
+_PACKED = {nn.Conv2d: _PackedConv2d, nn.Linear: _PackedLinear}
