@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command
+from ldm.cli import Parser, command, target_options
 from ldm.model_files import WEIGHTS, read_config
 from ldm.util import UserError
 
@@ -26,7 +26,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 def make_parser() -> Parser:
     """The options."""
-    parser = Parser(description="Turn a training checkpoint into a folder to draw with.")
+    parser = Parser(description="Turn a training checkpoint into a folder to draw with.", parents=[target_options()])
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="the training checkpoint, e.g. last.ckpt")
     parser.add_argument("--outdir", required=True, metavar="DIR", help="where config.yaml and model.safetensors go")
     parser.add_argument(

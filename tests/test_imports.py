@@ -25,7 +25,7 @@ LEVELS = [
     (r"ldm\.models\.diffusion\.(ddpm|preview|classifier)", 3),
     (r"ldm\.models(\..*)?", 2),
     (r"ldm\.modules(\..*)?", 1),
-    (r"ldm(\.(util|cli|files|images|checkpoint|model_files|lr_scheduler))?", 0),
+    (r"ldm(\.(util|targets|cli|files|images|checkpoint|model_files|lr_scheduler))?", 0),
 ]
 # Samplers work on anything with `apply_model` and the schedule's tables; they must not know a concrete model.
 SAMPLERS = tuple(f"ldm.models.diffusion.{name}" for name in ("sampler", "ancestral", "ddim", "plms"))
