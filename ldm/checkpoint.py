@@ -37,8 +37,7 @@ EMA_PREFIX = "model_ema."
 # Above this share of missing parameters a file is another model's, not an older version of this one's.
 MAX_MISSING_SHARE = 1e-3
 # Lightning 1.x wrote names of its own classes into checkpoints, e.g. as keys of `callbacks`.
-_LIGHTNING = ("pytorch_lightning.", "lightning.")
-_LIGHTNING_DICTS = tuple(f"{package}utilities.parsing.AttributeDict" for package in _LIGHTNING)
+_LIGHTNING = ("pytorch_lightning.", "lightning.", "lightning_fabric.")
 _NUMPY_SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 
 _ZIP, _PICKLE, _TAR = b"PK\x03\x04", b"\x80", b"ustar"
@@ -285,7 +284,7 @@ def _read_torch(path: Path, mmap: bool) -> dict[str, Any]:
     try:
         # Only a path can be mapped; but torch judges paths by their suffix, and open files by their content.
         with warnings.catch_warnings(), path.open("rb") as file:
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            warnings.simplefilter("ignore")  # what is wrong with the file is told once, below
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if mmap else _globals(file)
             file.seek(0)
             mmap = mmap and path.suffix != ".safetensors"
@@ -293,6 +292,8 @@ def _read_torch(path: Path, mmap: bool) -> dict[str, Any]:
                 checkpoint = torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise _refused(path, str(error)) from None
+    except EOFError:
+        raise _damaged(path, "it ends too early") from None
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         raise _damaged(path, error) from None
     if not isinstance(checkpoint, Mapping):
@@ -341,7 +342,7 @@ def _stand_ins(names: Iterable[str]) -> list[tuple[Callable[..., Any], str]]:
     """Something inert for each of Lightning's classes and NumPy's scalars that a file names, for one `torch.load`."""
     found: list[tuple[Callable[..., Any], str]] = []
     for name in names:
-        if name in _LIGHTNING_DICTS:
+        if name.startswith(_LIGHTNING) and name.endswith(".AttributeDict"):  # how it keeps hyperparameters
             found.append((dict, name))
         elif name.startswith(_LIGHTNING):
             found.append((type(name.rpartition(".")[2], (_StandIn,), {}), name))

@@ -131,6 +131,23 @@ def test_a_checkpoint_without_averages_restarts_them(tmp_path):
         assert torch.equal(getattr(model.model_ema, buffer), live[name])
 
 
+def test_training_starts_from_a_part_of_another_model_when_the_configuration_says_which(tmp_path):
+    """E.g. a model with another conditioning: its own parts keep their initial values, the rest is taken over."""
+    path, other = tmp_path / "model.ckpt", text_config()
+    other["params"]["cond_stage_config"]["params"]["vocab_size"] = 2600
+    source = randomise(instantiate_from_config(other))
+    torch.save({"state_dict": source.state_dict()}, path)
+    with pytest.raises(UserError, match=r"shapes differ.*cond_stage_model"):
+        text_model(ckpt_path=str(path))
+    model = instantiate_from_config(text_config(ckpt_path=str(path), ignore_keys=["cond_stage_model."]))
+    assert torch.equal(model.model.diffusion_model.out[2].weight, source.model.diffusion_model.out[2].weight)
+    assert not any(
+        torch.equal(a, b)
+        for a, b in zip(model.cond_stage_model.parameters(), source.cond_stage_model.parameters(), strict=True)
+        if a.dim() > 1
+    )
+
+
 # -- latents and conditioning ----------------------------------------------------------------------------------
 
 
