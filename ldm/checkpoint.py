@@ -193,6 +193,48 @@ def without_ema(state_dict: Mapping[str, Tensor], use_average: bool = True) -> d
     return {name: state_dict[averages.get(name, name)] for name in state_dict if not name.startswith(EMA_PREFIX)}
 
 
+def choose_weights(state_dict: Mapping[str, Tensor], kind: str, source: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The "live" weights, their moving averages under the live names ("ema"), or "both" as they are.
+
+    Raises:
+        UserError: there are no averages in `source`, where `state_dict` comes from.
+    """
+    if kind != "live" and not ema_names(state_dict):
+        raise UserError(f'"{source}" holds no averaged weights; choose the live ones')
+    return dict(state_dict) if kind == "both" else without_ema(state_dict, kind == "ema")
+
+
+def cast(name: str, value: Tensor, dtype: torch.dtype, remedy: str) -> Tensor:
+    """`value` in `dtype`.
+
+    Raises:
+        UserError: it holds numbers that are too large for it; `remedy` says what to do.
+    """
+    converted = value.detach().to(dtype)
+    if not torch.isfinite(converted).all():
+        raise UserError(f"{_plain(name)} does not fit into {str(dtype).removeprefix('torch.')}; {remedy}")
+    return converted
+
+
+def save_checkpoint(
+    weights: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write weights as a checkpoint of `torch.save`, under `state_dict`, whole or not at all.
+
+    Args:
+        weights: a state dict.
+        path: the file; its folder is made when missing.
+        metadata: stored beside the weights; a "step" becomes Lightning's `global_step`.
+    """
+    rest = dict(metadata or {})
+    step = {"global_step": rest.pop("step")} if "step" in rest else {}
+    with atomic_path(path) as temporary:
+        try:
+            torch.save({"state_dict": dict(weights), **step, "metadata": rest}, temporary)
+        except RuntimeError as error:  # how torch says that the disk is full
+            raise OSError(str(error).splitlines()[0]) from error
+
+
 def save_safetensors(
     weights: nn.Module | Mapping[str, Tensor],
     path: str | os.PathLike[str],
@@ -205,6 +247,7 @@ def save_safetensors(
         path: the file; its folder is made when missing.
         metadata: stored as strings in the header.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     state_dict = weights.state_dict() if isinstance(weights, nn.Module) else weights
@@ -217,7 +260,10 @@ def save_safetensors(
         seen.add(storage)
     strings = {str(key): str(value) for key, value in (metadata or {}).items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", **strings})
+        try:
+            save_file(tensors, temporary, {"format": "pt", **strings})
+        except SafetensorError as error:  # how safetensors says that the disk is full
+            raise OSError(str(error)) from error
 
 
 def _kind(path: Path) -> str:
