@@ -86,6 +86,26 @@ def test_every_form_of_conditioning_gives_the_same_guided_sample(form):
     assert_close(latent, case.outputs["latent"])
 
 
+class HybridGaussian(Gaussian):
+    """The mean is the sum of what is concatenated and what is attended to."""
+
+    def apply_model(self, x, t, cond):
+        (concatenated,), (attended,) = cond["c_concat"], cond["c_crossattn"]
+        return Gaussian(concatenated + attended[:, :, None], self.std).apply_model(x, t, None)
+
+
+@pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler])
+def test_hybrid_conditioning_is_guided_as_a_dict_of_lists(sampler):
+    """The prediction is affine in the mean, so guided sampling is sampling towards the guided mean."""
+    concatenated, x_T = torch.randn(2, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    words, none = torch.full((2, 1, 1), 0.4), torch.full((2, 1, 1), -0.2)
+    c, uc = ({"c_concat": [concatenated], "c_crossattn": [each]} for each in (words, none))
+    guidance = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": uc}
+    guided, _ = sampler(HybridGaussian()).sample(8, 2, (1, 4, 4), c, x_T=x_T, verbose=False, **guidance)
+    towards = Gaussian(concatenated + (none + 3.0 * (words - none))[:, :, None])
+    assert_close(guided, sampler(towards).sample(8, 2, (1, 4, 4), x_T=x_T, verbose=False)[0], 1e-5)
+
+
 def test_ancestral_sampling_gives_the_recorded_sample():
     assert_replayed("ddpm_ancestral")
 
