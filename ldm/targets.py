@@ -102,7 +102,10 @@ def refusal(target: Any) -> str | None:
         )
     found = _foreign_home(package)
     if found is not None:
-        return f'is refused: Python finds "{package}" in "{found}", which is not ours; run from another folder'
+        return (
+            f'is refused: Python finds "{package}" in "{found}", which is not ours; '
+            f"run from another folder, or if it is yours, give --allow-target {package}"
+        )
     return None
 
 

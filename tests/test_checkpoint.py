@@ -205,6 +205,25 @@ def test_a_foreign_checkpoint_changes_nothing(model, change, match):
     assert equal(fresh.state_dict(), before)
 
 
+@pytest.mark.parametrize(("lacking", "accepted"), [("two", True), ("three", False)])
+def test_a_thousandth_of_the_weights_may_be_missing(lacking, accepted, caplog):
+    """Counted in numbers, not in names: two of 2005 are, three are not."""
+    sizes = {"many": 2000, "two": 2, "three": 3}
+
+    def make():
+        return nn.ParameterDict({name: nn.Parameter(torch.zeros(size)) for name, size in sizes.items()})
+
+    weights = {name: torch.ones(size) for name, size in sizes.items() if name != lacking}
+    module = make()
+    if accepted:
+        report = load_weights(module, weights)
+        assert report.missing == (lacking,) and lacking in caplog.text and module["many"].sum() == 2000
+    else:
+        with pytest.raises(UserError, match=r"lacks 0\.1%.*three"):
+            load_weights(module, weights)
+        assert module["many"].sum() == 0
+
+
 def test_averages_replace_the_live_weights():
     """With the names that `LitEma` gives, for a model that averages a part of itself and one that averages all."""
     part = nn.Module()

@@ -179,6 +179,12 @@ def test_nothing_read_can_run_code(path):
     assert not places(path, unsafe)
 
 
+@every()
+def test_only_one_module_opens_checkpoints(path):
+    opened = [call for call in calls(path) if ast.unparse(call.func) in {"torch.load", "safe_open", "load_file"}]
+    assert not opened or module_name(path) == "ldm.checkpoint", places(path, opened)
+
+
 @pytest.mark.parametrize(
     "path",
     [*SOURCES, *sorted((ROOT / "tests").glob("**/*.py"))],

@@ -205,6 +205,9 @@ def test_another_main_is_not_ours(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "main", raising=False)
     assert "main.py" in refused("main.Set")
     assert not (tmp_path / "imported").exists() and "main" not in sys.modules
+    with targets.allowing("main"):
+        assert get_obj_from_str("main.Set").__module__ == "main"
+    sys.modules.pop("main")
 
 
 def test_the_option_opens_and_the_end_of_the_command_closes(canary):
