@@ -5,12 +5,13 @@ from __future__ import annotations
 import copyreg
 import os
 import pickle
+import random
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
-from hostile_files import EXTENSION, damaged, hostile, pickles
+from hostile_files import EXTENSION, WEIGHTS, damaged, good_safetensors, hostile, in_zip, pickles, saved, text
 
 from ldm.checkpoint import read_checkpoint, read_state_dict
 from ldm.util import UserError
@@ -76,11 +77,29 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 def test_the_name_of_a_lightning_class_opens_nothing(trap, tmp_path):
     """Names of Lightning's get stand-ins, whatever stands behind them."""
-    from hostile_files import in_zip, text
-
     before = set(sys.modules)
     for body in (b"cpytorch_lightning.os\nmkdir\n", b"cpytorch_lightning\nos.mkdir\n", b"clightning.os\nmkdir\n"):
         path = tmp_path / "file.ckpt"
         path.write_bytes(in_zip(b"\x80\x02}" + text("x") + body + text(str(trap)) + b"\x85Rs."))
         assert type(read_checkpoint(path)["x"]).__module__ == "ldm.checkpoint"
     assert not trap.exists() and not {name for name in set(sys.modules) - before if "lightning" in name}
+
+
+@pytest.mark.parametrize("kind", ["zip", "old file", "safetensors"])
+def test_changed_bytes_are_told_or_do_not_matter(kind, tmp_path):
+    """Whatever is changed in a good file, it is read or refused; nothing else happens."""
+    good = {"zip": saved({"state_dict": WEIGHTS}), "old file": saved(WEIGHTS, new=False)}
+    content, generator = good.get(kind) or good_safetensors(), random.Random(0)
+    path, outcomes = tmp_path / "file.ckpt", set()
+    for _ in range(300):
+        changed = bytearray(content)
+        for _ in range(generator.choice((1, 2, 5))):
+            changed[generator.randrange(len(changed))] = generator.randrange(256)
+        path.write_bytes(changed)
+        try:
+            read_state_dict(path)
+            outcomes.add("read")
+        except UserError as error:
+            assert str(error).isprintable()
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
