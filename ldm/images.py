@@ -24,6 +24,29 @@ if TYPE_CHECKING:
 
 # Far above float32's error at 255 and far below one level: pictures survive reading and writing unchanged.
 _ROUNDING = 1 / 1024
+# Of boxes, by the order of their labels: dark enough to read on white.
+BOX_COLOURS = ("crimson", "royalblue", "darkgreen", "darkorange", "purple", "teal", "saddlebrown", "deeppink")
+
+
+def open_picture(path: str | os.PathLike[str]) -> Image:
+    """A picture as Pillow's RGB image: turned as the camera noted, transparent parts white.
+
+    Raises:
+        UserError: the file is missing or is no picture.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f'there is no picture "{path}"; check the path') from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f'cannot read the picture "{path}": {error}; give a PNG, JPEG or WebP file') from None
 
 
 def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None = None) -> Tensor:
@@ -38,17 +61,7 @@ def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None 
     """
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f'there is no picture "{path}"; check the path') from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f'cannot read the picture "{path}": {error}; give a PNG, JPEG or WebP file') from None
+    image = open_picture(path)
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
@@ -191,3 +204,32 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Te
         ImageDraw.Draw(picture).text((0, 0), wrapped, fill="black", font=font)
         pictures.append(np.array(picture))
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def draw_boxes(wh: tuple[int, int], boxes: Sequence[Sequence[float]], labels: Sequence[str], size: int = 10) -> Tensor:
+    """Outlines of boxes on white, each with its label in its upper left corner.
+
+    Args:
+        wh: width and height in pixels.
+        boxes: (left, top, right, bottom) of each in [0, 1]; parts outside are cut off.
+        labels: what each shows; the same label has the same colour.
+        size: of the letters, in pixels.
+
+    Returns:
+        `(3, H, W)` float32 in [-1, 1].
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.new("RGB", tuple(wh), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
+    order = sorted(set(labels))
+    colours = [BOX_COLOURS[order.index(label) % len(BOX_COLOURS)] for label in labels]
+    corners = []
+    for left, top, right, bottom in boxes:
+        (x0, x1), (y0, y1) = sorted((left, right)), sorted((top, bottom))
+        corners.append([round(value * (n - 1)) for value, n in zip((x0, y0, x1, y1), (*wh, *wh), strict=True)])
+    for box, colour in zip(corners, colours, strict=True):
+        draw.rectangle(box, outline=colour)
+    for (x0, y0, *_), colour, label in zip(corners, colours, labels, strict=True):  # after all lines, to stay legible
+        draw.text((max(x0, 0) + 2, max(y0, 0) + 1), label, fill=colour, font=font)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint import load_weights, read_state_dict, without_ema
 from ldm.model_files import read_config
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, did_you_mean, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class SamplerSettings:
     """How to walk from noise to a picture."""
 
-    sampler: str = "ddim"
+    sampler: str = "ddim"  # a name that `make_sampler` knows
     steps: int = 50
     eta: float = 0.0
     scale: float = 1.0
@@ -127,11 +127,19 @@ def skip_init() -> Iterator[None]:
 
 
 def make_sampler(name: str, model: Any) -> Any:
-    """The sampler called `name` ("ddim" or "plms") for `model`."""
+    """The sampler called `name` for `model`: "ddim", "plms", or "dpm" (DPM-Solver++ 2M).
+
+    Raises:
+        UserError: no sampler is called so.
+    """
     from ldm.models.diffusion.ddim import DDIMSampler
+    from ldm.models.diffusion.dpm_solver import DPMSolverSampler
     from ldm.models.diffusion.plms import PLMSSampler
 
-    return {"ddim": DDIMSampler, "plms": PLMSSampler}[name](model)
+    samplers = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler}
+    if name not in samplers:
+        raise UserError(f'there is no sampler "{name}"{did_you_mean(name, samplers)}; choose {", ".join(samplers)}')
+    return samplers[name](model)
 
 
 @torch.no_grad()

@@ -53,7 +53,11 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--outdir", metavar="DIR", default="outputs/txt2img-samples", help="default: %(default)s")
     parser.add_argument("--ddim_steps", type=positive_int, default=200, metavar="N", help="default: %(default)s")
-    parser.add_argument("--plms", action="store_true", help="sample with PLMS instead of DDIM")
+    sampler = parser.add_mutually_exclusive_group()
+    sampler.add_argument("--plms", action="store_true", help="sample with PLMS instead of DDIM")
+    sampler.add_argument(
+        "--dpm", action="store_true", help="sample with DPM-Solver++, for which 20 --ddim_steps are enough"
+    )
     parser.add_argument(
         "--ddim_eta",
         type=non_negative_float,
@@ -124,8 +128,9 @@ def check(args: argparse.Namespace, files: ModelFiles) -> tuple[int, int]:
     """Everything that can be wrong before the model is built; gives the latents' height and width."""
     config = read_config(files.config)
     check_text_model(files.name, config, "--ddim_steps", args.ddim_steps)
-    if args.plms and args.ddim_eta:
-        raise UserError(f"--plms is deterministic; leave out --ddim_eta {args.ddim_eta:g}, or --plms")
+    sampler = sampler_name(args)
+    if sampler != "ddim" and args.ddim_eta:
+        raise UserError(f"--{sampler} is deterministic; leave out --ddim_eta {args.ddim_eta:g}, or --{sampler}")
     if args.negative_prompt and args.scale == 1:
         raise UserError("--negative_prompt does nothing without guidance; give a --scale above 1")
     if Path(args.outdir).exists() and not Path(args.outdir).is_dir():
@@ -134,6 +139,11 @@ def check(args: argparse.Namespace, files: ModelFiles) -> tuple[int, int]:
     height = size.check("--H", args.H or size.height)
     width = size.check("--W", args.W or size.width)
     return height // size.factor, width // size.factor
+
+
+def sampler_name(args: argparse.Namespace) -> str:
+    """The sampler that the options ask for, as `ldm.inference.make_sampler` calls it."""
+    return "plms" if args.plms else "dpm" if args.dpm else "ddim"
 
 
 def settings_text(args: argparse.Namespace, files: ModelFiles, settings: Any, precision: str) -> dict[str, Any]:
@@ -212,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         logger.warning("these words are not in the model's vocabulary: %s", ", ".join(unknown))
 
-    settings = SamplerSettings("plms" if args.plms else "ddim", args.ddim_steps, args.ddim_eta, args.scale)
+    settings = SamplerSettings(sampler_name(args), args.ddim_steps, args.ddim_eta, args.scale)
     text = settings_text(args, files, settings, str(precision).removeprefix("torch."))
     torch.manual_seed(args.seed)
     pictures = draw(args, model, prompts, latent, text)

@@ -77,13 +77,13 @@ def repo_root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def load_script(repo_root) -> Callable[[str], ModuleType]:
-    """`load_script("txt2img")`: the module scripts/txt2img.py, loaded once."""
+def load_script(repo_root) -> Callable[..., ModuleType]:
+    """`load_script("txt2img")`: the module scripts/txt2img.py, loaded once; or of another folder."""
 
-    def load(name: str) -> ModuleType:
-        full_name = f"scripts.{name}"
+    def load(name: str, folder: str = "scripts") -> ModuleType:
+        full_name = f"{folder}.{name}"
         if full_name not in sys.modules:
-            spec = importlib.util.spec_from_file_location(full_name, repo_root / "scripts" / f"{name}.py")
+            spec = importlib.util.spec_from_file_location(full_name, repo_root / folder / f"{name}.py")
             sys.modules[full_name] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         return sys.modules[full_name]

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from ldm.images import load_image, log_txt_as_img, make_grid, next_index, save_png, to_uint8
+from ldm.images import draw_boxes, load_image, log_txt_as_img, make_grid, next_index, save_png, to_uint8
 from ldm.util import UserError
 
 
@@ -136,3 +136,22 @@ def test_text_is_black_on_white_and_wraps():
     assert (x[0] == 1).all()
     assert (x[1] < 0).any() and (x[1, :, 15:] == 1).all()
     assert (x[2, :, 15:] < 0).any()
+
+
+def test_boxes_are_outlined_where_they_are_and_labelled():
+    picture = to_uint8(draw_boxes((40, 20), [(0.25, 0.0, 0.5, 1.0), (0.75, 0.0, 0.75, 0.5)], ["", ""]))
+    assert picture.shape == (20, 40, 3)
+    drawn = (picture != 255).any(axis=-1)
+    expected = np.zeros((20, 40), bool)
+    expected[:, [10, 20]] = expected[[0, 19], 10:21] = True  # 0.25 and 0.5 of 39, rounded
+    expected[:11, 29] = True
+    assert (drawn == expected).all()
+    cat, dog = (to_uint8(draw_boxes((80, 40), [(0, 0, 1, 1)], [label])) for label in ("cat", "dog"))
+    assert (cat != dog).any() and (cat[16:] == dog[16:]).all()
+
+
+def test_a_label_keeps_its_colour_and_boxes_outside_are_cut():
+    picture = to_uint8(draw_boxes((60, 60), [(0, 0, 0.2, 1), (0.4, 0, 0.6, 1), (0.8, -1, 3, 5)], ["a", "b", "a"]))
+    first, second, third = (tuple(picture[30, column]) for column in (0, 24, 47))
+    assert first == third != second
+    assert (picture[30, 59] == 255).all(), "its right edge lies outside"

@@ -28,7 +28,7 @@ LEVELS = [
     (r"ldm(\.(util|targets|cli|files|images|checkpoint|model_files|lr_scheduler))?", 0),
 ]
 # Samplers work on anything with `apply_model` and the schedule's tables; they must not know a concrete model.
-SAMPLERS = tuple(f"ldm.models.diffusion.{name}" for name in ("sampler", "ancestral", "ddim", "plms"))
+SAMPLERS = tuple(f"ldm.models.diffusion.{name}" for name in ("sampler", "ancestral", "ddim", "plms", "dpm_solver"))
 
 # Importing these costs seconds or needs more than sampling does: inside the function that uses them.
 HEAVY = {"transformers", "torchvision", "kornia", "lpips", "pytorch_lightning", "tensorboard", "scipy"}

@@ -131,7 +131,16 @@ def test_given_noise_makes_pictures_independent_of_their_batch(model):
     assert_close(torch.cat(apart), together)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "plms"])
+def test_each_name_is_another_sampler(model):
+    noise = torch.randn(1, 3, 8, 8)
+    settings = [SamplerSettings(name, steps=8) for name in ("ddim", "plms", "dpm")]
+    ddim, plms, dpm = (text_to_images(model, ["fox"], (8, 8), each, noise=noise) for each in settings)
+    assert not torch.equal(ddim, plms) and not torch.equal(ddim, dpm) and not torch.equal(plms, dpm)
+    with pytest.raises(UserError, match=r'no sampler "dmp" \(did you mean "dpm"\?\); choose ddim, plms, dpm'):
+        text_to_images(model, ["fox"], (8, 8), SamplerSettings("dmp"))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm"])
 def test_progress_counts_every_step(model, sampler):
     from tqdm import tqdm
 

@@ -93,6 +93,15 @@ def test_the_settings_are_in_every_picture(draw, tmp_path):
     assert {key: text[key] for key in expected} == expected and text["version"].startswith("ldm ")
 
 
+def test_the_sampler_asked_for_draws_and_is_noted(draw, tmp_path):
+    for option in ([], ["--plms"], ["--dpm"]):
+        assert draw("--prompt", "fox", "--ddim_steps", 4, "--n_samples", 1, "--skip_grid", *option) == 0
+    paths = [tmp_path / "out" / "samples" / f"{i:04}.png" for i in range(3)]
+    assert [Image.open(path).text["sampler"] for path in paths] == ["ddim", "plms", "dpm"]
+    ddim, plms, dpm = map(pixels, paths)
+    assert (ddim != plms).any() and (ddim != dpm).any() and (plms != dpm).any()
+
+
 def test_the_seed_decides(draw, tmp_path):
     out = tmp_path / "out" / "samples"
     for seed in (5, 5, 6):
@@ -168,6 +177,7 @@ BAD = {
     "odd width": (["--W", "3"], "nearest: 4"),
     "too many steps": (["--ddim_steps", "101"], "100 or fewer"),
     "noisy plms": (["--plms", "--ddim_eta", "0.5"], "--ddim_eta"),
+    "noisy dpm": (["--dpm", "--ddim_eta", "0.5"], "--dpm is deterministic; leave out --ddim_eta 0.5, or --dpm"),
     "idle negative prompt": (["--negative_prompt", "x", "--scale", "1"], "--scale"),
     "broken characters": (["--prompt", "\udce4"], "--prompt is not valid text"),
     "no prompt file": (["--from-file", "none.txt"], "no prompt file"),
@@ -178,6 +188,7 @@ BAD = {
     "no such device": (["--device", "toaster"], "--device"),
 }
 BAD_OPTIONS = {
+    "two samplers": (["--plms", "--dpm"], "not allowed with"),
     "two prompts": (["--prompt", "a", "--from-file", "b"], "not allowed with"),
     "typo": (["--ddim_stepz", "3"], 'did you mean "--ddim_steps"'),
     "words": (["--n_samples", "many"], "not a whole number"),

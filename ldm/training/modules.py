@@ -36,7 +36,7 @@ def lightning_module(model: nn.Module, manual: ManualOptimization | None = None)
     """The adapter that trains `model`; a LightningModule is returned as it is.
 
     Args:
-        model: with `adversarial_loss` (first stages) or `shared_step` (diffusion models).
+        model: with `adversarial_loss` (first stages) or `shared_step` (diffusion models and classifiers).
         manual: for first stages, what the Trainer cannot do for them.
 
     Raises:
@@ -46,6 +46,8 @@ def lightning_module(model: nn.Module, manual: ManualOptimization | None = None)
         return model
     if hasattr(model, "adversarial_loss"):
         return AutoencoderTraining(model, manual or ManualOptimization())
+    if hasattr(model, "noise_accuracies"):
+        return ClassifierTraining(model)
     if hasattr(model, "shared_step"):
         return DiffusionTraining(model)
     raise UserError(
@@ -114,18 +116,14 @@ class ModelTraining(LightningModule):
         return [{"scheduler": LambdaLR(each, schedule), "interval": "step", "frequency": 1} for each in optimizers]
 
 
-class DiffusionTraining(ModelTraining):
-    """Trains a diffusion model: AdamW, one loss, a moving average of the weights."""
+class OneLossTraining(ModelTraining):
+    """Trains a model whose `shared_step` gives one loss: AdamW, learning rates by step."""
 
     def configure_optimizers(self) -> Any:
         """AdamW over what the model names, with the learning-rate schedule where it has one."""
-        optimizer = AdamW(self.model.optimizer_parameters(), lr=self.learning_rate)
+        decay = getattr(self.model, "weight_decay", 1e-2)
+        optimizer = AdamW(self.model.optimizer_parameters(), lr=self.learning_rate, weight_decay=decay)
         return [optimizer], self._schedulers([optimizer])
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Let the model prepare, e.g. measure the scale of its latents on the very first batch."""
-        first = self.current_epoch == 0 and self.global_step == 0 and batch_idx == 0
-        self.model.before_training_batch(batch, first)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of one batch."""
@@ -137,6 +135,15 @@ class DiffusionTraining(ModelTraining):
             rate = self.optimizers().param_groups[0]["lr"]
             self.log("lr_abs", rate, prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
         return loss
+
+
+class DiffusionTraining(OneLossTraining):
+    """Trains a diffusion model: one loss, a moving average of the weights."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let the model prepare, e.g. measure the scale of its latents on the very first batch."""
+        first = self.current_epoch == 0 and self.global_step == 0 and batch_idx == 0
+        self.model.before_training_batch(batch, first)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and average at once: a checkpoint of this step must hold the average that belongs to it."""
@@ -152,6 +159,17 @@ class DiffusionTraining(ModelTraining):
             with self.model.ema_scope():
                 _, averaged = self.model.shared_step(batch)
         log = {**log, **{f"{key}_ema": value for key, value in averaged.items()}}
+        self.log_dict(log, on_step=False, on_epoch=True, batch_size=_batch_size(batch), sync_dist=True)
+
+
+class ClassifierTraining(OneLossTraining):
+    """Trains a classifier of noisy latents."""
+
+    @torch.no_grad()
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Loss and accuracies at random steps, and the accuracy at each level of noise."""
+        _, log = self.model.shared_step(batch)
+        log = {**log, **self.model.noise_accuracies(batch)}
         self.log_dict(log, on_step=False, on_epoch=True, batch_size=_batch_size(batch), sync_dist=True)
 
 

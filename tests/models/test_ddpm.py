@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity_cases import assert_close
-from parity_replay import assert_replayed
+from parity_cases import assert_close, relative_error
+from parity_replay import assert_replayed, grad_norm
 from tiny_models import randomise, text_config
 
-from ldm.images import in_random_colours
+from ldm.images import draw_boxes, in_random_colours
 from ldm.models.diffusion.ddpm import LATENT_KEY
+from ldm.modules.diffusionmodules.parameterization import interpret, training_target
+from ldm.modules.encoders.layout import Box
 from ldm.util import UserError, instantiate_from_config
 
 
@@ -30,6 +32,42 @@ def text_batch(n=2):
 @pytest.mark.parametrize("kind", ["eps_l2", "eps_l1", "x0_l2", "eps_elbo", "eps_learned_logvar"])
 def test_losses_and_gradients_are_the_recorded_ones(kind):
     assert_replayed(f"train_loss_{kind}")
+
+
+def test_the_target_of_v_and_what_is_read_from_it():
+    """v = √ᾱ ε - √(1 - ᾱ) x_0, equation of arXiv:2202.00512: the direction at right angles to x_t."""
+    x_start, noise = torch.randn(2, 3, 4, 4, 4).double()
+    alpha = torch.tensor([0.2, 0.7, 0.99]).double().reshape(3, 1, 1, 1)
+    x_t = alpha.sqrt() * x_start + (1 - alpha).sqrt() * noise
+    v = training_target("v", x_start, noise, alpha)
+    angle = alpha.sqrt().acos()
+    assert_close(v, torch.cos(angle) * noise - torch.sin(angle) * x_start, 1e-12)
+    eps, estimate = interpret("v", v, x_t, alpha)
+    assert_close(eps, noise, 1e-12)
+    assert_close(estimate, x_start, 1e-12)
+
+
+@pytest.mark.parametrize("gamma", [5.0, 0.3])
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+def test_with_min_snr_the_loss_is_that_of_the_estimate(parameterization, gamma):
+    """min(SNR, γ) ‖x_0 - x̂_0‖², whatever the network predicts."""
+    model = text_model(parameterization=parameterization, min_snr_gamma=gamma)
+    x_start, estimate, noise = torch.randn(3, 4, 3, 8, 8).unbind()
+    t = torch.tensor([0, 20, 60, 99])
+    alpha = model.alphas_cumprod[t].reshape(4, 1, 1, 1)
+    implied = (model.q_sample(x_start, t, noise) - alpha.sqrt() * estimate) / (1 - alpha).sqrt()
+    model.apply_model = lambda *_: training_target(parameterization, estimate, implied, alpha)
+    snr = (alpha / (1 - alpha)).flatten()
+    loss, log = model.p_losses(x_start, None, t, noise)
+    assert_close(loss, (snr.clamp(max=gamma) * (x_start - estimate).square().mean(dim=(1, 2, 3))).mean(), 1e-4)
+    plain = text_model(parameterization=parameterization)
+    plain.apply_model = model.apply_model
+    unweighted, _ = plain.p_losses(x_start, None, t, noise)
+    assert_close(log["train/loss_simple"], unweighted, 1e-6)
+
+
+def test_loss_weights_are_no_part_of_the_state():
+    assert text_model(min_snr_gamma=5.0).state_dict().keys() == text_model().state_dict().keys()
 
 
 def test_the_text_conditional_loss_trains_the_encoder_too():
@@ -189,6 +227,7 @@ def test_a_missing_entry_of_the_batch_is_named():
     [
         ({"parameterization": "x_0"}, 'did you mean "x0"'),
         ({"loss_type": "l3"}, "choose one of l1, l2"),
+        ({"min_snr_gamma": -5}, "min_snr_gamma must be above 0"),
         ({"conditioning_key": "crosattn"}, 'did you mean "crossattn"'),
         ({"beta_schedule": "cosin"}, 'did you mean "cosine"'),
         ({"cond_dropout": 1.5}, "cond_dropout must lie in"),
@@ -207,8 +246,9 @@ def test_the_noised_conditioning_follows_its_schedule():
     assert (model.cond_ids[5:] == 99).all()
 
 
-def test_the_loss_of_a_batch_learns():
-    model = text_model().train()
+@pytest.mark.parametrize("params", [{}, {"parameterization": "v", "min_snr_gamma": 5.0}])
+def test_the_loss_of_a_batch_learns(params):
+    model = text_model(**params).train()
     batch = text_batch()
     optimizer = torch.optim.AdamW(model.optimizer_parameters(), lr=2e-3)
     losses = []
@@ -243,16 +283,32 @@ def test_only_the_previews_named_are_made():
     assert set(text_model().eval().log_images(text_batch(), return_keys=["inputs"], ddim_steps=1)) == {"inputs"}
 
 
-def test_outpainting_keeps_the_middle_and_inpainting_the_border():
+@pytest.mark.parametrize("ddim_steps", [20, None])
+def test_outpainting_keeps_the_middle_and_inpainting_the_border(ddim_steps):
+    """With the exact denoiser of pixels that are mostly 1, else -1, and a picture of -1: what is filled is 1."""
     model = text_model().eval()
-    kept = {}
-    model.sample_log = lambda c, n, ddim, steps, mask=None, **_: (kept.setdefault(len(kept), mask), (None, None))[1]
-    model.decode_first_stage = lambda z: z
-    model.log_images(text_batch(), sample=False, plot_progressive_rows=False, plot_diffusion_rows=False)
-    inpainting, outpainting = kept[0], kept[1]
-    assert inpainting[0, 0, 0, 0] == 1
-    assert inpainting[0, 0, 4, 4] == 0
-    assert torch.equal(outpainting, 1 - inpainting)
+    log_odds = 3.5  # e^-7 of the pixels are -1
+
+    def apply_model(x, t, cond=None):
+        alpha = model.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        x_start = torch.tanh(alpha.sqrt() * x / (1 - alpha) + log_odds)
+        return (x - alpha.sqrt() * x_start) / (1 - alpha).sqrt()
+
+    latents = -torch.ones(2, 3, 8, 8)
+    model.apply_model, model.decode_first_stage = apply_model, lambda z: z
+    model.get_input = lambda *_, **__: (latents, None, latents, latents, None)
+    torch.manual_seed(0)
+    pictures = model.log_images(
+        {}, ddim_steps=ddim_steps, sample=False, plot_progressive_rows=False, plot_diffusion_rows=False
+    )
+    middle = torch.zeros(8, 8, dtype=torch.bool)
+    middle[2:6, 2:6] = True
+    inpainted, outpainted = pictures["samples_inpainting"], pictures["samples_outpainting"]
+    for filled in (inpainted[..., middle], outpainted[..., ~middle]):
+        assert (filled > 0.8).float().mean() > 0.95
+    for kept in (inpainted[..., ~middle], outpainted[..., middle]):
+        assert (kept < -0.8).all()
+    assert (pictures["mask"][..., middle] == -1).all() and (pictures["mask"][..., ~middle] == 1).all()
 
 
 def test_colours_of_maps_are_always_the_same():
@@ -285,3 +341,73 @@ def test_only_the_network_can_be_loaded(tmp_path):
     assert torch.equal(model.state_dict()[name], source.state_dict()[name])
     name = "first_stage_model.quant_conv.weight"
     assert not torch.equal(model.state_dict()[name], source.state_dict()[name])
+
+
+# -- layouts ---------------------------------------------------------------------------------------------------
+
+LAYOUT = {
+    "cond_stage_key": "coordinates_bbox",
+    "cond_stage_config": {
+        "target": "ldm.modules.encoders.modules.BERTEmbedder",
+        "params": {"n_embed": 32, "n_layer": 1, "vocab_size": 300, "max_seq_len": 11, "use_tokenizer": False},
+    },
+}
+
+
+def layout_model(**params):
+    torch.manual_seed(0)
+    config = text_config(**{**LAYOUT, **params})
+    return randomise(instantiate_from_config({**config, "target": "ldm.models.diffusion.ddpm.Layout2ImgDiffusion"}))
+
+
+def layout_batch(model):
+    boxes = [[Box(1, (0.0, 0.0, 0.5, 1.0)), Box(7, (0.25, 0.5, 1.0, 1.0))], []]
+    tokens = torch.stack([model.layout_tokens.encode(b, 11) for b in boxes])
+    return {"image": text_batch()["image"], "coordinates_bbox": tokens}
+
+
+def test_a_layout_model_trains_and_heeds_its_boxes():
+    model = layout_model(cond_dropout=0.1).train()
+    batch = layout_batch(model)
+    loss, _ = model.shared_step(batch)
+    loss.backward()
+    assert grad_norm(model.cond_stage_model) > 0
+    model.eval()
+    c = model.get_learned_conditioning(batch["coordinates_bbox"])
+    assert c.shape == (2, 11, 32)
+    noise = torch.randn(1, 3, 8, 8)
+    with_boxes, without = (model.sample_log(c[i : i + 1], 1, True, 3, x_T=noise, verbose=False)[0] for i in (0, 1))
+    assert relative_error(with_boxes, without) > 1e-3
+
+
+def test_layouts_are_dropped_to_layouts_without_boxes():
+    model = layout_model(cond_dropout=0.5).train()
+    tokens = layout_batch(model)["coordinates_bbox"][:1].repeat(200, 1)
+    torch.manual_seed(0)
+    boxes = [len(model.layout_tokens.decode(layout)) for layout in model.drop_conditioning(tokens)]
+    assert set(boxes) == {0, 2}
+    assert boxes.count(0) == pytest.approx(100, abs=28)  # four standard deviations
+
+
+def test_previews_show_the_boxes_with_their_labels():
+    model = layout_model(class_names=["cat", "dog"], log_every_t=50).eval()
+    batch = layout_batch(model)
+    assert [model.class_name(label) for label in (1, 7)] == ["dog", "7"]
+    pictures = model.log_images(batch, N=2, n_row=1, ddim_steps=1, unconditional_guidance_scale=2.0)
+    assert {"samples", "samples_guided", "bbox_image"} <= pictures.keys()
+    expected = draw_boxes((16, 16), [(0, 0, 0.5, 1), (0.25, 0.5, 1, 1)], ["dog", "7"], 8)
+    assert torch.equal(pictures["bbox_image"], torch.stack([expected, torch.ones(3, 16, 16)]))
+    assert set(model.log_images(batch, N=1, ddim_steps=1, return_keys=["bbox_image"])) == {"bbox_image"}
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"cond_stage_key": "caption"}, 'needs the cond_stage_key "coordinates_bbox", not "caption"'),
+        ({"cond_stage_config": "__is_unconditional__"}, "reads tokens"),
+        ({"cond_stage_config": text_config()["params"]["cond_stage_config"]}, "reads tokens"),
+    ],
+)
+def test_a_layout_model_needs_layouts(params, message):
+    with pytest.raises(UserError, match=message):
+        layout_model(**params)

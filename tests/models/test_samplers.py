@@ -4,47 +4,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from closed_forms import Gaussian, Told
 from parity_cases import assert_close, build, load_case
 from parity_replay import PUBLISHED, SHAPE, assert_replayed
 
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import SamplingOptions
-from ldm.modules.diffusionmodules.schedule import diffusion_tables, extract_into_tensor, make_beta_schedule
 from ldm.util import UserError
-
-
-class Gaussian:
-    """The exact denoiser of data distributed as N(mean, std²), independently in every pixel."""
-
-    def __init__(self, mean=0.5, std=0.3, timesteps=1000, parameterization="eps"):
-        self.mean, self.std, self.num_timesteps, self.parameterization = mean, std, timesteps, parameterization
-        self.device = torch.device("cpu")
-        tables = diffusion_tables(make_beta_schedule("linear", timesteps, 0.0015, 0.0195))
-        self.tables = {name: torch.tensor(table) for name, table in tables.items()}
-        self.alphas_cumprod = self.tables["alphas_cumprod"]
-        self.calls = []
-
-    def q_sample(self, x_start, t, noise=None):
-        noise = torch.randn_like(x_start) if noise is None else noise
-        alpha = extract_into_tensor(self.alphas_cumprod, t, x_start.shape)
-        return alpha.sqrt() * x_start + (1 - alpha).sqrt() * noise
-
-    def q_posterior(self, x_start, x_t, t):
-        get = lambda name: extract_into_tensor(self.tables[name], t, x_t.shape)  # noqa: E731
-        mean = get("posterior_mean_coef1") * x_start + get("posterior_mean_coef2") * x_t
-        return mean, get("posterior_variance"), get("posterior_log_variance_clipped")
-
-    def apply_model(self, x, t, cond):
-        self.calls.append(int(t[0]))
-        alpha = extract_into_tensor(self.alphas_cumprod, t, x.shape)
-        mean = self.mean if cond is None else cond[:, :, None, None]
-        gain = alpha.sqrt() * self.std**2 / (alpha * self.std**2 + 1 - alpha)
-        x_start = mean + gain * (x - alpha.sqrt() * mean)
-        return x_start if self.parameterization == "x0" else (x - alpha.sqrt() * x_start) / (1 - alpha).sqrt()
 
 
 def model_of(name):
@@ -133,29 +105,89 @@ def test_text_to_image():
 # -- closed forms ----------------------------------------------------------------------------------------------
 
 
-def exact_ode(model, x_T):
-    """Where the probability-flow ODE takes x_T for Gaussian data: the same quantile of the data."""
-    alpha = model.alphas_cumprod[-1]
-    spread = math.sqrt(alpha * model.std**2 + 1 - alpha)
-    return model.mean + model.std * (x_T - math.sqrt(alpha) * model.mean) / spread
-
-
-@pytest.mark.parametrize("parameterization", ["eps", "x0"])
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
 @pytest.mark.parametrize(("sampler", "S", "tol"), [(DDIMSampler, 500, 2e-2), (PLMSSampler, 100, 2e-2)])
 def test_deterministic_samplers_follow_the_probability_flow(sampler, S, tol, parameterization):
     model = Gaussian(parameterization=parameterization)
     x_T = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
     sample, _ = sampler(model).sample(S, 1, (1, 3, 3), x_T=x_T, verbose=False)
-    assert_close(sample, exact_ode(model, x_T), tol)
+    assert_close(sample, model.flow(x_T, model.alphas_cumprod[-1]), tol)
 
 
-def test_both_parameterizations_give_the_same_trajectory():
-    x_T = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    draws = [
-        DDIMSampler(Gaussian(parameterization=p)).sample(10, 1, (1, 4, 4), x_T=x_T, verbose=False)[0]
-        for p in ("eps", "x0")
-    ]
-    assert_close(draws[0], draws[1], 1e-5)
+def run(sampler, S, x_T, **options):
+    """S steps of any sampler from given noise."""
+    options = {"verbose": False, **options}
+    if isinstance(sampler, AncestralSampler):
+        return sampler.run(x_T.shape, np.arange(S), None, SamplingOptions(**options), x_T)[0]
+    return sampler.sample(S, len(x_T), x_T.shape[1:], x_T=x_T, **options)[0]
+
+
+@pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler, DPMSolverSampler, AncestralSampler])
+def test_every_parameterization_gives_the_same_trajectory(sampler):
+    x_T, ends = torch.randn(1, 1, 4, 4, dtype=torch.float64), []
+    for parameterization in ("eps", "x0", "v"):
+        torch.manual_seed(0)
+        model = Gaussian(parameterization=parameterization, timesteps=50)
+        ends.append(run(sampler(model), 10, x_T))
+    assert_close(ends[1], ends[0], 1e-9)
+    assert_close(ends[2], ends[0], 1e-9)
+
+
+@pytest.mark.parametrize("sampler", [DDIMSampler, AncestralSampler])
+def test_a_full_step_at_eta_one_is_the_posterior_of_the_chain(sampler):
+    """x_{t-1} = a x_t + b x_0 + c z, for each step of the model; q(x_{t-1} | x_t, x_0) by Bayes' rule."""
+    T, (x, x_start, z) = 30, torch.eye(3, dtype=torch.float64).reshape(3, 3, 1, 1, 1)
+    model = Told(x_start, T)
+    sampler = sampler(model)
+    if isinstance(sampler, DDIMSampler):
+        sampler.make_schedule(T, ddim_eta=1.0)
+    sampler.timesteps, sampler.options = np.arange(T), SamplingOptions(normals_sequence=[z] * T)
+    betas, alphas = (model.tables[name] for name in ("betas", "alphas_cumprod"))
+    for t in range(T):
+        a, b, c = sampler.step(x, t, None)[0].flatten()
+        if t == 0:  # the data are reached
+            expected = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+        else:
+            precisions = (1 - betas[t]) / betas[t], 1 / (1 - alphas[t - 1])  # of x_t = √(1 - β) x_{t-1} + √β ε; of q
+            variance = 1 / sum(precisions)
+            gains = precisions[0] / (1 - betas[t]).sqrt(), precisions[1] * alphas[t - 1].sqrt()
+            expected = torch.stack([variance * gains[0], variance * gains[1], variance.sqrt()])
+        assert_close(torch.stack([a, b, c]), expected, 1e-9)
+
+
+def end_law(sampler, S, **options):
+    """Mean and deviation of what a sampler draws, exactly.
+
+    For Gaussian data every sampler is an affine map of its draws: x_T and the S step noises. Item 0 of the batch
+    has them all at zero, each other item has one of them at one.
+    """
+    draws = torch.eye(S + 2, dtype=torch.float64)[:, 1:, None, None, None]
+    ends = run(sampler, S, draws[:, 0], normals_sequence=list(draws[:, 1:].movedim(1, 0)), **options).flatten()
+    return ends[0].item(), (ends[1:] - ends[0]).norm().item()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "S", "eta", "tol"),
+    [
+        (DDIMSampler, 1000, 0.0, 5e-3),
+        (DDIMSampler, 1000, 1.0, 9e-3),
+        (AncestralSampler, 1000, None, 9e-3),
+        (PLMSSampler, 100, 0.0, 4e-3),
+        (DPMSolverSampler, 20, 0.0, 1e-4),
+    ],
+)
+def test_every_sampler_ends_in_the_law_of_the_data(sampler, S, eta, tol):
+    model = Gaussian()
+    mean, std = end_law(sampler(model), S, **({} if eta is None else {"eta": eta}))
+    # x_T is drawn from N(0, 1), which is not quite the law of x_T: solvers of the ODE keep the difference.
+    start = model.flow(0.0, model.alphas_cumprod[-1]) if eta == 0 else model.mean
+    assert mean == pytest.approx(start, abs=tol)
+    assert std == pytest.approx(model.std, abs=tol)
+
+
+def test_ddim_at_eta_one_on_all_steps_draws_what_ancestral_sampling_draws():
+    model = Gaussian(timesteps=300)
+    assert end_law(DDIMSampler(model), 300, eta=1.0) == pytest.approx(end_law(AncestralSampler(model), 300), rel=1e-9)
 
 
 def chain_moments(model):

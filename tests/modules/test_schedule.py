@@ -63,6 +63,31 @@ def test_step_counts_outside_the_model_are_refused(S):
         s.make_ddim_timesteps("exact", S, 1000)
 
 
+@pytest.mark.parametrize("T", [1000, 20, 7])
+def test_the_logsnr_grid_has_every_number_of_steps(T):
+    alphas_cumprod = s.diffusion_tables(s.make_beta_schedule("linear", T))["alphas_cumprod"]
+    for S in range(1, T + 1):
+        steps = s.make_ddim_timesteps("logsnr", S, T, alphas_cumprod=alphas_cumprod)
+        assert len(steps) == S
+        assert steps[-1] == T - 1
+        assert steps[0] == 0 or S == 1
+        assert (np.diff(steps) > 0).all()
+
+
+@pytest.mark.parametrize("schedule", s.BETA_SCHEDULES[:3])
+def test_the_logsnr_grid_is_even_in_logsnr(schedule):
+    alphas_cumprod = s.diffusion_tables(s.make_beta_schedule(schedule, 100_000, 1.5e-5, 1.95e-4))["alphas_cumprod"]
+    half_logsnr = 0.5 * np.log(alphas_cumprod / (1 - alphas_cumprod))
+    gaps = -np.diff(half_logsnr[s.make_ddim_timesteps("logsnr", 20, 100_000, alphas_cumprod=alphas_cumprod)])
+    nearly = np.abs(np.diff(half_logsnr)).max()  # a step of the model is as near as a grid of steps can come
+    assert np.allclose(gaps, (half_logsnr[0] - half_logsnr[-1]) / 19, atol=nearly)
+
+
+def test_the_logsnr_grid_needs_the_schedule():
+    with pytest.raises(ValueError, match="give alphas_cumprod"):
+        s.make_ddim_timesteps("logsnr", 10, 1000)
+
+
 def test_tables_satisfy_the_definitions_of_the_process():
     betas = s.make_beta_schedule("linear", 30, 0.01, 0.2)
     t = s.diffusion_tables(betas)
@@ -73,6 +98,24 @@ def test_tables_satisfy_the_definitions_of_the_process():
     assert np.allclose(t["posterior_variance"][1:], 1 / precision)
     assert np.allclose(t["posterior_mean_coef2"][1:], t["posterior_variance"][1:] * np.sqrt(1 - betas[1:]) / betas[1:])
     assert t["posterior_variance"][0] == 0
+
+
+def test_weights_of_the_variational_bound():
+    """Equation 12 of arXiv:2006.11239: |μ̃(x_t, x_0) - μ̃(x_t, x̂_0)|² / 2σ² for errors of 1 in what is predicted."""
+    t = s.diffusion_tables(s.make_beta_schedule("linear", 50, 0.01, 0.1))
+    alphas = t["alphas_cumprod"]
+    of_x_start = t["posterior_mean_coef1"][1:] ** 2 / (2 * t["posterior_variance"][1:])
+    assert np.allclose(s.lvlb_weights(t, "eps")[1:], of_x_start * ((1 - alphas) / alphas)[1:], rtol=1e-4)
+    assert np.allclose(s.lvlb_weights(t, "v")[1:], of_x_start * (1 - alphas)[1:], rtol=1e-4)
+
+
+def test_min_snr_weights():
+    alphas = np.array([0.9, 0.5, 0.1])  # signal-to-noise ratios of 9, 1 and 1/9
+    assert np.allclose(s.min_snr_weights(alphas, 5.0, "x0"), [5, 1, 1 / 9])
+    assert np.allclose(s.min_snr_weights(alphas, 5.0, "eps"), [5 / 9, 1, 1])
+    assert np.allclose(s.min_snr_weights(alphas, 5.0, "v"), [5 / 10, 1 / 2, 1 / 10])
+    with pytest.raises(UserError, match="min_snr_gamma must be above 0, got 0"):
+        s.min_snr_weights(alphas, 0, "eps")
 
 
 def test_v_posterior_interpolates_the_variance_to_beta():

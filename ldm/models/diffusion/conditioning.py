@@ -1,7 +1,7 @@
 """What a model is conditioned on: its structure, whatever its content.
 
 A conditioning is None, a tensor, a list of tensors, or a dict with the lists `c_concat` (joined to the
-input along channels) and `c_crossattn` (joined along the sequence, or, for `adm`, the class embedding).
+input along channels) and `c_crossattn` (joined along the sequence, or, for `adm`, the class labels).
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def as_dict(cond: Conditioning, conditioning_key: str | None) -> dict[str, list[
     if cond is None:
         return {}
     if isinstance(cond, Mapping):
+        if conditioning_key == "adm" and not {"c_concat", "c_crossattn"} & cond.keys():
+            return {"c_crossattn": list(cond.values())}  # labels under their name in the batch
         return {key: value if isinstance(value, list) else [value] for key, value in cond.items()}
     return {"c_concat" if conditioning_key == "concat" else "c_crossattn": cond if isinstance(cond, list) else [cond]}
 

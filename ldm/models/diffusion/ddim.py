@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ldm.models.diffusion.conditioning import Conditioning
-from ldm.models.diffusion.sampler import GridSampler, Prediction
+from ldm.models.diffusion.sampler import GridSampler
+from ldm.modules.diffusionmodules.parameterization import Prediction
 from ldm.modules.diffusionmodules.schedule import make_ddim_sampling_parameters
 
 
@@ -15,12 +16,12 @@ class DDIMSampler(GridSampler):
     name = "DDIM"
 
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "exact", ddim_eta: float = 0.0, verbose: bool = True
+        self, ddim_num_steps: int, ddim_discretize: str | None = None, ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
         """Set `ddim_timesteps` and, for them, `ddim_sigmas`, `ddim_alphas`, `ddim_alphas_prev` (each (S,))."""
         self.ddim_timesteps = self.grid(ddim_num_steps, ddim_discretize)
         self.ddim_sigmas, self.ddim_alphas, self.ddim_alphas_prev = make_ddim_sampling_parameters(
-            self.model.alphas_cumprod.double().cpu().numpy(), self.ddim_timesteps, ddim_eta
+            self.alphas_cumprod, self.ddim_timesteps, ddim_eta
         )
 
     def step(self, x: torch.Tensor, index: int, cond: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,6 @@
-"""Diffusion models: the loss, the schedule they carry, and the latent space they live in.
+"""Diffusion models: the network, what it is conditioned on, and its loss.
+
+The schedule that a model carries is its base `DiffusionProcess`, the latent space it lives in `LatentSpace`.
 
 Shapes: images x (B, C, H, W) in [-1, 1]; latents z (B, c, h, w); steps t (B,) int64 from 0 to T - 1.
 
@@ -9,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,40 +19,45 @@ from torch import nn
 
 from ldm.checkpoint import load_weights, read_state_dict
 from ldm.images import batch_entry, batch_images
-from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion import preview
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.conditioning import Conditioning, DiffusionWrapper, as_dict, map_tensors, slice_batch
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.latent_space import LatentSpace
+from ldm.models.diffusion.process import DiffusionProcess
 from ldm.models.diffusion.sampler import SamplingOptions
-from ldm.models.diffusion.tiling import check_params, tiled, tiled_encode, tiled_predict
+from ldm.models.diffusion.tiling import tiled_predict
+from ldm.modules.diffusionmodules.parameterization import PARAMETERIZATIONS, training_target
 from ldm.modules.diffusionmodules.schedule import (
-    diffusion_tables,
     extract_into_tensor,
     lvlb_weights,
     make_beta_schedule,
+    min_snr_weights,
 )
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
+from ldm.modules.encoders.layout import LayoutTokens
 from ldm.util import UserError, default, did_you_mean, freeze, instantiate_from_config
 
 # Where a batch carries moments that the first stage computed earlier: (B, 2c, h, w), mean and log-variance.
 LATENT_KEY = "latent_moments"
-PARAMETERIZATIONS = ("eps", "x0")
+# Where a batch carries layouts: the tokens of `encoders.layout`, (B, L) int64.
+LAYOUT_KEY = "coordinates_bbox"
 LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "l1": lambda prediction, target: (prediction - target).abs(),
     "l2": lambda prediction, target: (prediction - target) ** 2,
 }
 
 
-class DDPM(nn.Module):
+class DDPM(DiffusionProcess):
     """A diffusion model of images (arXiv:2006.11239).
 
-    Parameters are those of the published configurations. `base_learning_rate` stands beside them in YAML; the
-    trainer turns it into `learning_rate`.
+    Parameters are those of the published configurations, and `min_snr_gamma`: the γ by which arXiv:2303.09556
+    weights the simple loss. `base_learning_rate` stands beside them in YAML; the trainer turns it into
+    `learning_rate`.
 
     Raises:
-        UserError: an unknown schedule, parameterization, loss or conditioning key.
+        UserError: an unknown schedule, parameterization, loss or conditioning key, or γ not above 0.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class DDPM(nn.Module):
         use_positional_encodings: bool = False,
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
+        min_snr_gamma: float | None = None,
     ) -> None:
         super().__init__()
         _one_of("parameterization", parameterization, PARAMETERIZATIONS)
@@ -103,14 +110,13 @@ class DDPM(nn.Module):
         self.use_scheduler = scheduler_config is not None
         self.learning_rate = 1e-4
         self.monitor = monitor
-        self.v_posterior = v_posterior
         self.original_elbo_weight = original_elbo_weight
         self.l_simple_weight = l_simple_weight
         if given_betas is not None:
             betas = np.asarray(given_betas, dtype=np.float64)
         else:
             betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        self.register_schedule(betas)
+        self._register_loss_weights(self.register_schedule(betas, v_posterior), min_snr_gamma)
         self.learn_logvar = learn_logvar
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
         # Not a buffer: published checkpoints hold it only where it is learned.
@@ -120,66 +126,24 @@ class DDPM(nn.Module):
 
     # -- schedule --------------------------------------------------------------------------------------------
 
-    def register_schedule(self, betas: np.ndarray) -> None:
-        """Register the tables of `schedule.diffusion_tables` as buffers of shape (T,)."""
-        self.num_timesteps = len(betas)
-        tables = diffusion_tables(betas, self.v_posterior)
-        for name, table in tables.items():
-            self.register_buffer(name, torch.tensor(table, dtype=torch.float32))
-        weights = torch.tensor(lvlb_weights(tables, self.parameterization), dtype=torch.float32)
-        self.register_buffer("lvlb_weights", weights, persistent=False)
-        self._float32_buffers = [*tables, "lvlb_weights"]
+    def _register_loss_weights(self, tables: Mapping[str, np.ndarray], min_snr_gamma: float | None) -> None:
+        """The weights (T,) of the variational bound's loss, and those of the simple one: 1 without γ."""
+        weights = np.ones(self.num_timesteps)
+        if min_snr_gamma is not None:
+            weights = min_snr_weights(tables["alphas_cumprod"], min_snr_gamma, self.parameterization)
+        self.register_table("lvlb_weights", lvlb_weights(tables, self.parameterization), persistent=False)
+        self.register_table("loss_weights", weights, persistent=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DDPM:
-        """Move or cast the model, keeping its schedule in float32: in half precision ᾱ would lose the small steps."""
-        before = {name: getattr(self, name) for name in self._float32_buffers}
         super()._apply(fn, recurse)
-        for name, table in before.items():
-            if getattr(self, name).dtype != table.dtype:
-                setattr(self, name, table.to(getattr(self, name).device))
         if not self.learn_logvar:
-            self.logvar = self.logvar.to(self.betas.device)
+            self.logvar = self.logvar.to(self.device)
         return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.betas.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the denoising network's weights."""
         return next(self.model.parameters()).dtype
-
-    def q_mean_variance(self, x_start: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Mean, variance and log-variance of q(x_t | x_0)."""
-        shape = x_start.shape
-        return (
-            extract_into_tensor(self.sqrt_alphas_cumprod, t, shape) * x_start,
-            extract_into_tensor(1.0 - self.alphas_cumprod, t, shape),
-            extract_into_tensor(self.log_one_minus_alphas_cumprod, t, shape),
-        )
-
-    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """A draw of q(x_t | x_0), equation 4."""
-        noise = torch.randn_like(x_start) if noise is None else noise
-        mean = extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
-        return mean + extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * noise
-
-    def predict_start_from_noise(self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """x_0 from x_t and the noise in it."""
-        scaled = extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
-        return scaled - extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * noise
-
-    def q_posterior(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), equation 7."""
-        shape = x_t.shape
-        mean = (
-            extract_into_tensor(self.posterior_mean_coef1, t, shape) * x_start
-            + extract_into_tensor(self.posterior_mean_coef2, t, shape) * x_t
-        )
-        variance = extract_into_tensor(self.posterior_variance, t, shape)
-        return mean, variance, extract_into_tensor(self.posterior_log_variance_clipped, t, shape)
 
     # -- weights ---------------------------------------------------------------------------------------------
 
@@ -223,17 +187,18 @@ class DDPM(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The training loss at steps t, and what to log of it.
 
-        The simple loss (equation 14), weighted by a learned or fixed variance per step, plus
+        The simple loss (equation 14), weighted by `min_snr_gamma` and a learned or fixed variance per step, plus
         `original_elbo_weight` times the variational bound.
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
-        target = noise if self.parameterization == "eps" else x_start
+        alpha = extract_into_tensor(self.alphas_cumprod, t, x_start.shape)
+        target = training_target(self.parameterization, x_start, noise, alpha)
         each = self.get_loss(output, target, mean=False).mean(dim=(1, 2, 3))
         prefix = "train" if self.training else "val"
         log = {f"{prefix}/loss_simple": each.mean()}
         logvar = self.logvar[t]
-        loss = each / logvar.exp() + logvar
+        loss = self.loss_weights[t] * each / logvar.exp() + logvar
         if self.learn_logvar:
             log[f"{prefix}/loss_gamma"] = loss.mean()
             log["logvar"] = self.logvar.data.mean()
@@ -340,7 +305,7 @@ class DDPM(nn.Module):
         return preview.pixel_previews(self, batch, N, **options)
 
 
-class LatentDiffusion(DDPM):
+class LatentDiffusion(LatentSpace, DDPM):
     """A diffusion model of the latents of a first stage, optionally conditioned (arXiv:2112.10752).
 
     Args:
@@ -388,11 +353,9 @@ class LatentDiffusion(DDPM):
         self.cond_stage_key = cond_stage_key
         self.cond_stage_forward = cond_stage_forward
         self.clip_denoised = False  # latents have no fixed range
-        self.split_input_params = None
         self.scale_by_std = scale_by_std
         if scale_by_std:
-            self.register_buffer("scale_factor", torch.tensor(scale_factor))
-            self._float32_buffers.append("scale_factor")
+            self.register_table("scale_factor", scale_factor)
         else:
             self.scale_factor = scale_factor
         self._register_cond_schedule(default(num_timesteps_cond, 1))
@@ -415,59 +378,6 @@ class LatentDiffusion(DDPM):
             return self.first_stage_model
         model = instantiate_from_config(config)
         return model if model is None or self.cond_stage_trainable else freeze(model)
-
-    # -- first stage -----------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def encode_first_stage(self, x: torch.Tensor) -> Any:
-        """What the first stage says of images (B, 3, H, W): a posterior, or latents."""
-        split = self.split_input_params
-        if split and split.get("patch_distributed_vq"):
-            return tiled_encode(self.first_stage_model.encode, x, split)
-        return self.first_stage_model.encode(x)
-
-    def get_first_stage_encoding(self, encoder_posterior: Any) -> torch.Tensor:
-        """Scaled latents from the result of `encode_first_stage`; a posterior is sampled."""
-        if isinstance(encoder_posterior, DiagonalGaussianDistribution):
-            encoder_posterior = encoder_posterior.sample()
-        if not isinstance(encoder_posterior, torch.Tensor):
-            raise TypeError(f"cannot take latents from a {type(encoder_posterior).__name__}")
-        return self.scale_factor * encoder_posterior
-
-    @torch.no_grad()
-    def decode_first_stage(
-        self, z: torch.Tensor, predict_cids: bool = False, force_not_quantize: bool = False
-    ) -> torch.Tensor:
-        """Images (B, 3, H, W) in about [-1, 1] from scaled latents, or with `predict_cids` from codebook logits."""
-        return self.differentiable_decode_first_stage(z, predict_cids, force_not_quantize)
-
-    def differentiable_decode_first_stage(
-        self, z: torch.Tensor, predict_cids: bool = False, force_not_quantize: bool = False
-    ) -> torch.Tensor:
-        """`decode_first_stage` with gradients."""
-        if predict_cids:
-            indices = z.argmax(dim=1)
-            shape = (*indices.shape, self.first_stage_model.embed_dim)
-            z = self.first_stage_model.quantize.get_codebook_entry(indices.reshape(-1), shape=shape)
-        z = (z / self.scale_factor).to(next(self.first_stage_model.parameters(), z).dtype)
-        decode = self.first_stage_model.decode
-        if isinstance(self.first_stage_model, VQModelInterface):
-            decode = partial(decode, force_not_quantize=predict_cids or force_not_quantize)
-        split = self.split_input_params
-        if split and split.get("patch_distributed_vq"):
-            return tiled(decode, [z], split, split["vqf"])
-        return decode(z)
-
-    @property
-    def split_input_params(self) -> Mapping[str, Any] | None:
-        """How to tile large pictures, see `tiling`; None for not at all."""
-        return self._split_input_params
-
-    @split_input_params.setter
-    def split_input_params(self, params: Mapping[str, Any] | None) -> None:
-        if params is not None:
-            check_params(params)
-        self._split_input_params = params
 
     def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning = None) -> torch.Tensor:
         """The network's prediction for x_noisy (B, C, H, W) at steps t; tiled where `split_input_params` says so.
@@ -494,7 +404,9 @@ class LatentDiffusion(DDPM):
         key = default(cond_key, self.cond_stage_key)
         if key == "class_label":
             return {key: batch_entry(batch, key).to(self.device)}
-        if key in ("caption", "coordinates_bbox"):
+        if key == LAYOUT_KEY:
+            return batch_entry(batch, key).to(self.device)
+        if key == "caption":
             return batch_entry(batch, key)
         return self.get_input(batch, key)
 
@@ -510,7 +422,8 @@ class LatentDiffusion(DDPM):
     def empty_conditioning(self, xc: Any) -> Any:
         """What stands for no conditioning, in the form of `xc`: "" for text, the last class, zeros otherwise."""
         if isinstance(xc, Mapping):
-            return {key: torch.full_like(value, self.cond_stage_model.n_classes - 1) for key, value in xc.items()}
+            known = getattr(self.cond_stage_model, "n_classes", None) or self.model.diffusion_model.num_classes
+            return {key: torch.full_like(value, known - 1) for key, value in xc.items()}
         return torch.zeros_like(xc) if isinstance(xc, torch.Tensor) else [""] * len(xc)
 
     # -- training --------------------------------------------------------------------------------------------
@@ -593,6 +506,41 @@ class LatentDiffusion(DDPM):
     def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, torch.Tensor]:
         """Pictures (B, C, H, W) in [-1, 1] that show what the model does with a batch; see `preview`."""
         return preview.latent_previews(self, batch, N, **options)
+
+
+class Layout2ImgDiffusion(LatentDiffusion):
+    """A latent diffusion model of pictures that follow a layout of labelled boxes (arXiv:2112.10752, section 4.3.1).
+
+    Args:
+        cond_stage_key: must be "coordinates_bbox", the entry of the batch with the layouts' tokens.
+        class_names: what previews call the classes, in their order; numbers beyond it.
+
+    Raises:
+        UserError: another `cond_stage_key`, or a conditioning stage that reads no tokens.
+    """
+
+    def __init__(self, cond_stage_key: str = LAYOUT_KEY, class_names: Sequence[str] = (), **kwargs: Any) -> None:
+        if cond_stage_key != LAYOUT_KEY:
+            raise UserError(f'Layout2ImgDiffusion needs the cond_stage_key "{LAYOUT_KEY}", not "{cond_stage_key}"')
+        super().__init__(cond_stage_key=cond_stage_key, **kwargs)
+        transformer = getattr(self.cond_stage_model, "transformer", None)
+        if transformer is None or getattr(self.cond_stage_model, "use_tknz_fn", False):
+            raise UserError("Layout2ImgDiffusion needs a cond_stage_config that reads tokens: use_tokenizer: false")
+        self.layout_tokens = LayoutTokens(transformer.num_tokens)
+        self.class_names = tuple(class_names)
+
+    def class_name(self, label: int) -> str:
+        """What previews call class `label`."""
+        return self.class_names[label] if label < len(self.class_names) else str(label)
+
+    def empty_conditioning(self, xc: torch.Tensor) -> torch.Tensor:
+        """Layouts like `xc` without any box."""
+        return torch.full_like(xc, self.layout_tokens.none)
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, torch.Tensor]:
+        """Pictures (B, C, H, W) in [-1, 1] that show what the model does with a batch; see `preview`."""
+        return preview.layout_previews(self, batch, N, **options)
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:

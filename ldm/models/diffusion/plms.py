@@ -6,7 +6,7 @@ import torch
 
 from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.sampler import Prediction
+from ldm.modules.diffusionmodules.parameterization import Prediction
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor
 from ldm.util import UserError
 
@@ -20,7 +20,7 @@ class PLMSSampler(DDIMSampler):
     name = "PLMS"
 
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "exact", ddim_eta: float = 0.0, verbose: bool = True
+        self, ddim_num_steps: int, ddim_discretize: str | None = None, ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
         """As for DDIM; the method is deterministic, so `ddim_eta` must be 0."""
         if ddim_eta != 0:

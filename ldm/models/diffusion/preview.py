@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ldm.images import in_random_colours, log_txt_as_img
+from ldm.images import draw_boxes, in_random_colours, log_txt_as_img
 from ldm.models.autoencoder import VQModel
 from ldm.models.diffusion.conditioning import slice_batch
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
+    from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion, Layout2ImgDiffusion
 
 
 def pixel_previews(
@@ -98,6 +98,25 @@ def latent_previews(
             shape = (model.channels, model.image_size, model.image_size)
             _, estimates = model.progressive_denoising(slice_batch(c, n_row), shape, min(n, n_row), verbose=False)
         log["progressive_row"] = as_rows([model.decode_first_stage(e) for e in estimates])
+    return _only(log, return_keys)
+
+
+def layout_previews(
+    model: Layout2ImgDiffusion,
+    batch: Mapping[str, Any],
+    N: int = 8,
+    return_keys: Sequence[str] | None = None,
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """Those of `latent_previews`, and `bbox_image`: the boxes with their labels, where the picture has them."""
+    log = latent_previews(model, batch, N, **options)
+    height, width = log["inputs"].shape[2:]
+    pictures = []
+    for tokens in batch[model.cond_stage_key][:N]:
+        boxes = model.layout_tokens.decode(tokens)
+        labels = [model.class_name(box.label) for box in boxes]
+        pictures.append(draw_boxes((width, height), [box.position for box in boxes], labels, max(height // 25, 8)))
+    log["bbox_image"] = torch.stack(pictures)
     return _only(log, return_keys)
 
 

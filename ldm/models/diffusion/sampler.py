@@ -6,21 +6,22 @@ whose arithmetic is that of one reverse step, and choose the grid of steps.
 Shapes: x, eps, x_start are (B, C, H, W), float32 whatever the precision of the model. Steps t count from 0.
 
 Draws from the global generator, in this order (it is behaviour: the same seed gives the same picture):
-the start noise; then at every step, with a mask, the noise of the known part, and the step's own noise, drawn
-also where its standard deviation is zero.
+the start noise; then at every step, with a mask, the noise of the known part, and the step's own noise, which
+the published samplers draw also where its standard deviation is zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from ldm.models.diffusion.conditioning import Conditioning, batch_size_of, pair
+from ldm.modules.diffusionmodules.parameterization import Prediction, interpret
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor, make_ddim_timesteps, noise_like
 
 
@@ -33,17 +34,10 @@ class Denoiser(Protocol):
     device: torch.device
 
     def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        """The model's prediction (B, C, H, W): the noise, or x_start, by `parameterization`."""
+        """The model's prediction (B, C, H, W): what it is, `parameterization` says."""
 
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_start noised to the steps t."""
-
-
-class Prediction(NamedTuple):
-    """What the model says of x_t, in both forms."""
-
-    eps: torch.Tensor
-    x_start: torch.Tensor
 
 
 @dataclass
@@ -56,7 +50,7 @@ class SamplingOptions:
     noise_dropout: float = 0.0
     quantize_x0: bool = False  # snap every estimate of x_start to the first stage's codebook
     repeat_noise: bool = False  # the same step noise for the whole batch
-    score_corrector: Any = None
+    score_corrector: Any = None  # has `modify_score`, such as `classifier.ClassifierGuidance`
     corrector_kwargs: dict[str, Any] = field(default_factory=dict)
     unconditional_guidance_scale: float = 1.0
     unconditional_conditioning: Conditioning = None
@@ -171,14 +165,8 @@ class Sampler:
             if model.parameterization != "eps":
                 raise ValueError("score correction needs a model that predicts the noise")
             output = options.score_corrector.modify_score(model, output, x, t, cond, **options.corrector_kwargs)
-        return self.interpret(x, output, t)
-
-    def interpret(self, x: torch.Tensor, output: torch.Tensor, t: torch.Tensor) -> Prediction:
-        """Both forms of the prediction `output` about x_t = √ᾱ x_start + √(1 - ᾱ) eps."""
-        alpha = extract_into_tensor(self.model.alphas_cumprod, t, x.shape).to(x.dtype)
-        if self.model.parameterization == "x0":
-            return Prediction((x - alpha.sqrt() * output) / (1 - alpha).sqrt(), output)
-        return Prediction(output, (x - (1 - alpha).sqrt() * output) / alpha.sqrt())
+        alpha = extract_into_tensor(model.alphas_cumprod, t, x.shape).to(x.dtype)
+        return interpret(model.parameterization, output, x, alpha)
 
     def quantized(self, x_start: torch.Tensor) -> torch.Tensor:
         """The estimate, snapped to the first stage's codebook when the run asks for it."""
@@ -203,8 +191,10 @@ class Sampler:
 class GridSampler(Sampler):
     """A sampler on a subset of the model's steps: the published `sample(S, batch_size, shape, …)`."""
 
+    own_grid = "exact"  # the grid where none is asked for
+
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "exact", ddim_eta: float = 0.0, verbose: bool = True
+        self, ddim_num_steps: int, ddim_discretize: str | None = None, ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
         """Choose the grid and the tables that go with it; see `schedule.make_ddim_timesteps`."""
         raise NotImplementedError
@@ -217,7 +207,7 @@ class GridSampler(Sampler):
         conditioning: Conditioning = None,
         eta: float = 0.0,
         x_T: torch.Tensor | None = None,
-        ddim_discretize: str = "exact",
+        ddim_discretize: str | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
         """Draw `batch_size` samples in S steps.
@@ -228,7 +218,7 @@ class GridSampler(Sampler):
             conditioning: what to sample from; its batch must be `batch_size`.
             eta: η of arXiv:2010.02502: 0 is deterministic, 1 adds DDPM's noise.
             x_T: (B, C, H, W) start noise instead of drawn noise.
-            ddim_discretize: the grid; "uniform" is the published one.
+            ddim_discretize: the grid instead of the sampler's own; "uniform" is the published one.
             **options: fields of `SamplingOptions`; an unknown one is a TypeError.
 
         Returns:
@@ -241,6 +231,12 @@ class GridSampler(Sampler):
         settings = SamplingOptions(**options)
         return self.run((batch_size, *shape), self.ddim_timesteps, conditioning, settings, x_T)
 
-    def grid(self, S: int, ddim_discretize: str) -> np.ndarray:
+    def grid(self, S: int, ddim_discretize: str | None) -> np.ndarray:
         """The increasing grid of S model steps."""
-        return make_ddim_timesteps(ddim_discretize, S, self.model.num_timesteps)
+        name = self.own_grid if ddim_discretize is None else ddim_discretize
+        return make_ddim_timesteps(name, S, self.model.num_timesteps, alphas_cumprod=self.alphas_cumprod)
+
+    @property
+    def alphas_cumprod(self) -> np.ndarray:
+        """ᾱ at every step of the model, (T,) float64."""
+        return self.model.alphas_cumprod.cpu().double().numpy()

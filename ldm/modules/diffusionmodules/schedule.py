@@ -14,7 +14,7 @@ Tables are float64 numpy arrays of shape (T,) or (S,); steps t count from 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ import torch
 from ldm.util import UserError, did_you_mean
 
 BETA_SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt")
-GRIDS = ("exact", "uniform", "quad")
+GRIDS = ("exact", "logsnr", "uniform", "quad")
 
 
 def make_beta_schedule(
@@ -88,26 +88,46 @@ def diffusion_tables(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, n
     }
 
 
-def lvlb_weights(tables: dict[str, np.ndarray], parameterization: str) -> np.ndarray:
+def lvlb_weights(tables: Mapping[str, np.ndarray], parameterization: str) -> np.ndarray:
     """Weights (T,) that turn the simple loss into the variational bound.
 
     For `eps` these are those of equation 12, arXiv:2006.11239. For `x0` the published expression is kept:
-    its denominator is 2 - ᾱ_t. Computed in single precision, as published: 1 - ᾱ_0 cancels.
+    its denominator is 2 - ᾱ_t. Computed in single precision, as published: 1 - ᾱ_0 cancels. For `v` they are
+    those of `eps` times ᾱ_t: an error of v is an error of √ᾱ_t as much in the noise.
     """
     single = {name: table.astype(np.float32) for name, table in tables.items()}
     betas, alphas_cumprod, variance = (single[name] for name in ("betas", "alphas_cumprod", "posterior_variance"))
-    if parameterization == "eps":
+    if parameterization in ("eps", "v"):
         alphas = (1 - tables["betas"]).astype(np.float32)
         with np.errstate(divide="ignore"):
             weights = betas**2 / (2 * variance * alphas * (1 - alphas_cumprod))
+        weights = weights * alphas_cumprod if parameterization == "v" else weights
     else:
         weights = 0.5 * np.sqrt(alphas_cumprod) / (2.0 - alphas_cumprod)
     weights[0] = weights[min(1, len(weights) - 1)]
     return weights
 
 
+def min_snr_weights(alphas_cumprod: np.ndarray, gamma: float, parameterization: str) -> np.ndarray:
+    """Weights (T,) of the simple loss by which errors of x_start weigh min(SNR_t, γ); arXiv:2303.09556, section 3.4.
+
+    SNR_t = ᾱ_t / (1 - ᾱ_t); an error of x_start is one of √SNR_t in the noise and of √(SNR_t + 1) in v.
+
+    Raises:
+        UserError: γ is not above 0.
+    """
+    if not gamma > 0:
+        raise UserError(f"min_snr_gamma must be above 0, got {gamma}; leave it out to weight all steps alike")
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return np.minimum(snr, gamma) / {"eps": snr, "x0": 1.0, "v": snr + 1}[parameterization]
+
+
 def make_ddim_timesteps(
-    ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = False
+    ddim_discr_method: str,
+    num_ddim_timesteps: int,
+    num_ddpm_timesteps: int,
+    verbose: bool = False,
+    alphas_cumprod: np.ndarray | None = None,
 ) -> np.ndarray:
     """The increasing grid of model steps, int64, that a sampling run visits backwards.
 
@@ -116,6 +136,7 @@ def make_ddim_timesteps(
     `uniform` is the published grid: stride T // S from step 1. Unless S divides T it has more steps than
     asked for, and it leaves the model's range for some S.
     `quad` is quadratic in t over the first 80 % of the steps.
+    `logsnr` spaces S steps from T-1 to 0 evenly in log √(ᾱ / (1 - ᾱ)), for which it needs `alphas_cumprod` (T,).
 
     Raises:
         UserError: an unknown method, S outside 1 .. T, or a grid that leaves the model's range.
@@ -125,6 +146,10 @@ def make_ddim_timesteps(
         raise UserError(f"{S} sampling steps asked for: choose between 1 and the model's {T}")
     if ddim_discr_method == "exact":
         return np.arange(T) if S == T else np.arange(S) * T // S + 1
+    if ddim_discr_method == "logsnr":
+        if alphas_cumprod is None:
+            raise ValueError('the "logsnr" grid follows the noise schedule: give alphas_cumprod')
+        return _logsnr_timesteps(S, alphas_cumprod)
     if ddim_discr_method == "uniform":
         steps = np.arange(0, T, T // S) + 1
     elif ddim_discr_method == "quad":
@@ -138,6 +163,18 @@ def make_ddim_timesteps(
             ' use "exact", which runs any number of steps'
         )
     return steps
+
+
+def _logsnr_timesteps(S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
+    """The model steps nearest to an even grid of λ = log √(ᾱ / (1 - ᾱ)), each once, from 0 to T - 1."""
+    T = len(alphas_cumprod)
+    half_logsnr = 0.5 * np.log(alphas_cumprod / (1 - alphas_cumprod))
+    wanted = np.linspace(half_logsnr[-1], half_logsnr[0], S)[::-1]
+    steps = np.rint(np.interp(-wanted, -half_logsnr, np.arange(T))).astype(np.int64)
+    # λ falls fastest near step 0, where neighbours of the grid may share a step: move them up, one each.
+    places = np.arange(S)
+    steps = np.maximum.accumulate(steps - places) + places
+    return np.minimum(steps, T - S + places)
 
 
 def make_ddim_sampling_parameters(

@@ -14,8 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from ldm.modules.encoders.clip import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 from ldm.util import UserError
+
+__all__ = [
+    "AbstractEncoder",
+    "BERTEmbedder",
+    "BERTTokenizer",
+    "ClassEmbedder",
+    "FrozenCLIPTextEmbedder",
+    "FrozenClipImageEmbedder",
+    "IdentityEncoder",
+    "SpatialRescaler",
+    "TransformerEmbedder",
+    "find_vocabulary",
+]
 
 logger = logging.getLogger(__name__)
 

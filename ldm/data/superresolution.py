@@ -1,0 +1,114 @@
+"""Pairs of a picture and a smaller, worse one, to train super-resolution on.
+
+Shapes: pixels (H, W, 3) uint8; images float32 in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ldm.data.pictures import (
+    PIL_METHODS,
+    PictureFiles,
+    crop_square,
+    pil_method,
+    read_pixels,
+    resize_smaller_side,
+    to_image,
+)
+from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light
+from ldm.modules.image_degradation.ops import RESIZE_METHODS, from_pixels, resize, to_pixels
+from ldm.util import UserError, did_you_mean
+
+BSR = {"bsrgan": degradation_fn_bsr, "bsrgan_light": degradation_fn_bsr_light}
+DEGRADATIONS = (
+    *BSR,
+    *(f"cv_{method}" for method in RESIZE_METHODS),
+    *(f"pil_{method}" for method in PIL_METHODS if method != "linear"),
+)
+
+
+class SuperResolution(Dataset):
+    """Squares cut from pictures, and the same `downscale_f` times smaller and degraded.
+
+    Items are the picture's entries, `image` (size, size, 3) and `LR_image` (size / downscale_f, …, 3), both float32
+    in [-1, 1]. All randomness comes from torch's global generator.
+
+    Args:
+        pictures: where the pictures are from.
+        size: side of the square after resizing.
+        degradation: "bsrgan" or "bsrgan_light" (see `ldm.modules.image_degradation`), or plain resizing as OpenCV
+            ("cv_area", …) or Pillow ("pil_bicubic", …) does it; see `DEGRADATIONS`.
+        downscale_f: how many times smaller.
+        min_crop_f, max_crop_f: range of the square's side before resizing, as a share of the picture's smaller one.
+        random_crop: cut it anywhere; otherwise from the middle.
+
+    Raises:
+        UserError: an unknown degradation, or numbers that do not fit together.
+    """
+
+    def __init__(
+        self,
+        pictures: PictureFiles,
+        size: int | None = None,
+        degradation: str | None = None,
+        downscale_f: int = 4,
+        min_crop_f: float = 0.5,
+        max_crop_f: float = 1.0,
+        random_crop: bool = True,
+    ) -> None:
+        name = type(self).__name__
+        if not size or size % downscale_f:
+            raise UserError(f"{name}: size must be a multiple of downscale_f ({downscale_f}), not {size}")
+        if not 0 < min_crop_f <= max_crop_f <= 1:
+            raise UserError(f"{name}: 0 < min_crop_f <= max_crop_f <= 1 does not hold for {min_crop_f}, {max_crop_f}")
+        self.pictures = pictures
+        self.size = size
+        self.min_crop_f, self.max_crop_f = min_crop_f, max_crop_f
+        self.random_crop = random_crop
+        self.degrade = degradation_of(degradation, size // downscale_f, downscale_f)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pixels = read_pixels(self.pictures.paths[index])
+        share = self.min_crop_f + (self.max_crop_f - self.min_crop_f) * torch.rand(()).item()
+        side = max(1, int(min(pixels.shape[:2]) * share))
+        pixels = resize_smaller_side(crop_square(pixels, side, self.random_crop), self.size, "area")
+        small = self.degrade(np.ascontiguousarray(pixels))
+        return {**self.pictures.entries(index), "image": to_image(pixels), "LR_image": to_image(small)}
+
+
+def degradation_of(name: str | None, size: int, factor: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The function of pixels (size · factor, size · factor, 3) to (size, size, 3) that is called `name`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in DEGRADATIONS:
+        hint = did_you_mean(str(name), DEGRADATIONS)
+        raise UserError(f'there is no degradation "{name}"{hint}; choose one of {", ".join(DEGRADATIONS)}')
+    library, _, method = name.partition("_")
+    if name in BSR:
+        return partial(_bsr, BSR[name], factor)
+    return partial(_pil, pil_method(method), size) if library == "pil" else partial(_cv, method, size)
+
+
+def _bsr(function: Callable[..., dict[str, np.ndarray]], factor: int, pixels: np.ndarray) -> np.ndarray:
+    return function(image=pixels, sf=factor)["image"]
+
+
+def _pil(method: Image.Resampling, size: int, pixels: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(pixels).resize((size, size), method))
+
+
+def _cv(method: str, size: int, pixels: np.ndarray) -> np.ndarray:
+    return to_pixels(resize(from_pixels(pixels), (size, size), method))

@@ -1,0 +1,43 @@
+"""Faces: arrays or pictures, resized to squares."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pictures_on_disk import values, write
+
+from ldm.data import faceshq
+from ldm.util import UserError, get_obj_from_str
+
+
+def test_published_arrays_and_lists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arrays = [write(tmp_path / f"data/celebahq/imgHQ0000{i}.npy", height=32, width=32, seed=i) for i in range(3)]
+    (tmp_path / "data/celebahqtrain.txt").write_text("imgHQ00002.npy\nimgHQ00000.npy\n")
+    dataset = faceshq.CelebAHQTrain(size=32)
+    assert [item["relative_file_path_"] for item in (dataset[0], dataset[1])] == ["imgHQ00002.npy", "imgHQ00000.npy"]
+    assert np.array_equal(dataset[0]["image"], values(arrays[2]))
+
+
+def test_any_folder_of_pictures_is_made_square(tmp_path):
+    array = write(tmp_path / "x.png", height=24, width=36)
+    image = faceshq.FFHQTrain(size=24, data_root=str(tmp_path))[0]["image"]
+    assert np.array_equal(image, values(array[:, 6:30]))
+    assert faceshq.FFHQValidation(size=8, data_root=str(tmp_path), keys=["image"])[0]["image"].shape == (8, 8, 3)
+
+
+def test_a_quarter_of_the_size_is_the_mean_of_four_pixels_as_in_opencv(tmp_path):
+    """OpenCV's bilinear interpolation skips pixels: of each 4 × 4 it takes the middle 2 × 2."""
+    array = write(tmp_path / "x.png", height=32, width=32).astype(float)
+    expected = array.reshape(8, 4, 8, 4, 3)[:, 1:3, :, 1:3].mean(axis=(1, 3))
+    image = faceshq.FFHQTrain(size=8, data_root=str(tmp_path))[0]["image"]
+    assert (image + 1) * 127.5 == pytest.approx(expected, abs=0.51)
+
+
+@pytest.mark.parametrize("name", ["CelebAHQTrain", "CelebAHQValidation", "FFHQTrain", "FFHQValidation"])
+def test_both_published_paths_are_one_class(name, tmp_path, monkeypatch):
+    assert get_obj_from_str(f"taming.data.faceshq.{name}") is getattr(faceshq, name)
+    monkeypatch.chdir(tmp_path)
+    folder = "data/celebahq" if name.startswith("Celeb") else "data/ffhq"
+    with pytest.raises(UserError, match=f'{name}: there is no folder "{folder}"'):
+        getattr(faceshq, name)(size=256)

@@ -1,0 +1,62 @@
+"""OpenImages: crops and pairs from folders; and the data sets that are not included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pictures_on_disk import values, write
+
+from ldm.data import landscapes, openimages
+from ldm.data.previews import pytorch_dataset
+from ldm.util import UserError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The published places; returns the pixels of the validation picture."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data/openimages/train/x.png")
+    return write(tmp_path / "data/openimages/validation/x.png")
+
+
+def test_validation_takes_the_middle_and_training_any_part(folder):
+    item = openimages.FullOpenImagesValidation(crop_size=16)[0]
+    assert np.array_equal(item["image"], values(folder[4:20, 10:26]))
+    assert item["relative_file_path_"] == "x.png"
+    dataset = openimages.FullOpenImagesTrain(crop_size=16)
+    torch.manual_seed(0)
+    draws = [dataset[0]["image"] for _ in range(20)]
+    assert {draw.shape for draw in draws} == {(16, 16, 3)} and len({draw.tobytes() for draw in draws}) > 10
+
+
+def test_the_picture_is_resized_before_it_is_cut(folder):
+    image = openimages.FullOpenImagesValidation(size=12, crop_size=8)[0]["image"]
+    means = folder.reshape(12, 2, 18, 2, 3).mean(axis=(1, 3))[2:10, 5:13]
+    assert (image + 1) * 127.5 == pytest.approx(means, abs=0.51)
+    assert openimages.FullOpenImagesValidation(size=12)[0]["image"].shape == (12, 12, 3)
+    assert openimages.FullOpenImagesValidation(crop_size=64)[0]["image"].shape == (64, 64, 3)
+
+
+def test_pairs_with_the_published_parameters(folder):
+    params = {"degradation": "bsrgan_light", "downscale_f": 4, "min_crop_f": 0.5, "max_crop_f": 1.0}
+    for kind in (openimages.SuperresOpenImagesAdvancedTrain, openimages.SuperresOpenImagesAdvancedValidation):
+        item = kind(size=16, random_crop=True, **params)[0]
+        assert item["image"].shape == (16, 16, 3) and item["LR_image"].shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "served"),
+    [
+        (openimages.OpenImagesBBoxTrain, '"coordinates_bbox"'),
+        (openimages.OpenImagesBBoxValidation, '"coordinates_bbox"'),
+        (landscapes.RFWTrain, '"segmentation"'),
+        (landscapes.RFWValidation, '"segmentation"'),
+        (pytorch_dataset.PreviewsTrain, "ldm.data.emoji.EmojiTrain"),
+        (pytorch_dataset.PreviewsValidation, "ldm.data.emoji.EmojiValidation"),
+    ],
+)
+def test_what_is_not_included_says_what_it_served_and_what_to_use(kind, served):
+    with pytest.raises(UserError, match=f"{kind.__name__} is not included: it served .*{served}.*") as raised:
+        kind(size=256, anything="else")
+    assert "\n" not in str(raised.value) and "; " in str(raised.value)

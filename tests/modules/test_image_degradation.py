@@ -1,0 +1,209 @@
+"""Degradations: kernels, noise and compression against closed forms and Pillow, and the two random pipelines."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.emoji import compose, load_drawings
+from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light
+from ldm.modules.image_degradation.bsrgan import FULL, LIGHT, Recipe, degrade
+from ldm.modules.image_degradation.kernels import anisotropic, blur, gaussian_kernel, isotropic
+from ldm.modules.image_degradation.ops import (
+    NOISE_KINDS,
+    RESIZE_METHODS,
+    from_pixels,
+    gaussian_noise,
+    jpeg,
+    lanczos_weights,
+    resize,
+    to_pixels,
+)
+
+
+def picture(index=700, size=128):
+    """An emoji on orange, (size, size, 3) uint8."""
+    return ((compose(load_drawings(size).rgba[index], "orange", size=size) + 1) * 127.5).astype(np.uint8)
+
+
+def moments(kernel):
+    """Mean (2,) and covariance (2, 2) of a kernel's mass, about the middle of its grid."""
+    half = len(kernel) // 2
+    points = np.stack(np.meshgrid(*[np.arange(-half, half + 1)] * 2, indexing="ij"), -1).reshape(-1, 2)
+    mass = kernel.reshape(-1, 1)
+    mean = (mass * points).sum(0)
+    return mean, ((points - mean) * mass).T @ (points - mean)
+
+
+# -- kernels ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "covariance", [isotropic(1.3), isotropic(2.8), anisotropic(0.0, (8.0, 0.5)), anisotropic(2.1, (6.0, 1.5))]
+)
+@pytest.mark.parametrize("shift", [0.0, 1.5])
+def test_kernels_have_sum_one_and_the_covariance_prescribed(covariance, shift):
+    kernel = gaussian_kernel(41, covariance, shift)
+    mean, spread = moments(kernel)
+    assert kernel.sum() == pytest.approx(1, abs=1e-12)
+    assert mean == pytest.approx([shift, shift], abs=1e-3)
+    assert spread.flatten() == pytest.approx(covariance.flatten(), rel=1e-2, abs=1e-3)
+
+
+def test_the_axes_of_a_stretched_kernel_lie_as_asked():
+    assert anisotropic(0.0, (8.0, 0.5)).flatten() == pytest.approx([8.0, 0, 0, 0.5])
+    assert anisotropic(np.pi / 2, (8.0, 0.5)).flatten() == pytest.approx([0.5, 0, 0, 8.0])
+    covariance = anisotropic(0.7, (5.0, 2.0))
+    axis = np.array([np.cos(0.7), np.sin(0.7)])
+    assert covariance @ axis == pytest.approx(5.0 * axis)
+    assert isotropic(2.0) == pytest.approx(anisotropic(1.0, (4.0, 4.0)))
+
+
+def test_narrow_kernels_leave_the_image_and_all_kernels_leave_a_plain_one():
+    image = from_pixels(picture())
+    assert blur(image, gaussian_kernel(7, isotropic(0.05))) == pytest.approx(image, abs=1e-6)
+    plain = np.full((10, 9, 3), 0.3, np.float32)
+    assert blur(plain, gaussian_kernel(21, anisotropic(1.0, (8.0, 2.0)))) == pytest.approx(plain, abs=1e-6)
+
+
+def test_blurring_an_impulse_shows_the_kernel():
+    impulse = np.zeros((15, 15, 3), np.float32)
+    impulse[7, 7, 1] = 1.0
+    kernel = gaussian_kernel(7, anisotropic(0.4, (3.0, 1.0)), shift=0.5)
+    blurred = blur(impulse, kernel)
+    assert blurred[4:11, 4:11, 1] == pytest.approx(kernel[::-1, ::-1], abs=1e-7)
+    assert not blurred[..., [0, 2]].any()
+
+
+# -- resampling, noise, compression ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", RESIZE_METHODS)
+def test_resizing_keeps_sizes_ranges_and_plain_images(method):
+    resized = resize(from_pixels(picture(size=64)), (13, 21), method)
+    assert resized.shape == (13, 21, 3) and resized.dtype == np.float32
+    assert resized.min() >= 0 and resized.max() <= 1
+    assert resize(np.full((20, 30, 3), 0.3, np.float32), (7, 50), method) == pytest.approx(0.3, abs=1e-5)
+
+
+def test_area_averages_squares_and_nearest_takes_their_first_pixel():
+    image = from_pixels(picture(size=64))
+    assert resize(image, (16, 16), "area") == pytest.approx(image.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3)), abs=1e-6)
+    assert np.array_equal(resize(image, (16, 16), "nearest"), image[::4, ::4])
+
+
+def test_lanczos_weights_follow_the_formula():
+    weights = lanczos_weights(40, 20)  # the middle between two pixels: distances 0.5 to 3.5 on both sides
+    distances = np.arange(8) - 3.5
+    formula = np.sinc(distances) * np.sinc(distances / 4)
+    assert weights[10, 17:25] == pytest.approx(formula / formula.sum())
+    assert weights.sum(axis=1) == pytest.approx(np.ones(20))
+    assert lanczos_weights(9, 9) == pytest.approx(np.eye(9), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_noise_has_the_covariance_of_its_kind(kind):
+    level = 0.05
+    plain = np.full((200, 200, 3), 0.5, np.float32)
+    noise = (gaussian_noise(plain, level, kind, np.random.default_rng(0)) - plain).reshape(-1, 3)
+    covariance = np.cov(noise.T) / level**2
+    # 40,000 samples: the standard error of a variance is 0.007.
+    assert noise.mean() == pytest.approx(0, abs=0.001)
+    if kind == "colour":
+        assert covariance == pytest.approx(np.eye(3), abs=0.035)
+    elif kind == "gray":
+        assert covariance == pytest.approx(np.ones((3, 3)), abs=0.035)
+    else:
+        variances = np.linalg.eigvalsh(covariance)
+        rng = np.random.default_rng(0)
+        rng.standard_normal(plain.shape)
+        rng.standard_normal((3, 3))
+        assert variances == pytest.approx(np.sort(rng.uniform(size=3)), abs=0.035)
+        assert np.abs(covariance - np.diag(np.diag(covariance))).max() > 0.05, "channels are correlated"
+
+
+@pytest.mark.parametrize("quality", [30, 80, 95])
+def test_compression_is_pillows(quality):
+    pixels = picture()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    assert np.array_equal(to_pixels(jpeg(from_pixels(pixels), quality)), np.asarray(Image.open(file)))
+
+
+def test_pixels_survive_the_change_of_type():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.array_equal(to_pixels(from_pixels(levels)), levels)
+
+
+# -- the pipelines ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [degradation_fn_bsr, degradation_fn_bsr_light])
+@pytest.mark.parametrize(
+    ("shape", "sf", "expected"), [((64, 96), 4, (16, 24)), ((67, 65), 2, (33, 32)), ((9, 8), 4, (2, 2))]
+)
+def test_results_are_so_many_times_smaller(function, shape, sf, expected):
+    image = picture()[: shape[0], : shape[1]]
+    for seed in range(8):
+        result = function(image=image, sf=sf, rng=np.random.default_rng(seed))["image"]
+        assert result.shape == (*expected, 3) and result.dtype == np.uint8
+
+
+@pytest.mark.parametrize("function", [degradation_fn_bsr, degradation_fn_bsr_light])
+def test_the_seed_decides(function):
+    image = picture()
+    before = image.copy()
+    given = [function(image, rng=np.random.default_rng(seed))["image"] for seed in (1, 1, 2)]
+    assert np.array_equal(given[0], given[1]) and not np.array_equal(given[0], given[2])
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)  # by default the randomness is torch's
+        results += [function(image)["image"], function(image)["image"]]
+    assert np.array_equal(results[0], results[2]) and np.array_equal(results[1], results[3])
+    assert not np.array_equal(results[0], results[1]) and not np.array_equal(results[0], results[4])
+    assert np.array_equal(image, before)
+
+
+def psnr(a, b):
+    return -10 * np.log10(np.square(from_pixels(a) - from_pixels(b)).mean())
+
+
+def test_the_light_one_is_milder():
+    image = picture()
+    plain = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC))
+    scores = {
+        recipe: [psnr(degrade(image, recipe, 4, np.random.default_rng(seed)), plain) for seed in range(40)]
+        for recipe in (FULL, LIGHT)
+    }
+    full, light = (np.array(scores[recipe]) for recipe in (FULL, LIGHT))
+    error = np.sqrt(full.var() / 40 + light.var() / 40)
+    assert light.mean() > full.mean() + 4 * error
+    assert full.mean() > 12, "the picture is still there, and in its place"
+
+
+def test_the_picture_stays_in_its_place():
+    """Without blur and noise a ramp stays one, whatever the downsampling: half a pixel amiss would be 1.3 levels."""
+    ramp = np.tile(np.linspace(40, 200, 64)[None, :, None], (64, 1, 3)).round().astype(np.uint8)
+    expected = ramp.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3))
+    recipe = Recipe(blur=1.0, blur_share=0.0, noise=(0, 0), jpeg=(95, 95))
+    for seed in range(40):
+        result = degrade(ramp, recipe, 4, np.random.default_rng(seed)).astype(float)
+        # Compression errs by a level here and there, but not by as much in the mean.
+        assert (result - expected)[4:-4, 4:-4].mean() == pytest.approx(0, abs=0.6), seed
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)]
+)
+def test_other_images_are_refused(image):
+    with pytest.raises(ValueError, match=r"needs an image \(H, W, 3\) of uint8"):
+        degradation_fn_bsr(image)
+
+
+def test_an_image_that_is_too_small_is_refused():
+    with pytest.raises(ValueError, match="8 × 3 cannot be made 4 times smaller"):
+        degradation_fn_bsr(np.zeros((3, 8, 3), np.uint8))
