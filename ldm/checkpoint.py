@@ -2,19 +2,26 @@
 
 Nothing here ever runs code out of a file: pickles go through `torch.load(weights_only=True)`, and there is
 no way round it. What a file is gets decided by its first bytes, never by its name.
+
+A whole model has to fit: what is missing or has another shape is an error (`load_weights`). Training may start from
+a part of another model all the same, when the configuration says which: names that begin with one of `ignore_keys`
+keep their initial values and do not count.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
+import pickletools
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +37,13 @@ EMA_PREFIX = "model_ema."
 # Above this share of missing parameters a file is another model's, not an older version of this one's.
 MAX_MISSING_SHARE = 1e-3
 # Lightning 1.x wrote names of its own classes into checkpoints, e.g. as keys of `callbacks`.
-_LIGHTNING = ("pytorch_lightning.", "lightning.")
+_LIGHTNING = ("pytorch_lightning.", "lightning.", "lightning_fabric.")
+_NUMPY_SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 
-_ZIP, _PICKLE, _MAX_HEADER = b"PK\x03\x04", b"\x80", 100_000_000
+_ZIP, _PICKLE, _TAR = b"PK\x03\x04", b"\x80", b"ustar"
+_MAX_HEADER = 1 << 48  # of safetensors: a file of text would claim more
+# Below this a tensor that repeats what it stores is an oddity; above, an attempt to fill the memory.
+_MAX_EXPANDED_BYTES = 1 << 20
 
 
 class _StandIn:
@@ -46,6 +57,25 @@ class _StandIn:
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+
+class _NumberType(_StandIn):
+    """Takes the place of `numpy.dtype`: remembers the code of a number, such as f8, and its byte order."""
+
+    def __init__(self, code: Any = "", *rest: Any) -> None:
+        self.code, self.order = str(code), "<"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = ">" if isinstance(state, tuple) and ">" in state[1:2] else "<"
+
+
+def _number(kind: Any = None, data: Any = b"") -> int | float | bool | None:
+    """Takes the place of what makes NumPy's scalars, which learning-rate schedules left in published checkpoints."""
+    import numpy as np
+
+    if not isinstance(kind, _NumberType) or not isinstance(data, bytes) or not re.fullmatch("[biuf][1248]", kind.code):
+        return None
+    return np.frombuffer(data, kind.order + kind.code, count=1)[0].item()
 
 
 @dataclass(frozen=True)
@@ -74,18 +104,38 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The weights in a checkpoint, whether it wraps them in `state_dict` or is nothing but weights.
 
+    What stands among the weights and is none is left out, with a line in the log.
+
     Raises:
-        UserError: as `read_checkpoint`, or there are no weights in it.
+        UserError: as `read_checkpoint`; or there are no weights in it, or some that nothing here can use.
     """
     checkpoint = read_checkpoint(path)
     weights = checkpoint.get("state_dict", checkpoint)
     if not isinstance(weights, Mapping):
         weights = {}
-    tensors = {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in weights.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
-        keys = ", ".join(map(str, list(checkpoint)[:5])) or "nothing"
+        keys = _first(map(_plain, checkpoint)) or "nothing"
         raise UserError(f'"{path}" holds no weights (it holds: {keys}); give a checkpoint with a "state_dict"')
+    for name, tensor in tensors.items():
+        flaw = _flaw(tensor)
+        if flaw is not None:
+            raise UserError(f'"{path}" is refused: "{_plain(name)}" {flaw}; save its weights as plain tensors')
+    if weights is not checkpoint:
+        _log("not tensors in the weights of", f'"{path}"', [_plain(name) for name in weights if name not in tensors])
     return tensors
+
+
+def _flaw(tensor: Tensor) -> str | None:
+    """Why a tensor cannot be a weight; None when it can."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        return "is sparse, nested or quantized"
+    if tensor.is_meta:
+        return "has a shape but no values"
+    size = tensor.numel() * tensor.element_size()
+    if size > max(_MAX_EXPANDED_BYTES, tensor.untyped_storage().nbytes()):
+        return "repeats a few stored values to a size that would fill the memory"
+    return None
 
 
 def load_weights(
@@ -143,6 +193,48 @@ def without_ema(state_dict: Mapping[str, Tensor], use_average: bool = True) -> d
     return {name: state_dict[averages.get(name, name)] for name in state_dict if not name.startswith(EMA_PREFIX)}
 
 
+def choose_weights(state_dict: Mapping[str, Tensor], kind: str, source: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The "live" weights, their moving averages under the live names ("ema"), or "both" as they are.
+
+    Raises:
+        UserError: there are no averages in `source`, where `state_dict` comes from.
+    """
+    if kind != "live" and not ema_names(state_dict):
+        raise UserError(f'"{source}" holds no averaged weights; choose the live ones')
+    return dict(state_dict) if kind == "both" else without_ema(state_dict, kind == "ema")
+
+
+def cast(name: str, value: Tensor, dtype: torch.dtype, remedy: str) -> Tensor:
+    """`value` in `dtype`.
+
+    Raises:
+        UserError: it holds numbers that are too large for it; `remedy` says what to do.
+    """
+    converted = value.detach().to(dtype)
+    if not torch.isfinite(converted).all():
+        raise UserError(f"{_plain(name)} does not fit into {str(dtype).removeprefix('torch.')}; {remedy}")
+    return converted
+
+
+def save_checkpoint(
+    weights: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write weights as a checkpoint of `torch.save`, under `state_dict`, whole or not at all.
+
+    Args:
+        weights: a state dict.
+        path: the file; its folder is made when missing.
+        metadata: stored beside the weights; a "step" becomes Lightning's `global_step`.
+    """
+    rest = dict(metadata or {})
+    step = {"global_step": rest.pop("step")} if "step" in rest else {}
+    with atomic_path(path) as temporary:
+        try:
+            torch.save({"state_dict": dict(weights), **step, "metadata": rest}, temporary)
+        except RuntimeError as error:  # how torch says that the disk is full
+            raise OSError(str(error).splitlines()[0]) from error
+
+
 def save_safetensors(
     weights: nn.Module | Mapping[str, Tensor],
     path: str | os.PathLike[str],
@@ -155,6 +247,7 @@ def save_safetensors(
         path: the file; its folder is made when missing.
         metadata: stored as strings in the header.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     state_dict = weights.state_dict() if isinstance(weights, nn.Module) else weights
@@ -167,84 +260,162 @@ def save_safetensors(
         seen.add(storage)
     strings = {str(key): str(value) for key, value in (metadata or {}).items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", **strings})
+        try:
+            save_file(tensors, temporary, {"format": "pt", **strings})
+        except SafetensorError as error:  # how safetensors says that the disk is full
+            raise OSError(str(error)) from error
 
 
 def _kind(path: Path) -> str:
     """`"safetensors"`, `"zip"` (torch since 1.6) or `"pickle"` (torch before), by content."""
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f'cannot read the checkpoint "{path}": it is no ordinary file; give a readable file')
         size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(64)
+            head = file.read(512)
     except FileNotFoundError:
         raise UserError(f'there is no checkpoint "{path}"; check the path, or download it first') from None
-    except OSError as error:
-        raise UserError(f'cannot read the checkpoint "{path}": {error.strerror}; give a readable file') from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f'cannot read the checkpoint "{path}": {reason}; give a readable file') from None
     if head.startswith(_ZIP):
         return "zip"
     header = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and header < _MAX_HEADER:
         if size < 8 + header:
-            raise _truncated(path)
+            raise _damaged(path, "its header is longer than the file")
         return "safetensors"
     if head.startswith(_PICKLE):
         return "pickle"
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f'"{path}" is a Git LFS pointer, not the file itself; fetch it with "git lfs pull"')
-    what = "is empty" if size == 0 else "is a web page" if head.lstrip()[:1] == b"<" else "is not a checkpoint"
-    raise UserError(f'"{path}" {what}; give a file written by torch.save or safetensors, or download it again')
+    raise UserError(
+        f'"{path}" {_what_else(head)}; give a file written by torch.save or safetensors, or download it again'
+    )
 
 
-def _truncated(path: Path) -> UserError:
-    return UserError(f'the checkpoint "{path}" is truncated or damaged; download or copy it again')
+def _what_else(head: bytes) -> str:
+    """What a file is that is no checkpoint."""
+    if not head:
+        return "is empty"
+    if head.lstrip()[:1] == b"<":
+        return "is a web page"
+    if head[257:262] == _TAR:
+        return "is a tar archive, as torch wrote before 0.1.10 or as downloads come packed"
+    return "is not a checkpoint"
+
+
+def _damaged(path: Path, reason: object) -> UserError:
+    lines = str(reason).strip().splitlines() or [type(reason).__name__]
+    return UserError(f'the checkpoint "{path}" is truncated or damaged ({_plain(lines[0])}); download or copy it again')
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return {"state_dict": load_file(path), "metadata": header.get("__metadata__", {})}
+        with safe_open(path, "pt") as file:
+            return {
+                "state_dict": {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
+                "metadata": file.metadata() or {},
+            }
     except (SafetensorError, ValueError, AttributeError, OSError) as error:
-        logger.debug("%s: %s", path, error)
-        raise _truncated(path) from None
+        raise _damaged(path, error) from None
 
 
 def _read_torch(path: Path, mmap: bool) -> dict[str, Any]:
+    if mmap:
+        _check_zip(path)
     try:
         # Only a path can be mapped; but torch judges paths by their suffix, and open files by their content.
-        with torch.serialization.safe_globals(_stand_ins(path) if mmap else []), path.open("rb") as file:
+        with warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")  # what is wrong with the file is told once, below
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if mmap else _globals(file)
+            file.seek(0)
             mmap = mmap and path.suffix != ".safetensors"
-            checkpoint = torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
+            with torch.serialization.safe_globals(_stand_ins(names)):
+                checkpoint = torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise _refused(path, str(error)) from None
+    except EOFError:
+        raise _damaged(path, "it ends too early") from None
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
-        logger.debug("%s: %s: %s", path, type(error).__name__, error)
-        raise _truncated(path) from None
+        raise _damaged(path, error) from None
     if not isinstance(checkpoint, Mapping):
         what = type(checkpoint).__name__
         raise UserError(f'"{path}" holds a {what}, not a checkpoint; give a file with a "state_dict" of weights')
     return dict(checkpoint)
 
 
-def _stand_ins(path: Path) -> list[tuple[type, str]]:
-    """An inert class for each of Lightning's that the file names, for one call of `torch.load`."""
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return [(type(name.rpartition(".")[2], (_StandIn,), {}), name) for name in names if name.startswith(_LIGHTNING)]
+def _check_zip(path: Path) -> None:
+    """Make sure that an archive is one that `torch.save` writes: its records as they are, one root, no surprises.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
+        raise _damaged(path, "the list of its contents, which stands at its end, is missing or broken") from None
+    names = [PurePosixPath(record.filename) for record in records]
+    if any(name.name == "constants.pkl" for name in names):
+        flaw = "is a TorchScript program, which would have to be run"
+    elif not any(name.name == "data.pkl" and len(name.parts) == 2 for name in names):
+        flaw = "is a zip archive without weights; if it was downloaded packed, unpack it"
+    elif any(name.is_absolute() or ".." in name.parts for name in names) or len(set(names)) < len(names):
+        flaw = "is refused: names in its archive lead outside of it, or are there twice"
+    elif any(record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1 for record in records):
+        flaw = "is refused: its contents are compressed or encrypted, as torch.save never does"
+    elif sum(record.file_size for record in records) > path.stat().st_size:
+        flaw = "is refused: its archive claims to hold more than the file is long"
+    else:
+        return
+    raise UserError(f'"{path}" {flaw}; give a file written by torch.save or safetensors')
+
+
+def _globals(file: IO[bytes]) -> set[str]:
+    """What a file older than torch 1.6 names: it is four pickles, then the numbers."""
+    names: set[str] = set()
+    with suppress(ValueError):  # a broken pickle; torch says more about it
+        for _ in range(4):
+            names |= {arg.replace(" ", ".") for op, arg, _ in pickletools.genops(file) if op.name == "GLOBAL"}
+    return names
+
+
+def _stand_ins(names: Iterable[str]) -> list[tuple[Callable[..., Any], str]]:
+    """Something inert for each of Lightning's classes and NumPy's scalars that a file names, for one `torch.load`."""
+    found: list[tuple[Callable[..., Any], str]] = []
+    for name in names:
+        if name.startswith(_LIGHTNING) and name.endswith(".AttributeDict"):  # how it keeps hyperparameters
+            found.append((dict, name))
+        elif name.startswith(_LIGHTNING):
+            found.append((type(name.rpartition(".")[2], (_StandIn,), {}), name))
+        elif name in _NUMPY_SCALARS:
+            found.append((_number, name))
+        elif name == "numpy.dtype":
+            found.append((_NumberType, name))
+    return found
 
 
 def _refused(path: Path, reason: str) -> UserError:
     """The error for a pickle that torch would not open without running code out of it."""
     logger.debug("%s: %s", path, reason)
     named = re.search(r"GLOBAL ([\w.]+)", reason)
-    if named is None:
+    instruction = re.search(r"Unsupported operand (\d+)", reason)
+    if named is not None:
+        held = f'"{_plain(named[1])}", and opening that could run code'
+    elif instruction is not None and chr(int(instruction[1])) in pickletools.code2op:
+        held = f"the pickle instruction {pickletools.code2op[chr(int(instruction[1]))].name}, which weights never need"
+    elif re.search(r"call reduce|create new object|Can only build|persistent_load|persistent id", reason):
+        held = "objects whose opening could run code"
+    else:
         return UserError(
             f'"{path}" cannot be read as a checkpoint: it is damaged or no file of weights; give another file'
         )
     return UserError(
-        f'"{path}" is refused: besides weights it holds "{named[1]}", and opening that could run code; '
+        f'"{path}" is refused: besides weights it holds {held}; '
         "save its state_dict alone, or as safetensors, where you trust the file"
     )
 
@@ -263,7 +434,7 @@ def _check_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor], model:
         first = wrong[0]
         raise UserError(
             f"{where} is a foreign checkpoint: {len(wrong)} of its shapes differ from {model}'s, "
-            f"first {first}: {tuple(given[first].shape)}, expected {tuple(own[first].shape)}; "
+            f"first {_plain(first)}: {tuple(given[first].shape)}, expected {tuple(own[first].shape)}; "
             "use the configuration that belongs to it"
         )
 
@@ -280,8 +451,16 @@ def _check_complete(module: nn.Module, missing: set[str], ignored: tuple[str, ..
         )
 
 
+def _plain(value: object, limit: int = 80) -> str:
+    """A name out of a file, fit for one line of a message: printable, short, and if it is no text its type."""
+    if not isinstance(value, str):
+        return f"<{type(value).__name__}>"
+    text = "".join(letter if letter.isprintable() else "?" for letter in value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def _first(names: Iterable[str], count: int = 4) -> str:
-    names = list(names)
+    names = [_plain(name) for name in names]
     return ", ".join(names[:count]) + (", …" if len(names) > count else "")
 
 

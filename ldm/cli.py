@@ -8,8 +8,9 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from ldm import targets
 from ldm.util import UserError, did_you_mean
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -35,7 +36,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
     def wrapped(argv: Sequence[str] | None = None) -> int:
         _log_to_stderr()
         try:
-            main(argv)
+            with targets.allowing():  # what --allow-target adds ends with the command
+                main(argv)
         except UserError as error:
             return _fail(f"error: {error}", 2)
         except KeyboardInterrupt:
@@ -107,9 +109,32 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+class _AllowTarget(argparse.Action):
+    """Takes effect as it is read: models are built at the end of chains of configurations that no option reaches."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            targets.allow(values)
+        except ValueError as error:
+            parser.error(f"{option_string}: {error}")
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), values])
+
+
+def target_options() -> argparse.ArgumentParser:
+    """The parent parser with the option of every command that builds what a configuration names."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--allow-target",
+        action=_AllowTarget,
+        metavar="PREFIX",
+        help="also build classes that the configuration names under this dotted prefix, e.g. mydata; repeatable",
+    )
+    return parser
+
+
 def model_options() -> argparse.ArgumentParser:
     """The parent parser with the options of every command that loads a model."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, parents=[target_options()])
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", metavar="NAME", help="a folder under models/ldm, or any folder with config.yaml and weights"

@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from ldm import targets
+
 T = TypeVar("T")
 
 # Values of `cond_stage_config` that name a role instead of a class to build.
@@ -28,22 +30,29 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def get_obj_from_str(string: str, reload: bool = False) -> Any:
-    """The object that a dotted `target:` names, e.g. `"ldm.models.autoencoder.VQModel"`.
+    """The class that a dotted `target:` names, e.g. `"ldm.models.autoencoder.VQModel"`.
 
     Raises:
-        UserError: the module or the name in it does not exist.
+        UserError: `ldm.targets` does not allow it, in which case nothing was imported or it is no class of the
+            package named; or the module or the name in it does not exist.
     """
+    _check_target(string, targets.refusal(string))
     module_name, _, name = string.rpartition(".")
-    if not module_name:
-        raise UserError(f'target "{string}" is not a dotted path such as "package.module.Class"')
     module = _import_module(module_name, string)
     if reload:
         module = importlib.reload(module)
     try:
-        return getattr(module, name)
+        found = getattr(module, name)
     except AttributeError:
         hint = did_you_mean(name, (n for n in dir(module) if not n.startswith("_")))
         raise UserError(f'target "{string}": {module_name} has no "{name}"{hint}') from None
+    _check_target(string, targets.object_refusal(string, found))
+    return found
+
+
+def _check_target(target: Any, refusal: str | None) -> None:
+    if refusal is not None:
+        raise UserError(f"target {targets.shown(target)} {refusal}")
 
 
 def _import_module(module_name: str, target: str) -> Any:
@@ -74,7 +83,7 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> An
     The two role names in `SPECIAL_CONFIGS` build nothing and give None.
 
     Raises:
-        UserError: no `target`, an unknown target, an unknown parameter, or a missing one.
+        UserError: no `target`, one that is refused or unknown, an unknown parameter, or a missing one.
     """
     if isinstance(config, str) and config in SPECIAL_CONFIGS:
         return None

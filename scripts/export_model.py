@@ -6,7 +6,6 @@ python scripts/export_model.py --ckpt logs/<run>/checkpoints/last.ckpt --outdir 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command
+from ldm.cli import Parser, command, target_options
+from ldm.files import sha256
 from ldm.model_files import WEIGHTS, read_config
 from ldm.util import UserError
 
@@ -26,7 +26,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 def make_parser() -> Parser:
     """The options."""
-    parser = Parser(description="Turn a training checkpoint into a folder to draw with.")
+    parser = Parser(description="Turn a training checkpoint into a folder to draw with.", parents=[target_options()])
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="the training checkpoint, e.g. last.ckpt")
     parser.add_argument("--outdir", required=True, metavar="DIR", help="where config.yaml and model.safetensors go")
     parser.add_argument(
@@ -52,37 +52,24 @@ def find_config(ckpt: Path, config: str | None) -> Path:
     return found[-1]
 
 
-def choose_weights(weights: Mapping[str, Tensor], ema: bool | None, source: Path) -> tuple[dict[str, Tensor], str]:
+def choose(weights: Mapping[str, Tensor], ema: bool | None, source: Path) -> tuple[dict[str, Tensor], str]:
     """The weights to write under their live names, and which they are: "ema" or "live"."""
-    from ldm.checkpoint import ema_names, without_ema
+    from ldm.checkpoint import choose_weights, ema_names
 
-    averages = len(ema_names(weights))
-    if ema and not averages:
-        raise UserError(f'"{source}" holds no averaged weights; leave out --ema')
-    use_average = bool(averages) if ema is None else ema
-    return without_ema(weights, use_average), "ema" if use_average else "live"
+    kind = "ema" if ema or (ema is None and ema_names(weights)) else "live"
+    return choose_weights(weights, kind, source), kind
 
 
 def convert(model: Any, dtype: str) -> dict[str, Tensor]:
     """The model's state dict with its parameters in `dtype`; tables such as the noise schedule keep theirs."""
     import torch
 
+    from ldm.checkpoint import cast
+
     state_dict = model.state_dict()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        converted = parameter.detach().to(getattr(torch, dtype))
-        if not torch.isfinite(converted).all():
-            raise UserError(f"{name} does not fit into {dtype}; export with --dtype bfloat16")
-        state_dict[name] = converted
+        state_dict[name] = cast(name, parameter, getattr(torch, dtype), "export with --dtype bfloat16")
     return state_dict
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @command
@@ -102,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm.inference import build_model, for_inference
 
     step = read_checkpoint(source).get("global_step", "unknown")
-    weights, kind = choose_weights(read_state_dict(source), args.ema, source)
+    weights, kind = choose(read_state_dict(source), args.ema, source)
     config = for_inference(read_config(find_config(source, args.config)))
     state_dict = convert(build_model(config, weights, f'"{source}"'), args.dtype)
     metadata = {"source_sha256": sha256(source), "weights": kind, "step": step, "dtype": args.dtype}

@@ -24,7 +24,7 @@ LEVELS = [
     (r"ldm\.models\.diffusion\.(ddpm|preview|classifier)", 3),
     (r"ldm\.models(\..*)?", 2),
     (r"ldm\.modules(\..*)?", 1),
-    (r"ldm(\.(util|cli|files|images|checkpoint|model_files|lr_scheduler))?", 0),
+    (r"ldm(\.(util|targets|cli|files|images|checkpoint|model_files|lr_scheduler))?", 0),
 ]
 # Samplers work on anything with `apply_model` and the schedule's tables; they must not know a concrete model.
 SAMPLERS = tuple(f"ldm.models.diffusion.{name}" for name in ("sampler", "ancestral", "ddim", "plms", "dpm_solver"))
@@ -176,6 +176,12 @@ def test_nothing_read_can_run_code(path):
         unsafe += [call] if name in {"pickle.load", "pickle.loads", "yaml.load", "eval", "exec"} else []
         unsafe += [call] if name in {"np.load", "numpy.load"} and keyword(call, "allow_pickle") else []
     assert not places(path, unsafe)
+
+
+@every()
+def test_only_one_module_opens_checkpoints(path):
+    opened = [call for call in calls(path) if ast.unparse(call.func) in {"torch.load", "safe_open", "load_file"}]
+    assert not opened or module_name(path) == "ldm.checkpoint", places(path, opened)
 
 
 @pytest.mark.parametrize(

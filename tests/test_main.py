@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hostile_files import hostile
 from omegaconf import OmegaConf
 from tiny_models import text_config
 
@@ -91,6 +92,15 @@ REFUSED = [
     ("gpus and devices", ["-b", "tiny.yaml", "--gpus", "0,", "--devices", "1"], None, "--gpus excludes"),
     ("model target", ["-b", "tiny.yaml", "model.target=ldm.models.autoencoder.AutoencoderLK"], None, '"AutoencoderKL"'),
     ("model module", ["-b", "tiny.yaml", "model.target=ldm.models.autoencodre.VQModel"], None, '"autoencoder"'),
+    ("model elsewhere", ["-b", "tiny.yaml", "model.target=os.system"], None, "--allow-target os"),
+    ("data set elsewhere", ["-b", "tiny.yaml", "data.params.train.target=mine.Set"], None, "--allow-target mine"),
+    ("logger elsewhere", ["-b", "tiny.yaml", "lightning.logger.target=os.system"], None, "--allow-target os"),
+    (
+        "weights with code",
+        ["-b", "tiny.yaml", "model.params.ckpt_path=evil.ckpt"],
+        lambda folder: (folder / "evil.ckpt").write_bytes(hostile(folder / "trap")["GLOBAL in a zip"]),
+        'is refused: besides weights it holds "os.mkdir"',
+    ),
     ("model parameter", ["-b", "tiny.yaml", "model.params.embed_dmi=3"], None, '"embed_dim"'),
     ("not trainable", ["-b", "tiny.yaml", "model.target=torch.nn.Identity"], None, "cannot be trained"),
     ("learning rate", ["-b", "tiny.yaml", "model.base_learning_rate=fast"], None, "base_learning_rate"),

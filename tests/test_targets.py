@@ -1,64 +1,257 @@
-"""Every `target:` of the published configurations names something, and without its data says so in one line."""
+"""What a configuration may name, and the many things that it may not."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import subprocess
+import sys
+from types import ModuleType
 
 import pytest
-from omegaconf import OmegaConf
-from test_state_dict_keys import recorded
 
+from ldm import cli, targets, util
 from ldm.util import UserError, get_obj_from_str, instantiate_from_config
 
-ROOT = Path(__file__).parents[1]
-CONFIGURATIONS = sorted(recorded()["models"])
-WITH_DATA = [path for path in CONFIGURATIONS if re.search("^data:", (ROOT / path).read_text(), flags=re.M)]
+CANARY = """
+import pathlib
+pathlib.Path(__file__).with_name("imported").touch()
+class Set:
+    pass
+def make():
+    return Set()
+"""
+
+# Refused by name alone: nothing is imported.
+HOSTILE = [
+    "os.system",
+    "posix.system",
+    "subprocess.Popen",
+    "builtins.eval",
+    "builtins.exec",
+    "builtins.__import__",
+    "shutil.rmtree",
+    "pathlib.Path",
+    "importlib.import_module",
+    "pickle.loads",
+    "runpy.run_path",
+    "socket.create_connection",
+    "ctypes.CDLL",
+    "webbrowser.open",
+    "torch.load",
+    "torch.hub.load",
+    "torch.jit.load",
+    "torch.nn.Module",
+    "torch.nn.modules.linear.Identity",
+    "torch.utils.cpp_extension.load",
+    "torch.serialization.pickle.loads",
+    "torchvision.datasets.CIFAR10",
+    "numpy.load",
+    "omegaconf.OmegaConf.load",
+    "pytorch_lightning.Trainer",
+    "pytorch_lightning.callbacks.LambdaCallback",
+    "pytorch_lightning.callbacks.os.system",
+    "pytorch_lightning.cli.LightningCLI",
+    "canary.Set",
+    "canary.make",
+    "ldmx.models.Model",
+    "ldm_evil.Model",
+    "main2.main",
+    "mainframe.X",
+    "taming_evil.X",
+    "__main__.main",
+    "ldm.__builtins__.eval",
+    "ldm.util.__loader__.load_module",
+    "ldm.checkpoint._StandIn",
+    "ldm..util.T",
+    ".ldm.util.T",
+    "ldm.util.UserError.",
+    "ldm.util. UserError",
+    " ldm.util.UserError",
+    "ldm.util.UserError\n",
+    "ldm.util.UserError\x00",
+    "ldm/util/UserError",
+    "ldm.util:UserError",
+    "ldm.util.UserError()",
+    "ldm.util.1x",
+    "ⅼdm.util.UserError",  # a Roman numeral
+    "ldm.utiⅼ.UserError",
+    "ｌdm.util.UserError",  # full width, which Python itself would read as a letter l
+    "ldm。util.UserError",
+    "ldm.\u202eutil.UserError",
+    "оs.system",  # a Cyrillic letter
+    "canary",
+    "ldm",
+    "",
+    ".",
+    "ldm." + "x" * 1000 + ".X",
+    "ldm" + ".x" * 5000,
+    None,
+    3,
+    True,
+    b"ldm.util.UserError",
+    ["ldm.util.UserError"],
+    {"target": "ldm.util.UserError"},
+]
+# They lead into the package and out of it again: to another module's objects, or to what is no class.
+THROUGH_OURS = [
+    "ldm.util.importlib.import_module",
+    "ldm.util.importlib",
+    "ldm.util.inspect",
+    "ldm.util.get_obj_from_str",
+    "ldm.util.instantiate_from_config",
+    "ldm.util.freeze",
+    "ldm.util.T",
+    "ldm.util.SPECIAL_CONFIGS",
+    "ldm.util.Mapping",
+    "ldm.files.os.system",
+    "ldm.files.os",
+    "ldm.files.Path",
+    "ldm.files.atomic_path",
+    "ldm.cli.sys.exit",
+    "ldm.cli.argparse.FileType",
+    "ldm.checkpoint.read_checkpoint",
+    "ldm.checkpoint.save_safetensors",
+    "ldm.checkpoint.torch",
+    "ldm.checkpoint.pickle.loads",
+    "ldm.models.autoencoder.nn",
+    "ldm.models.autoencoder.Tensor",
+    "ldm.models.autoencoder.AutoencoderKL.decode",
+    "ldm.targets.allow",
+    "main.sys.exit",
+    "main.sys",
+    "main.main",
+    "main.command",
+    "main.Path",
+    "taming.modules.losses.vqperceptual.hinge_d_loss",
+]
 
 
-def targets(config: Any) -> Iterator[str]:
-    """Every target in a configuration, however deep."""
-    if isinstance(config, dict):
-        if isinstance(config.get("target"), str):
-            yield config["target"]
-        for value in config.values():
-            yield from targets(value)
-    elif isinstance(config, list):
-        for value in config:
-            yield from targets(value)
+@pytest.fixture
+def canary(tmp_path, monkeypatch):
+    """The file that importing the module `canary` would leave."""
+    (tmp_path / "canary.py").write_text(CANARY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "canary", raising=False)
+    yield tmp_path / "imported"
+    sys.modules.pop("canary", None)
 
 
-@pytest.mark.parametrize("path", CONFIGURATIONS)
-def test_every_target_resolves(path):
-    config = OmegaConf.to_container(OmegaConf.load(ROOT / path), resolve=True)
-    names = set(targets(config))
-    assert names >= {config["model"]["target"]}
-    for name in names:
-        assert callable(get_obj_from_str(name)), name
+def refused(target) -> str:
+    with pytest.raises(UserError) as error:
+        instantiate_from_config({"target": target})
+    message = str(error.value)
+    assert "\n" not in message and message.isascii() and len(message) < 400
+    return message
 
 
-@pytest.mark.parametrize("path", WITH_DATA)
-def test_without_its_data_a_configuration_says_so_in_one_line(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = OmegaConf.to_container(OmegaConf.load(ROOT / path), resolve=True)
-    data = instantiate_from_config(config["data"])
-    assert set(data.dataset_configs) == {"train", "validation"}
-    for dataset in data.dataset_configs.values():
-        with pytest.raises(UserError, match=r"there is no folder|there are no synset|is not included") as raised:
-            instantiate_from_config(dataset)
-        assert "\n" not in str(raised.value)
+@pytest.mark.parametrize("target", HOSTILE, ids=lambda target: ascii(target)[:40])
+def test_nothing_is_imported_for_a_foreign_target(target, canary, monkeypatch):
+    monkeypatch.setattr(util.importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
+    before = set(sys.modules)
+    refused(target)
+    assert set(sys.modules) == before and not canary.exists()
 
 
-def test_a_misspelt_data_set_gets_a_hint():
-    for target, meant in [
-        ("ldm.data.lsun.LSUNBedroomTrain", "LSUNBedroomsTrain"),
-        ("ldm.data.imagnet.ImageNetTrain", "imagenet"),
-        ("taming.data.facehq.FFHQTrain", "faceshq"),
-    ]:
-        with pytest.raises(UserError, match=f'did you mean "{meant}"'):
-            get_obj_from_str(target)
-    with pytest.raises(UserError, match='no parameter "interpolatoin" \\(did you mean "interpolation"'):
-        instantiate_from_config({"target": "ldm.data.lsun.LSUNChurchesTrain", "params": {"interpolatoin": "nearest"}})
+@pytest.mark.parametrize("target", THROUGH_OURS)
+def test_a_module_of_ours_lends_nothing_that_it_does_not_define(target):
+    assert target in refused(target)
+
+
+def test_the_message_names_the_target_and_what_to_do():
+    message = refused("mydata.sets.Mine")
+    assert '"mydata.sets.Mine"' in message and message.endswith("give --allow-target mydata.sets")
+
+
+def test_an_allowed_prefix_opens_that_package_alone(canary):
+    with targets.allowing("canary"):
+        assert type(instantiate_from_config({"target": "canary.Set"})).__name__ == "Set"
+        assert instantiate_from_config({"target": "canary.make"}).__class__.__module__ == "canary"
+        assert "is neither a class nor a function" in refused("canary.pathlib")
+        for foreign in ("canary2.Set", "os.system", "canary._Set"):
+            refused(foreign)
+    assert canary.exists()
+    refused("canary.Set")
+
+
+def test_what_an_allowed_module_borrowed_elsewhere_is_not_allowed_with_it(monkeypatch):
+    borrowing = ModuleType("borrowing")
+    borrowing.system, borrowing.Popen = os.system, subprocess.Popen
+    monkeypatch.setitem(sys.modules, "borrowing", borrowing)
+    with targets.allowing("borrowing"):
+        assert "--allow-target posix" in refused("borrowing.system") or os.name != "posix"
+        assert refused("borrowing.Popen").endswith("--allow-target subprocess")
+        with targets.allowing("subprocess"):
+            assert get_obj_from_str("borrowing.Popen") is subprocess.Popen
+
+
+def test_one_class_can_be_allowed_alone(canary):
+    with targets.allowing("canary.Set"):
+        get_obj_from_str("canary.Set")
+        refused("canary.make")
+
+
+@pytest.mark.parametrize("prefix", ["", ".", "a.", ".a", "a b", "a..b", "*", "_a", "a/b", "х", "a" * 300, None, 3])
+def test_a_prefix_that_is_no_dotted_path_allows_nothing(prefix):
+    with pytest.raises(ValueError, match="is no prefix"):
+        targets.allow("mydata", prefix)
+    refused("mydata.Set")
+
+
+def test_another_main_is_not_ours(tmp_path, monkeypatch):
+    """Python looks into the working folder first, where a downloaded configuration may bring company."""
+    (tmp_path / "main.py").write_text(CANARY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "main", raising=False)
+    assert "main.py" in refused("main.Set")
+    assert not (tmp_path / "imported").exists() and "main" not in sys.modules
+    with targets.allowing("main"):
+        assert get_obj_from_str("main.Set").__module__ == "main"
+    sys.modules.pop("main")
+
+
+def test_the_option_opens_and_the_end_of_the_command_closes(canary):
+    found = []
+
+    @cli.command
+    def main(argv=None):
+        args = cli.Parser(parents=[cli.model_options()]).parse_args(argv)
+        found.append((args.allow_target, get_obj_from_str("canary.Set").__name__))
+
+    assert main(["--allow-target", "mydata", "--allow-target", "canary"]) == 0
+    assert found == [(["mydata", "canary"], "Set")]
+    refused("canary.Set")
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("command", ["main", "txt2img", "evaluate_emoji", "export_model"])
+def test_every_command_that_builds_a_model_has_the_option(command, load_script, capsys):
+    if command == "main":
+        import main as module
+    else:
+        module = load_script(command)
+    with pytest.raises(SystemExit) as status:
+        module.main(["--allow-target", "no such thing"])
+    assert status.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --allow-target:") and len(said.splitlines()) == 1
+
+
+def targets_in(folder) -> set[str]:
+    files = [*folder.glob("configs/**/*.yaml"), *folder.glob("models/**/config.yaml")]
+    assert len(files) > 35
+    return {found for file in files for found in re.findall(r"target: *[\"']?([\w.]+)", file.read_text())}
+
+
+def test_every_configuration_of_ours_names_only_what_it_may(repo_root):
+    named = targets_in(repo_root)
+    assert len(named) > 30
+    assert {target: targets.refusal(target) for target in named if targets.refusal(target)} == {}
+    assert all(isinstance(get_obj_from_str(target), type) for target in named)
+
+
+def test_listed_classes_of_torch_and_lightning_are_found():
+    gone = {"TestTubeLogger", "NeptuneLogger"}
+    for target in sorted(targets.LISTED):
+        if not target.startswith("lightning.") and target.rpartition(".")[2] not in gone:
+            assert isinstance(get_obj_from_str(target), type)

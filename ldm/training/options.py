@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import Parser, seed
+from ldm.cli import Parser, seed, target_options
 from ldm.util import UserError, did_you_mean
 
 # Trainer arguments with a section of their own in the configuration.
@@ -75,6 +75,7 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_epilog(),
         allow_abbrev=False,
+        parents=[target_options()],
     )
     flag = {"nargs": "?", "const": True, "type": truth, "metavar": "BOOL"}
     add = parser.add_argument

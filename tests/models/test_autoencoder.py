@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from parity_cases import assert_close, build, load_case
+from parity_replay import assert_replayed
 
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel, VQModelInterface
 from ldm.util import UserError
@@ -59,48 +59,17 @@ def batch(size: int = 16, channels: int = 3) -> dict[str, torch.Tensor]:
 # Recorded outputs
 
 
-@torch.no_grad()
 def test_recorded_autoencoder_kl():
-    case = load_case("autoencoder_kl")
-    model = build(case)
-    posterior = model.encode(case.inputs["x"])
-    torch.manual_seed(5)
-    sample = posterior.sample()
-    assert_close(posterior.mean, case.outputs["mean"])
-    assert_close(posterior.logvar, case.outputs["logvar"])
-    assert_close(posterior.mode(), case.outputs["mode"])
-    assert_close(sample, case.outputs["sample_seed5"])
-    assert_close(posterior.kl(), case.outputs["kl"])
-    assert_close(posterior.nll(case.inputs["sample"]), case.outputs["nll"])
-    assert_close(model.decode(posterior.mode()), case.outputs["decoded"])
+    assert_replayed("autoencoder_kl")
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("name", ["vq_interface", "vq_interface_no_attention", "vq_interface_linear_attention"])
 def test_recorded_vq_interface(name):
-    case = load_case(name)
-    model = build(case)
-    latent = model.encode(case.inputs["x"])
-    quantized, loss, (_, _, indices) = model.quantize(latent)
-    assert_close(latent, case.outputs["latent"])
-    assert_close(quantized, case.outputs["quantized"])
-    assert_close(loss, case.outputs["vq_loss"])
-    assert (indices == case.outputs["indices"]).float().mean() >= 0.999
-    assert_close(model.decode(latent), case.outputs["decoded"])
-    assert_close(model.decode(latent, force_not_quantize=True), case.outputs["decoded_not_quantized"])
+    assert_replayed(name)
 
 
-@torch.no_grad()
 def test_recorded_vq_model():
-    case = load_case("vq_model")
-    model = build(case)
-    reconstruction, loss, indices = model(case.inputs["x"], return_pred_indices=True)
-    assert_close(reconstruction, case.outputs["reconstruction"])
-    assert_close(loss, case.outputs["vq_loss"])
-    assert indices.shape == case.outputs["indices"].shape
-    assert (indices == case.outputs["indices"]).float().mean() >= 0.999
-    entries = model.quantize.get_codebook_entry(case.outputs["indices"], shape=(2, 16, 16, 4))
-    assert_close(entries, case.outputs["codebook_entry"])
+    assert_replayed("vq_model")
 
 
 # Building

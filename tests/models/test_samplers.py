@@ -9,6 +9,7 @@ import pytest
 import torch
 from closed_forms import Gaussian, Told
 from parity_cases import assert_close, build, load_case
+from parity_replay import PUBLISHED, SHAPE, assert_replayed
 
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -17,9 +18,6 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import SamplingOptions
 from ldm.util import UserError
 
-PUBLISHED = {"ddim_discretize": "uniform", "verbose": False}
-SHAPE = (3, 16, 16)
-
 
 def model_of(name):
     case = load_case(name)
@@ -27,53 +25,24 @@ def model_of(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "seed", "options"),
-    [
-        ("ddim_unconditional_eta0", 3, {"S": 5, "eta": 0.0}),
-        ("ddim_unconditional_eta1", 4, {"S": 5, "eta": 1.0}),
-        ("ddim_quantize_x0", 5, {"S": 5, "eta": 0.0, "quantize_x0": True}),
-        ("ddim_masked", 6, {"S": 5, "eta": 0.5, "temperature": 0.7, "mask": ..., "x0": ...}),
-        ("ddim_given_noise", 7, {"S": 7, "eta": 0.0, "x_T": ...}),
-    ],
+    "name",
+    ["ddim_unconditional_eta0", "ddim_unconditional_eta1", "ddim_quantize_x0", "ddim_masked", "ddim_given_noise"],
 )
-def test_ddim_gives_the_recorded_samples(name, seed, options):
-    case, model = model_of(name)
-    options = {key: case.inputs[key] if value is ... else value for key, value in options.items()}
-    torch.manual_seed(seed)
-    latent, _ = DDIMSampler(model).sample(batch_size=2, shape=SHAPE, **options, **PUBLISHED)
-    assert_close(latent, case.outputs["latent"])
-    if "decoded" in case.outputs:
-        assert_close(model.decode_first_stage(latent), case.outputs["decoded"])
+def test_ddim_gives_the_recorded_samples(name):
+    assert_replayed(name)
 
 
 def test_the_start_noise_is_the_first_draw_of_the_seed():
-    case, model = model_of("ddim_unconditional_eta0")
-    torch.manual_seed(3)
-    _, steps = DDIMSampler(model).sample(S=1, batch_size=2, shape=SHAPE, **PUBLISHED)
-    assert torch.equal(steps["x_inter"][0], case.outputs["first_noise"])
+    assert_replayed("ddim_unconditional_eta0", "first_noise")
 
 
 def test_plms_gives_the_recorded_samples():
-    case, model = model_of("plms_unconditional")
-    torch.manual_seed(8)
-    latent, _ = PLMSSampler(model).sample(S=6, batch_size=2, shape=SHAPE, **PUBLISHED)
-    assert_close(latent, case.outputs["latent"])
+    assert_replayed("plms_unconditional")
 
 
-@pytest.mark.parametrize(
-    ("name", "sampler", "seed", "S"),
-    [("ddim_class_guidance", DDIMSampler, 11, 5), ("plms_class_guidance", PLMSSampler, 12, 6)],
-)
-def test_guidance_gives_the_recorded_samples(name, sampler, seed, S):
-    case, model = model_of(name)
-    c = model.get_learned_conditioning({"class_label": torch.tensor([2, 7])})
-    if "conditioning" in case.outputs:
-        assert_close(c, case.outputs["conditioning"], 1e-6)
-    uc = model.get_learned_conditioning({"class_label": torch.tensor([10, 10])})
-    guidance = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": uc}
-    torch.manual_seed(seed)
-    latent, _ = sampler(model).sample(S, 2, SHAPE, c, **guidance, **PUBLISHED)
-    assert_close(latent, case.outputs["latent"])
+@pytest.mark.parametrize("name", ["ddim_class_guidance", "plms_class_guidance"])
+def test_guidance_gives_the_recorded_samples(name):
+    assert_replayed(name)
 
 
 @pytest.mark.parametrize(
@@ -89,49 +58,48 @@ def test_every_form_of_conditioning_gives_the_same_guided_sample(form):
     assert_close(latent, case.outputs["latent"])
 
 
+class HybridGaussian(Gaussian):
+    """The mean is the sum of what is concatenated and what is attended to."""
+
+    def apply_model(self, x, t, cond):
+        (concatenated,), (attended,) = cond["c_concat"], cond["c_crossattn"]
+        return Gaussian(concatenated + attended[:, :, None], self.std).apply_model(x, t, None)
+
+
+@pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler])
+def test_hybrid_conditioning_is_guided_as_a_dict_of_lists(sampler):
+    """The prediction is affine in the mean, so guided sampling is sampling towards the guided mean."""
+    concatenated, x_T = torch.randn(2, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    words, none = torch.full((2, 1, 1), 0.4), torch.full((2, 1, 1), -0.2)
+    c, uc = ({"c_concat": [concatenated], "c_crossattn": [each]} for each in (words, none))
+    guidance = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": uc}
+    guided, _ = sampler(HybridGaussian()).sample(8, 2, (1, 4, 4), c, x_T=x_T, verbose=False, **guidance)
+    towards = Gaussian(concatenated + (none + 3.0 * (words - none))[:, :, None])
+    assert_close(guided, sampler(towards).sample(8, 2, (1, 4, 4), x_T=x_T, verbose=False)[0], 1e-5)
+
+
 def test_ancestral_sampling_gives_the_recorded_sample():
-    case, model = model_of("ddpm_ancestral")
-    torch.manual_seed(9)
-    latent, steps = model.p_sample_loop(None, (2, *SHAPE), return_intermediates=True, verbose=False)
-    assert_close(latent, case.outputs["latent"])
-    assert len(steps) == int(case.outputs["n_intermediates"])
+    assert_replayed("ddpm_ancestral")
 
 
 def test_progressive_denoising_gives_the_recorded_sample():
-    case, model = model_of("ddpm_progressive")
-    torch.manual_seed(10)
-    latent, estimates = model.progressive_denoising(None, SHAPE, batch_size=2, verbose=False)
-    assert_close(latent, case.outputs["latent"])
-    assert_close(estimates[-1], case.outputs["last_x0"])
-    assert len(estimates) == int(case.outputs["n_intermediates"])
+    assert_replayed("ddpm_progressive")
 
 
 def test_inpainting_by_concatenation():
-    case, model = model_of("inpainting_pipeline")
-    image, mask = case.inputs["masked_image"], case.inputs["mask"]
-    c = model.cond_stage_model.encode(image)
-    c = torch.cat([c, torch.nn.functional.interpolate(mask, size=c.shape[-2:])], dim=1)
-    assert_close(c, case.outputs["conditioning"])
-    torch.manual_seed(13)
-    latent, _ = DDIMSampler(model).sample(5, 1, SHAPE, c, **PUBLISHED)
-    assert_close(latent, case.outputs["latent"])
-    assert_close(model.decode_first_stage(latent), case.outputs["decoded"])
+    assert_replayed("inpainting_pipeline")
 
 
 def test_super_resolution_by_concatenation():
-    case, model = model_of("super_resolution_pipeline")
-    torch.manual_seed(14)
-    latent, _ = DDIMSampler(model).sample(5, 2, SHAPE, case.inputs["LR_image"], eta=1.0, **PUBLISHED)
-    assert_close(latent, case.outputs["latent"])
+    assert_replayed("super_resolution_pipeline")
 
 
 def test_semantic_synthesis():
-    case, model = model_of("semantic_synthesis_pipeline")
-    c = model.get_learned_conditioning(case.inputs["segmentation"])
-    assert_close(c, case.outputs["conditioning"])
-    torch.manual_seed(15)
-    latent, _ = DDIMSampler(model).sample(5, 2, SHAPE, c, **PUBLISHED)
-    assert_close(latent, case.outputs["latent"])
+    assert_replayed("semantic_synthesis_pipeline")
+
+
+def test_text_to_image():
+    assert_replayed("text_to_image_pipeline")
 
 
 # -- closed forms ----------------------------------------------------------------------------------------------

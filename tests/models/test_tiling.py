@@ -7,36 +7,18 @@ from fractions import Fraction
 import pytest
 import torch
 from parity_cases import assert_close, build, load_case
+from parity_replay import SPLIT, assert_replayed
 
 from ldm.models.diffusion.tiling import border_distance, tile_weights, tiled
 from ldm.util import UserError
 
-SPLIT = {
-    "ks": (8, 8),
-    "stride": (4, 4),
-    "vqf": 2,
-    "patch_distributed_vq": True,
-    "tie_braker": False,
-    "clip_max_weight": 0.5,
-    "clip_min_weight": 0.01,
-    "clip_max_tie_weight": 0.5,
-    "clip_min_tie_weight": 0.01,
-}
-
 
 def test_decoding_is_the_recorded_one():
-    case = load_case("patchwise_decoding")
-    model = build(case)
-    model.split_input_params = SPLIT
-    assert_close(model.decode_first_stage(case.inputs["z"]), case.outputs["decoded"])
+    assert_replayed("patchwise_decoding")
 
 
 def test_denoising_is_the_recorded_one():
-    case = load_case("patchwise_denoising")
-    model = build(case)
-    model.split_input_params = SPLIT
-    eps = model.apply_model(case.inputs["z"], torch.tensor([500]), case.inputs["LR_image"])
-    assert_close(eps, case.outputs["eps"])
+    assert_replayed("patchwise_denoising")
 
 
 def test_a_gaussian_first_stage_gives_one_posterior():

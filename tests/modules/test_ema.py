@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity_cases import assert_close, load_case, weights_module
+from parity_replay import assert_replayed
 from torch import nn
 
 from ldm.modules.ema import LitEma
 
 
 def test_updates_are_the_recorded_ones():
-    case = load_case("ema")
-    linear = weights_module().fill(nn.Linear(3, 2), case.weights_seed)
-    ema = LitEma(linear, decay=0.9)
-    for _ in range(3):
-        with torch.no_grad():
-            linear.weight += 1
-            linear.bias *= 2
-        ema(linear)
-    assert_close(ema.weight, case.outputs["weight"], 1e-6)
-    assert_close(ema.bias, case.outputs["bias"], 1e-6)
-    assert int(ema.num_updates) == int(case.outputs["num_updates"])
+    assert_replayed("ema")
 
 
 def test_without_warm_up_the_decay_is_constant():

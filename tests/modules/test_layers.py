@@ -6,15 +6,14 @@ import math
 
 import pytest
 import torch
-from parity_cases import assert_close, load_case
+from parity_replay import assert_replayed
 from torch import nn
 
 from ldm.modules.diffusionmodules import schedule, util
 
 
 def test_timestep_embedding_matches_the_recorded_one():
-    recorded = load_case("schedules").outputs["timestep_embedding_33"]
-    assert_close(util.timestep_embedding(torch.tensor([0, 3, 999]), 33), recorded, tol=1e-6)
+    assert_replayed("schedules", "timestep_embedding_33")
 
 
 def test_timestep_embedding_follows_its_formula():

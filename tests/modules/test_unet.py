@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from parity_cases import PARITY, assert_close, build, load_case, relative_error, weights_module
+from parity_replay import assert_replayed
 
 from ldm.modules.diffusionmodules.openaimodel import (
     AttentionBlock,
@@ -156,17 +157,12 @@ def run(model, inputs):
 
 @pytest.mark.parametrize("name", CASES)
 def test_unet_matches_the_recorded_numbers(name):
-    case = load_case(name)
-    with torch.no_grad():
-        assert_close(run(build(case), case.inputs), case.outputs["eps"], tol=1e-5)
+    assert_replayed(name)
 
 
 @pytest.mark.parametrize("pool", ["adaptive", "attention", "spatial", "spatial_v2"])
 def test_encoder_unet_matches_the_recorded_numbers(pool):
-    case = load_case(f"encoder_unet_{pool}")
-    with torch.no_grad():
-        logits = build(case)(case.inputs["x"], case.inputs["timesteps"])
-    assert_close(logits, case.outputs["logits"], tol=1e-5)
+    assert_replayed(f"encoder_unet_{pool}")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

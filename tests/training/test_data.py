@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
+from ldm import targets
 from ldm.training.data import DataModuleFromConfig, WrappedDataset
 from ldm.util import UserError, instantiate_from_config
 
@@ -34,7 +35,8 @@ def target(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "toy_data", sys.modules[__name__])
-    return lambda name, **params: {"target": f"toy_data.{name}", "params": params}
+    with targets.allowing("toy_data", __name__):
+        yield lambda name, **params: {"target": f"toy_data.{name}", "params": params}
 
 
 def build(**params):

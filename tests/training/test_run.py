@@ -180,17 +180,19 @@ def test_a_lightning_module_with_a_test_is_tested(run, tmp_path, monkeypatch):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
 
+    Own.__module__ = "toys"
     toys = types.ModuleType("toys")
     toys.Own = Own
     monkeypatch.setitem(sys.modules, "toys", toys)
     test = {"target": "ldm.data.emoji.EmojiValidation", "params": {"size": 16}}
     words = ["--max_steps", "1", "--limit_test_batches", "2", "lightning.callbacks.image_logger=null"]
+    words += ["--allow-target", "toys"]
     assert run({"target": "toys.Own"}, *words, test=test, validation=None) == 0
     assert tested == pytest.approx([2e-4] * 2)
     assert run({"target": "toys.Own"}, *words, "--no-test", "-l", "other", test=test, validation=None) == 0
     assert len(tested) == 2
     (folder,) = (tmp_path / "logs").iterdir()
-    assert main.main(["-r", str(folder), *QUIET]) == 0
+    assert main.main(["-r", str(folder), "--allow-target", "toys", *QUIET]) == 0
     assert len(tested) == 4
 
 
@@ -213,7 +215,7 @@ def test_two_processes_share_one_folder_and_stay_together(tmp_path, repo_root):
     (tmp_path / "spy.py").write_text(SPY)
     OmegaConf.save(OmegaConf.create(FIRST_STAGE), tmp_path / "tiny.yaml")
     words = ["-b", "tiny.yaml", "-t", "--max_steps", "5", "--accelerator", "cpu", "--devices", "2", *QUIET]
-    spy = ["lightning.callbacks.spy.target=spy.Spy", "lightning.callbacks.image_logger=null"]
+    spy = ["--allow-target", "spy", "lightning.callbacks.spy.target=spy.Spy", "lightning.callbacks.image_logger=null"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(repo_root / "main.py"), *words, *spy, "--accumulate_grad_batches", "2"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)

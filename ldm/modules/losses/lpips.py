@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint import read_state_dict
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def _channel_weights() -> dict[str, Tensor]:
     path = Path(spec.submodule_search_locations[0]) / "weights" / "v0.1" / "vgg.pth"
     if not path.is_file():
         raise _unavailable(f'"{path}" is missing (reinstall the package "lpips")')
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return read_state_dict(path)
 
 
 def _vgg16_weights() -> dict[str, Tensor]:

@@ -1,0 +1,188 @@
+"""From one format of weights to the other, and back."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hostile_files import damaged, hostile
+from torch import nn
+
+from ldm.checkpoint import load_weights, read_checkpoint, read_state_dict
+from ldm.modules.ema import LitEma
+
+
+class Model(nn.Module):
+    """A model with averages, a loss and a table, as diffusion models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.loss = nn.Linear(2, 2)
+        self.register_buffer("alphas_cumprod", torch.linspace(1, 1e-9, 7))
+        self.model_ema = LitEma(self.model)
+
+
+@pytest.fixture(scope="module")
+def convert(load_script):
+    return load_script("convert_checkpoint").main
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = Model()
+    for name, value in model.model_ema.named_buffers():
+        if name not in ("decay", "num_updates"):
+            value.add_(0.25)
+    return {**model.state_dict(), "ddim_alphas": torch.ones(5), "ddim_sigmas": torch.ones(5)}
+
+
+@pytest.fixture
+def checkpoint(tmp_path, weights):
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": weights, "global_step": 42, "optimizer_states": [{"state": {}}]}, path)
+    return path
+
+
+def equal(a, b) -> bool:
+    def same(x, y):
+        return x.dtype == y.dtype and x.shape == y.shape and x.equal(y)
+
+    return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+
+
+def kept(weights) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in weights.items() if not name.startswith(("loss.", "ddim_"))}
+
+
+def test_both_kinds_go_there_and_back_bit_by_bit(convert, checkpoint, weights, tmp_path, capsys):
+    there, back = tmp_path / "new" / "model.safetensors", tmp_path / "back.ckpt"
+    assert convert([str(checkpoint), str(there), "--weights", "both"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "left out 4 entries of losses and samplers: loss.weight, loss.bias, ddim_alphas, ddim_sigmas"
+    assert said[1].endswith("both weights") and str(there) in said[1]
+    assert equal(read_state_dict(there), kept(weights))
+    assert convert([str(there), str(back), "--weights", "both"]) == 0
+    assert equal(read_state_dict(back), kept(weights))
+    assert torch.load(back, weights_only=True)["global_step"] == 42
+    assert back.stat().st_size < 20_000  # each tensor with its own numbers, not with all of the file
+    load_weights(Model(), read_state_dict(back))
+
+
+def test_every_type_and_shape_comes_back(convert, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(4, 6, generator=generator)
+    weights = {
+        "a.b": numbers.t(),
+        "a.part": numbers[1:3, ::2],
+        "a.none": torch.empty(0, 3),
+        "a.one": torch.tensor(2.5, dtype=torch.float64),
+        "a.odd": torch.tensor([float("nan"), float("inf"), -0.0]).view(torch.int32),
+        **{f"a.{kind}": numbers.to(kind) for kind in (torch.float16, torch.bfloat16, torch.int64, torch.bool)},
+    }
+    first, second, third = (tmp_path / name for name in ("1.ckpt", "2.safetensors", "3.ckpt"))
+    torch.save(weights, first)
+    assert convert([str(first), str(second)]) == 0
+    assert convert([str(second), str(third)]) == 0
+    assert equal(read_state_dict(third), weights)
+
+
+@pytest.mark.parametrize("kind", ["live", "ema"])
+def test_one_kind_is_written_under_the_live_names(convert, checkpoint, weights, tmp_path, kind):
+    target = tmp_path / "model.safetensors"
+    assert convert([str(checkpoint), str(target), "--weights", kind]) == 0
+    read = read_state_dict(target)
+    assert not any(name.startswith(("model_ema.", "loss.", "ddim_")) for name in read)
+    source = "model.0.weight" if kind == "live" else "model_ema.0weight"
+    assert torch.equal(read["model.0.weight"], weights[source])
+    assert read["model.1.running_mean"].equal(weights["model.1.running_mean"])
+
+
+def test_the_metadata_says_where_the_weights_come_from(convert, checkpoint, tmp_path):
+    first, second, third = (tmp_path / name for name in ("1.safetensors", "2.ckpt", "3.safetensors"))
+    assert convert([str(checkpoint), str(first), "--weights", "ema"]) == 0
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    expected = {"format": "pt", "source_sha256": digest, "weights": "ema", "step": "42"}
+    assert read_checkpoint(first)["metadata"] == expected
+    assert convert([str(first), str(second)]) == 0
+    assert convert([str(second), str(third)]) == 0
+    digest = hashlib.sha256(second.read_bytes()).hexdigest()
+    assert read_checkpoint(third)["metadata"] == {**expected, "source_sha256": digest}
+
+
+def test_half_leaves_tables_and_single_numbers_alone(convert, checkpoint, weights, tmp_path):
+    target = tmp_path / "model.safetensors"
+    assert convert([str(checkpoint), str(target), "--weights", "both", "--half"]) == 0
+    for name, value in read_state_dict(target).items():
+        halved = name.startswith(("model.", "model_ema.")) and value.dim() > 0
+        assert value.dtype == (torch.float16 if halved else weights[name].dtype), name
+        assert torch.equal(value, weights[name].to(value.dtype))
+    assert read_checkpoint(target)["metadata"]["dtype"] == "float16"
+
+
+def test_mistakes_are_told_and_nothing_is_written(convert, checkpoint, weights, tmp_path, capsys):
+    live, taken, large = tmp_path / "live.ckpt", tmp_path / "taken.safetensors", tmp_path / "large.ckpt"
+    torch.save({name: value for name, value in weights.items() if not name.startswith("model_ema")}, live)
+    torch.save({"a.b": torch.full((3,), 1e6)}, large)
+    taken.write_text("precious")
+    new = str(tmp_path / "new.safetensors")
+    before = sorted(tmp_path.iterdir())
+    cases = [
+        ([str(checkpoint), new], "choose with --weights"),
+        ([str(live), new, "--weights", "ema"], "no averaged weights"),
+        ([str(live), new, "--weights", "both"], "no averaged weights"),
+        ([str(live), str(taken)], "--overwrite"),
+        ([str(live), str(live), "--overwrite"], "is the source itself"),
+        ([str(live), str(tmp_path / "new.pth")], "end its name in .safetensors or .ckpt"),
+        ([str(tmp_path / "gone.ckpt"), new], "there is no checkpoint"),
+        ([str(large), new, "--half"], "a.b does not fit into float16; leave out --half"),
+        ([str(live), str(taken / "x.ckpt")], "cannot write"),
+    ]
+    for options, message in cases:
+        assert convert(options) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.startswith("error: ") and len(said.splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before and taken.read_text() == "precious"
+    assert convert([str(live), str(taken), "--overwrite"]) == 0
+    assert len(read_state_dict(taken)) == len(kept(read_state_dict(live)))
+
+
+@pytest.mark.parametrize("name", sorted({**hostile(Path("trap")), **damaged()}))
+def test_a_file_that_is_no_checkpoint_ends_the_command(convert, tmp_path, name, capsys):
+    files = {**hostile(tmp_path / "trap"), **{key: content for key, (content, _) in damaged().items()}}
+    (tmp_path / "source.ckpt").write_bytes(files[name])
+    assert convert([str(tmp_path / "source.ckpt"), str(tmp_path / "target.safetensors")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and len(said.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["source.ckpt"]
+
+
+def test_a_full_disk_leaves_the_old_file(convert, checkpoint, tmp_path, monkeypatch, capsys):
+    def fail(content, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    target = tmp_path / "model.ckpt"
+    target.write_text("precious")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(torch, "save", fail)
+    assert convert([str(checkpoint), str(target), "--weights", "live", "--overwrite"]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert target.read_text() == "precious" and sorted(tmp_path.iterdir()) == before
+
+
+def test_help_has_an_example_and_imports_nothing_heavy(repo_root):
+    code = "import runpy, sys\ntry: runpy.run_path(sys.argv[1], run_name='__main__')\nfinally: print(*sys.modules)"
+    script = str(repo_root / "scripts" / "convert_checkpoint.py")
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, script, "--help"], capture_output=True, text=True, timeout=60)
+    # --help ends before the script's own argument is read
+    assert time.monotonic() - started < 5
+    assert "example:\n  python scripts/convert_checkpoint.py" in done.stdout
+    assert not {"torch", "numpy", "safetensors"} & set(done.stdout.splitlines()[-1].split())

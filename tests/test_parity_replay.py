@@ -1,0 +1,72 @@
+"""The ruler itself: every case can be replayed, and a result that is off does not pass."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from parity_cases import PARITY, load_case
+from parity_replay import assert_replayed, compare, names, replay
+
+
+def test_every_recorded_case_is_known_and_pinned_by_a_test(repo_root):
+    files = {path.stem for path in (PARITY / "cases").glob("*.npz")}
+    assert len(files) == 50 and set(names()) == files
+    sources = [path for path in repo_root.glob("tests/**/test_*.py") if "parity" not in path.name]
+    calling = "\n".join(text for path in sources if "assert_replayed(" in (text := path.read_text()))
+    prefixes = set(re.findall(r'assert_replayed\(f"(\w+_)\{', calling))
+    parts = set(re.findall(r'"(\w+)"', calling))
+    pinned = parts | {prefix + part for prefix in prefixes for part in parts}
+    assert files - pinned == set()
+
+
+@pytest.mark.parametrize("name", ["ema", "vq_model"])
+def test_all_outputs_are_compared_and_pass(name):
+    case = load_case(name)
+    results = list(compare(case, replay(case)))
+    assert [result.output for result in results] == list(case.outputs)
+    assert all(result.passed and result.error <= result.tolerance for result in results)
+
+
+def changed(change) -> dict[str, bool]:
+    """Which outputs of `vq_model` pass when its recorded ones are changed so."""
+    case = load_case("vq_model")
+    actual = {name: value.clone() for name, value in case.outputs.items()}
+    change(actual)
+    return {result.output: result.passed for result in compare(case, actual)}
+
+
+@pytest.mark.parametrize(
+    ("output", "change"),
+    [
+        ("reconstruction", lambda o: o["reconstruction"].mul_(1.0002)),
+        ("reconstruction", lambda o: o["reconstruction"][0, 0, 0].fill_(float("nan"))),
+        ("reconstruction", lambda o: o.update(reconstruction=o["reconstruction"][:1])),
+        ("vq_loss", lambda o: o.pop("vq_loss")),
+        ("vq_loss", lambda o: o["vq_loss"].add_(float("inf"))),
+        ("indices", lambda o: o["indices"][0, 0, :1].add_(1)),
+    ],
+)
+def test_a_result_that_is_off_fails_alone(output, change):
+    assert [name for name, passed in changed(change).items() if not passed] == [output]
+
+
+def test_what_is_nearly_right_passes():
+    assert all(changed(lambda o: o["reconstruction"].mul_(1.00005)).values())
+
+
+def test_whole_numbers_are_exact():
+    case = load_case("ema")
+    actual = {**case.outputs, "num_updates": case.outputs["num_updates"] + 1}
+    assert [result.output for result in compare(case, actual) if not result.passed] == ["num_updates"]
+
+
+def test_an_assertion_names_what_differs(monkeypatch):
+    from ldm.modules.ema import LitEma
+
+    monkeypatch.setattr(LitEma, "forward", lambda self, model: None)
+    with pytest.raises(AssertionError, match=r"ema differs from its record: weight: .*bias.*num_updates"):
+        assert_replayed("ema")
+    assert_replayed("class_embedder", "context")
+    with pytest.raises(AssertionError, match="no such output"):
+        assert_replayed("class_embedder", "contexts")
