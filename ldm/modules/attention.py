@@ -1,7 +1,7 @@
 """Attention layers of the U-Net and of the autoencoder.
 
 Shapes: B batch, C channels, H x W image, N = H*W tokens, M context tokens, D context channels.
-All softmax attention runs through `scaled_dot_product_attention`.
+All softmax attention runs through `attend`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu
 
+from ldm.modules.attend import attend
 from ldm.modules.diffusionmodules.util import checkpoint as run_checkpointed
 from ldm.modules.diffusionmodules.util import zero_module
 from ldm.modules.kept import Kept
@@ -99,7 +100,7 @@ class CrossAttention(nn.Module):
             k, v = self.kept(lambda: self._keys_and_values(context), context)
         if mask is not None:
             mask = mask.flatten(1)[:, None, None, :]
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = attend(q, k, v, attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
     def _split(self, tokens: Tensor) -> Tensor:
@@ -240,5 +241,5 @@ class SpatialSelfAttention(nn.Module):
         """`(B, C, H, W)` to the same shape."""
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
-        out = scaled_dot_product_attention(q, k, v)[:, 0]
+        out = attend(q, k, v)[:, 0]
         return x + self.proj_out(out.transpose(1, 2).unflatten(2, x.shape[2:]))

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from ldm.modules.attend import attend
 from ldm.modules.attention import FeedForward
 from ldm.util import UserError
 
@@ -56,9 +56,7 @@ class Attention(nn.Module):
                 length = x.shape[1]
                 mask = mask & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
                 causal = False
-        out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=causal
-        )
+        out = attend(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=causal)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 

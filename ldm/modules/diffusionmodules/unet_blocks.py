@@ -8,8 +8,9 @@ from __future__ import annotations
 from abc import abstractmethod
 
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, linear, scaled_dot_product_attention
+from torch.nn.functional import interpolate, linear
 
+from ldm.modules.attend import attend
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.util import avg_pool_nd, checkpoint, conv_nd, normalization, zero_module
 from ldm.util import UserError
@@ -174,7 +175,7 @@ class QKVAttentionLegacy(nn.Module):
     def forward(self, qkv: Tensor) -> Tensor:
         """`(B, 3C, N) -> (B, C, N)`."""
         q, k, v = qkv.transpose(1, 2).unflatten(-1, (self.n_heads, 3, -1)).unbind(dim=3)
-        return _attend(q, k, v)
+        return _attend_to_all(q, k, v)
 
 
 class QKVAttention(nn.Module):
@@ -187,12 +188,12 @@ class QKVAttention(nn.Module):
     def forward(self, qkv: Tensor) -> Tensor:
         """`(B, 3C, N) -> (B, C, N)`."""
         q, k, v = qkv.transpose(1, 2).unflatten(-1, (3, self.n_heads, -1)).unbind(dim=2)
-        return _attend(q, k, v)
+        return _attend_to_all(q, k, v)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of (B, N, heads, channels) tensors, returned as (B, heads * channels, N)."""
-    out = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2).flatten(2).transpose(1, 2)
 
 

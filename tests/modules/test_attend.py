@@ -1,0 +1,72 @@
+"""Attention is the formula, whichever way it is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ldm.modules import attend as attend_module
+from ldm.modules.attend import SMALL, attend
+
+
+def tensors(n: int, m: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    """q, k, v with gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((2, 3, n, 16), (2, 3, m, 16), (2, 3, m, 16))
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The formula in float64."""
+    q, k, v = (each.double() for each in (q, k, v))
+    return torch.einsum("bhnm,bhmd->bhnd", (torch.einsum("bhnd,bhmd->bhnm", q, k) / 4).softmax(-1), v)
+
+
+@pytest.mark.parametrize(("n", "m"), [(16, 16), (64, 8), (80, 80)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_results_and_gradients_are_the_formulas(n, m, dtype, tolerance):
+    mine = tensors(n, m, dtype)
+    truth = [each.detach().double().requires_grad_() for each in mine]
+    weight = torch.randn(2, 3, n, 16, generator=torch.Generator().manual_seed(1))
+    out, right = attend(*mine), exact(*truth)
+    assert out.dtype == dtype
+    assert torch.allclose(out.double(), right, atol=tolerance)
+    (out * weight).sum().backward()
+    (right * weight).sum().backward()
+    for a, b in zip(mine, truth, strict=True):
+        assert (a.grad.double() - b.grad).norm() < tolerance * b.grad.norm()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "grad", "options", "written_out"),
+    [
+        (64, torch.bfloat16, True, {}, True),
+        (64, torch.bfloat16, False, {}, False),
+        (64, torch.float32, True, {}, False),
+        (int(SMALL**0.5) + 1, torch.bfloat16, True, {}, False),
+        (64, torch.bfloat16, True, {"is_causal": True}, False),
+        (64, torch.bfloat16, True, {"dropout_p": 0.5}, False),
+    ],
+)
+def test_only_small_tables_of_half_precision_training_are_written_out(
+    monkeypatch, tokens, dtype, grad, options, written_out
+):
+    calls = []
+
+    def record(*args, **kwargs):
+        calls.append(kwargs)
+        return scaled_dot_product_attention(*args, **kwargs)
+
+    monkeypatch.setattr(attend_module, "scaled_dot_product_attention", record)
+    q, k, v = tensors(tokens, tokens, dtype)
+    with torch.set_grad_enabled(grad):
+        attend(q, k, v, **options)
+    assert len(calls) == (0 if written_out else 1)
+
+
+def test_masked_keys_are_not_seen_in_training():
+    q, k, v = tensors(4, 4, torch.bfloat16)
+    mask = torch.tensor([True, True, False, False])[None, None, None]
+    seen = attend(q, k[:, :, :2], v[:, :, :2])
+    assert torch.allclose(attend(q, k, v, attn_mask=mask).float(), seen.float(), atol=2e-2)
