@@ -52,6 +52,7 @@ CROPS = "autoencoder_kl_16x16x6.yaml"
 FULL = (
     Stage("crops", (CROPS,), "train/rec_loss"),
     Stage("whole", (CROPS, "whole_pictures.yaml"), "train/rec_loss", "model.params.ckpt_path"),
+    Stage("f8", ("autoencoder_kl_8x8x16.yaml",), "train/rec_loss", "model.params.ckpt_path"),
     Stage("ldm", ("txt2img_64.yaml",), "train/loss_simple", FIRST_STAGE_OF_LDM),
 )
 

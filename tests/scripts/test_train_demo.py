@@ -94,13 +94,18 @@ def test_the_chain_hands_each_result_to_the_next_command(train_demo, commands, t
     assert Path(drawn.from_file).is_file()
 
 
-def test_the_bundled_model_finishes_its_first_stage_on_whole_pictures(train_demo, commands, tmp_path):
+def test_the_model_of_all_drawings_grows_its_first_stage_step_by_step(train_demo, commands, tmp_path):
     train_demo.train_and_draw(train_demo.FULL, tmp_path)
-    crops, whole, ldm = (options.parse(command[1:]) for command in commands[:3])
+    crops, whole, f8, ldm = (options.parse(command[1:]) for command in commands[:4])
     assert whole.base[0] == crops.base[0]
-    assert whole.overrides == [f"model.params.ckpt_path={tmp_path}/2000-01-01T00-00-00_crops/checkpoints/last.ckpt"]
-    assert ldm.overrides[0].endswith("2000-01-01T00-00-00_whole/checkpoints/last.ckpt")
-    assert all(Path(config).is_file() for chosen in (crops, whole, ldm) for config in chosen.base)
+
+    def checkpoint(name):
+        return f"{tmp_path}/2000-01-01T00-00-00_{name}/checkpoints/last.ckpt"
+
+    assert whole.overrides == [f"model.params.ckpt_path={checkpoint('crops')}"]
+    assert f8.overrides == [f"model.params.ckpt_path={checkpoint('whole')}"]
+    assert ldm.overrides == [f"model.params.first_stage_config.params.ckpt_path={checkpoint('f8')}"]
+    assert all(Path(config).is_file() for chosen in (crops, whole, f8, ldm) for config in chosen.base)
 
 
 def test_a_stage_that_fails_stops_the_chain(train_demo, monkeypatch, tmp_path, capsys):
