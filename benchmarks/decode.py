@@ -10,21 +10,29 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from benchmarks import architectures as nets
-from benchmarks.timing import Report, begin, compare, default_dtype, flops_of, make_parser, same_size
+from benchmarks.options import make_parser
 from ldm.cli import command
-from ldm.modules.packing import packed_weights
+
+if TYPE_CHECKING:  # torch and diffusers take seconds to import; mistakes are told before
+    import torch
+
+    from benchmarks import architectures as nets
 
 
 def contestants(
     size: nets.Sizes, dtype: torch.dtype, device: torch.device, prepared: ExitStack
 ) -> dict[str, Callable[[], object]]:
     """The decoders by name, each as a call without arguments."""
+    import torch
+
+    from benchmarks import architectures as nets
+    from benchmarks.timing import default_dtype, same_size
+    from ldm.modules.packing import packed_weights
+
     with default_dtype(dtype), device:
         ours, theirs = nets.autoencoder(size), nets.diffusers_autoencoder(size)
     same_size(ours, theirs)
@@ -45,6 +53,12 @@ def contestants(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     args = make_parser("Time the decoder with factor 8, here and in diffusers.").parse_args(argv)
+
+    import torch
+
+    from benchmarks import architectures as nets
+    from benchmarks.timing import Report, begin, compare, flops_of
+
     device, size, report = begin(args), nets.sizes(args.tiny), Report("decode", args)
     with torch.device("meta"):
         decoder = nets.autoencoder(size).decoder

@@ -8,17 +8,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import diffusers
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from benchmarks import architectures as nets
-from benchmarks.timing import Report, begin, compare, default_dtype, flops_of, make_parser
+from benchmarks.options import make_parser
 from ldm.cli import command, positive_int
-from ldm.inference import make_sampler, prepared
+
+if TYPE_CHECKING:  # torch and diffusers take seconds to import; mistakes are told before
+    import torch
+    from torch import Tensor
+
+    from benchmarks import architectures as nets
 
 SCALE = 5.0
 
@@ -27,6 +28,10 @@ def ours(
     size: nets.Sizes, dtype: torch.dtype, device: torch.device, steps: int, contexts: tuple[Tensor, Tensor]
 ) -> Callable[[], Tensor]:
     """A run as `ldm.inference.text_to_images` makes it, weights prepared and unprepared within."""
+    from benchmarks import architectures as nets
+    from benchmarks.timing import default_dtype
+    from ldm.inference import make_sampler, prepared
+
     with default_dtype(dtype), device:
         model = nets.latent_diffusion(size).eval().requires_grad_(False)
     count = len(contexts[0])
@@ -51,6 +56,12 @@ def theirs(
     size: nets.Sizes, dtype: torch.dtype, device: torch.device, steps: int, contexts: tuple[Tensor, Tensor]
 ) -> Callable[[], Tensor]:
     """The same with diffusers' parts."""
+    import diffusers
+    import torch
+
+    from benchmarks import architectures as nets
+    from benchmarks.timing import default_dtype
+
     with default_dtype(dtype), device:
         unet, decoder = nets.diffusers_text_unet(size), nets.diffusers_autoencoder(size)
     for part in (unet, decoder):
@@ -78,6 +89,11 @@ def theirs(
 
 def flops_of_run(size: nets.Sizes, steps: int, count: int) -> float:
     """Of all steps, guided, and the decoder."""
+    import torch
+
+    from benchmarks import architectures as nets
+    from benchmarks.timing import flops_of
+
     with torch.device("meta"):
         unet, decoder = nets.text_unet(size), nets.autoencoder(size).decoder
     shape = (nets.LATENT_CHANNELS, size.latent, size.latent)
@@ -92,6 +108,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=positive_int, default=10, metavar="N", help="default: %(default)s")
     parser.add_argument("--pictures", type=positive_int, default=1, metavar="N", help="at once (default: %(default)s)")
     args = parser.parse_args(argv)
+
+    import torch
+
+    from benchmarks import architectures as nets
+    from benchmarks.timing import Report, begin, compare
+
     device, size, report = begin(args), nets.sizes(args.tiny), Report("sampling", args)
     flops = flops_of_run(size, args.steps, args.pictures)
     for name in args.precision:

@@ -12,16 +12,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from benchmarks.timing import Report, contest, make_parser
+from benchmarks.options import make_parser
 from ldm.cli import command
 
+if TYPE_CHECKING:  # torch takes seconds to import; mistakes are told before
+    from benchmarks.timing import Report
+
 ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
 IMPORTS = {
     "nothing": "pass",
     "torch": "import torch",
@@ -81,7 +82,11 @@ def import_times(log: str) -> dict[str, float]:
 
 def add_times(report: Report, args: argparse.Namespace) -> None:
     """A row for each help text and import."""
-    for name, times in contest(runs(args.tiny), args.rounds, CPU).items():
+    import torch
+
+    from benchmarks.timing import contest
+
+    for name, times in contest(runs(args.tiny), args.rounds, torch.device("cpu")).items():
         report.add({"what": name, "median s": f"{statistics.median(times):.2f}"}, times)
 
 
@@ -100,6 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--outdir", metavar="DIR", default="outputs/start_up", help="where the run draws to (default: %(default)s)"
     )
     args = parser.parse_args(argv)
+
+    from benchmarks.timing import Report
+
     report = Report("start_up", args)
     add_times(report, args)
     add_imports(report, args)

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: options, interleaved rounds, the machine's rate, tables."""
+"""How the benchmarks measure: interleaved rounds, the machine's rate, tables."""
 
 from __future__ import annotations
 
@@ -19,37 +19,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.cli import Parser, positive_int
 from ldm.files import atomic_path
 from ldm.inference import choose_device
 from ldm.modules.packing import packed_weights
 
-PRECISIONS = ("float32", "bfloat16")
 CPU_FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
-
-
-def make_parser(description: str, rounds: int = 5) -> Parser:
-    """The options that the benchmarks share."""
-    parser = Parser(description=description)
-    parser.add_argument(
-        "--tiny", action="store_true", help="tiny sizes: shows that the benchmark runs, measures nothing"
-    )
-    parser.add_argument(
-        "--rounds",
-        type=positive_int,
-        default=rounds,
-        metavar="N",
-        help="times that each is timed (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--threads", type=positive_int, metavar="N", help="threads of the CPU (default: torch's choice)"
-    )
-    parser.add_argument("--device", help="where to measure (default: cpu)", default="cpu")
-    parser.add_argument(
-        "--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="types of numbers (default: all)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write every time measured here, too")
-    return parser
 
 
 @dataclass

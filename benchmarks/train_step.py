@@ -8,28 +8,31 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import diffusers
-import torch
-from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
-from torch.nn.functional import mse_loss
-from torch.optim import AdamW
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from benchmarks import architectures as nets
-from benchmarks.timing import Report, begin, compare, flops_of, make_parser, same_size
+from benchmarks.options import make_parser
 from ldm.cli import command, positive_int
-from ldm.models.diffusion.ddpm import DDPM
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.training.optimizers import fused
+
+if TYPE_CHECKING:  # torch and diffusers take seconds to import; mistakes are told before
+    import torch
+    from torch import Tensor, nn
+
+    from benchmarks import architectures as nets
+    from ldm.models.diffusion.ddpm import DDPM
 
 RATE = 1e-6
 
 
 def ours(size: nets.Sizes, device: torch.device, dtype: torch.dtype, x: Tensor) -> tuple[DDPM, Callable[[], object]]:
     """The model and its step, as `ldm.training` makes it."""
+    from torch.optim import AdamW
+
+    from benchmarks import architectures as nets
+    from ldm.models.diffusion.ddpm import DDPM
+    from ldm.training.optimizers import fused
+
     target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
     model = DDPM({"target": target, "params": nets.unconditional_params(size)}, image_size=size.unconditional_size)
     model = nets.random_weights(model).to(device)
@@ -50,6 +53,14 @@ def theirs(
     size: nets.Sizes, device: torch.device, dtype: torch.dtype, x: Tensor, is_fused: bool
 ) -> tuple[nn.Module, Callable[[], object]]:
     """The network and its step with diffusers' parts, and torch's AdamW as it comes or fused."""
+    import diffusers
+    import torch
+    from diffusers.training_utils import EMAModel
+    from torch.nn.functional import mse_loss
+    from torch.optim import AdamW
+
+    from benchmarks import architectures as nets
+
     unet = nets.diffusers_unconditional_unet(size).to(device)
     optimizer = AdamW(unet.parameters(), lr=RATE, fused=is_fused)
     average, scheduler = EMAModel(unet.parameters()), diffusers.DDPMScheduler()
@@ -69,6 +80,8 @@ def theirs(
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Weights stay in float32; products are made in `dtype`."""
+    import torch
+
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -78,6 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("Time a training step of an unconditional U-Net, here and in diffusers.")
     parser.add_argument("--batch_size", type=positive_int, default=2, metavar="N", help="default: %(default)s")
     args = parser.parse_args(argv)
+
+    import torch
+
+    from benchmarks import architectures as nets
+    from benchmarks.timing import Report, begin, compare, flops_of, same_size
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
     device, size, report = begin(args), nets.sizes(args.tiny), Report("train_step", args)
     shape = (args.batch_size, 3, size.unconditional_size, size.unconditional_size)
     with torch.device("meta"):

@@ -10,17 +10,18 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from benchmarks import architectures as nets
-from benchmarks.timing import Report, begin, compare, default_dtype, flops_of, make_parser, same_size
+from benchmarks.options import make_parser
 from ldm.cli import command
-from ldm.modules.attention import kept_contexts
-from ldm.modules.packing import packed_weights
+
+if TYPE_CHECKING:  # torch and diffusers take seconds to import; mistakes are told before
+    import torch
+    from torch import nn
+
+    from benchmarks import architectures as nets
 
 BATCH = 2  # one picture, guided
 
@@ -29,6 +30,13 @@ def contestants(
     size: nets.Sizes, dtype: torch.dtype, device: torch.device, prepared: ExitStack
 ) -> dict[str, Callable[[], object]]:
     """The networks by name, each as a call without arguments."""
+    import torch
+
+    from benchmarks import architectures as nets
+    from benchmarks.timing import default_dtype, same_size
+    from ldm.modules.attention import kept_contexts
+    from ldm.modules.packing import packed_weights
+
     with default_dtype(dtype), device:
         ours, theirs = nets.text_unet(size), nets.diffusers_text_unet(size)
     same_size(ours, theirs)
@@ -51,6 +59,12 @@ def contestants(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     args = make_parser("Time the text-conditional U-Net, here and in diffusers.").parse_args(argv)
+
+    import torch
+
+    from benchmarks import architectures as nets
+    from benchmarks.timing import Report, begin, compare, flops_of
+
     device, size, report = begin(args), nets.sizes(args.tiny), Report("unet_forward", args)
     with torch.device("meta"):
         unet = nets.text_unet(size)

@@ -16,16 +16,17 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
 from ldm.cli import Parser, command
-from ldm.data.emoji import COLOURS, DEFAULT_ROOT, SIZES, caption, join_sheet, load_drawings, read_names
 from ldm.files import atomic_path
 from ldm.util import UserError
+
+if TYPE_CHECKING:  # numpy, PIL and what the data sets need take seconds to import; mistakes are told before
+    import numpy as np
+    from PIL import ImageFont
 
 log = logging.getLogger("build_emoji_data")
 
@@ -56,6 +57,9 @@ def render(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
 
     No drawing touches the four columns at either side of its glyph, so that squaring the canvas cuts nothing off.
     """
+    import numpy as np
+    from PIL import Image, ImageDraw
+
     left, top, right, bottom = font.getbbox(character)
     if right <= left or bottom <= top:
         return None
@@ -75,6 +79,8 @@ def halve(rgba: np.ndarray) -> np.ndarray:
 
     Unweighted means would mix the black of invisible pixels into the edges. Integers keep it exact.
     """
+    import numpy as np
+
     count, size = rgba.shape[0], rgba.shape[1] // 2
     blocks = rgba.reshape(count, size, 2, size, 2, 4).astype(np.uint32)
     alpha = blocks[..., 3:]
@@ -90,6 +96,10 @@ def draw_all(font_path: Path) -> tuple[list[tuple[int, str, str]], dict[int, np.
     """Names (code point, Unicode name, CLDR short name) and, by size, drawings (N, S, S, 4)."""
     if not font_path.is_file():
         raise UserError(f'no font at "{font_path}"; install fonts-noto-color-emoji or give --font')
+
+    import numpy as np
+    from PIL import ImageFont
+
     font = ImageFont.truetype(str(font_path), STRIKE, layout_engine=ImageFont.Layout.BASIC)
     names, drawings = [], []
     for codepoint, cldr_name in single_emoji().items():
@@ -103,6 +113,8 @@ def draw_all(font_path: Path) -> tuple[list[tuple[int, str, str]], dict[int, np.
 
 def all_captions(names: list[tuple[int, str, str]]) -> Iterator[str]:
     """Every caption that the data sets can give."""
+    from ldm.data.emoji import COLOURS, caption
+
     for _, *both in names:
         for name in dict.fromkeys(both):
             yield caption(name)
@@ -134,6 +146,8 @@ def vocabulary(names: list[tuple[int, str, str]]) -> list[str]:
 
 def texts(names: list[tuple[int, str, str]], drawings: dict[int, np.ndarray]) -> dict[str, str]:
     """The text files of the data folder, by name."""
+    from ldm.data.emoji import SIZES
+
     table = ["code point\tunicode name\tcldr short name"]
     table += [f"U+{codepoint:04X}\t{unicode_name}\t{cldr_name}" for codepoint, unicode_name, cldr_name in names]
     checksums = {f"drawings-{size}.webp": hashlib.sha256(drawings[size].tobytes()).hexdigest() for size in SIZES}
@@ -146,6 +160,10 @@ def texts(names: list[tuple[int, str, str]], drawings: dict[int, np.ndarray]) ->
 
 def write(out: Path, names: list[tuple[int, str, str]], drawings: dict[int, np.ndarray]) -> None:
     """Write every generated file of the data folder."""
+    from PIL import Image
+
+    from ldm.data.emoji import SIZES, join_sheet
+
     for name, text in texts(names, drawings).items():
         with atomic_path(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="\n")
@@ -162,6 +180,10 @@ def check(out: Path, names: list[tuple[int, str, str]], drawings: dict[int, np.n
     Raises:
         UserError: something differs.
     """
+    import numpy as np
+
+    from ldm.data.emoji import SIZES, load_drawings, read_names
+
     for name, text in texts(names, drawings).items():
         if not (out / name).is_file() or (out / name).read_text(encoding="utf-8") != text:
             raise UserError(f'"{out / name}" differs from a rebuild')
@@ -176,10 +198,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = Parser(description="Draw the emoji training data again.")
     parser.add_argument("--font", type=Path, default=FONT, help=f"NotoColorEmoji.ttf (default: {FONT})")
-    parser.add_argument("--out", type=Path, default=DEFAULT_ROOT, help="the data folder (default: data/emoji)")
+    parser.add_argument("--out", type=Path, help="the data folder (default: data/emoji)")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the folder differs from a rebuild")
     options = parser.parse_args(argv)
-    (check if options.check else write)(options.out, *draw_all(options.font))
+    drawn = draw_all(options.font)
+
+    from ldm.data.emoji import DEFAULT_ROOT
+
+    (check if options.check else write)(DEFAULT_ROOT if options.out is None else options.out, *drawn)
 
 
 if __name__ == "__main__":

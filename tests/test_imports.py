@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PATTERNS = ("ldm/**/*.py", "taming/**/*.py", "scripts/*.py", "benchmarks/*.py", "main.py")
 SOURCES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
+COMMANDS = [path for path in SOURCES if "\nif __name__ ==" in path.read_text(encoding="utf-8")]
 
 # Imports point down: a module may import its own level and those below. The first pattern that matches counts.
 LEVELS = [
@@ -246,3 +247,27 @@ def test_sampling_starts_without_what_only_training_needs(module):
     code = "import importlib, sys; importlib.import_module(sys.argv[1]); print(*sys.modules)"
     loaded = {name.partition(".")[0] for name in run_python(code, module).split()}
     assert not loaded & {*HEAVY, "lightning", "torchmetrics", "matplotlib"}
+
+
+RUN_COMMAND = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ended:
+    print()
+    print(ended.code, *sys.modules)
+"""
+
+
+def test_every_script_is_a_command():
+    assert {ROOT / "main.py", ROOT / "benchmarks/decode.py", *ROOT.glob("scripts/*.py")} <= {*COMMANDS}
+
+
+@pytest.mark.parametrize(("option", "status"), [("--help", "0"), ("--no-such-option", "2")])
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_help_and_refuse_before_they_import_anything_heavy(path, option, status):
+    code, *loaded = run_python(RUN_COMMAND, str(path), option).splitlines()[-1].split()
+    assert code == status
+    heavy = {*HEAVY, *OPTIONAL, "torch", "numpy", "PIL"}
+    assert not heavy & {name.partition(".")[0] for name in loaded}

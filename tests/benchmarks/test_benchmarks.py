@@ -23,7 +23,7 @@ COMMANDS = {
     for line in re.search(r"```bash\n(.*?)```", README, flags=re.S).group(1).splitlines()
     if (words := shlex.split(line))
 }
-SHARED = {"architectures", "timing"}
+SHARED = {"architectures", "options", "timing"}
 NOT_TIMED = {"sampler_accuracy"}  # see test_sampler_accuracy.py
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import ImageFont
 from torch.utils.data import DataLoader
 
 from ldm.data.base import Txt2ImgIterableBaseDataset
@@ -131,7 +132,7 @@ def test_font_gives_the_shipped_data(build_script):
     pytest.importorskip("emoji")
     if not build_script.FONT.is_file():
         pytest.skip("fonts-noto-color-emoji is not installed")
-    font = build_script.ImageFont.truetype(str(build_script.FONT), build_script.STRIKE)
+    font = ImageFont.truetype(str(build_script.FONT), build_script.STRIKE)
     drawings = load_drawings(128)
     names = build_script.single_emoji()
     for index in range(0, COUNT, 50):
