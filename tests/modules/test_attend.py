@@ -49,9 +49,7 @@ def test_results_and_gradients_are_the_formulas(n, m, dtype, tolerance):
         (64, torch.bfloat16, True, {"dropout_p": 0.5}, False),
     ],
 )
-def test_only_small_tables_of_half_precision_training_are_written_out(
-    monkeypatch, tokens, dtype, grad, options, written_out
-):
+def test_only_small_tables_of_bfloat16_training_are_written_out(monkeypatch, tokens, dtype, grad, options, written_out):
     calls = []
 
     def record(*args, **kwargs):
@@ -70,3 +68,9 @@ def test_masked_keys_are_not_seen_in_training():
     mask = torch.tensor([True, True, False, False])[None, None, None]
     seen = attend(q, k[:, :, :2], v[:, :, :2])
     assert torch.allclose(attend(q, k, v, attn_mask=mask).float(), seen.float(), atol=2e-2)
+
+
+def test_large_products_keep_their_precision():
+    """Products in bfloat16 would be wrong several times as much."""
+    q, k, v = ((4 * each).detach().requires_grad_() for each in tensors(64, 64, torch.bfloat16))
+    assert (attend(q, k, v).double() - exact(q, k, v)).abs().mean() < 6e-3
