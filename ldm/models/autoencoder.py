@@ -138,7 +138,7 @@ class Autoencoder(nn.Module):
 
     def optimizer_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters of the autoencoder, and those of its discriminator (none without one)."""
-        generator = [p for module in self._generator_modules() for p in module.parameters()]
+        generator = [p for module in self._generator_modules() for p in module.parameters() if p.requires_grad]
         discriminator = getattr(self.loss, "discriminator", None)
         return generator, list(discriminator.parameters()) if discriminator is not None else []
 
@@ -308,6 +308,7 @@ class AutoencoderKL(Autoencoder):
         embed_dim: channels of the latent.
         ckpt_path, ignore_keys: weights to start from; see `init_from_ckpt`.
         scheduler_config: learning-rate factors for both optimizers, as for `VQModel`.
+        freeze_encoder: train what decodes only. Latents stay what they are, and so does every diffusion model of them.
 
     Raises:
         UserError: `ddconfig` has no `double_z: true`.
@@ -324,6 +325,7 @@ class AutoencoderKL(Autoencoder):
         colorize_nlabels: int | None = None,
         monitor: str | None = None,
         scheduler_config: Mapping[str, Any] | None = None,
+        freeze_encoder: bool = False,
     ) -> None:
         if not ddconfig.get("double_z"):
             raise UserError("AutoencoderKL needs ddconfig.double_z: true, for mean and variance of the latent")
@@ -334,6 +336,9 @@ class AutoencoderKL(Autoencoder):
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], kernel_size=1)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
+        if freeze_encoder:
+            for module in (self.encoder, self.quant_conv):
+                module.requires_grad_(False)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Image -> distribution of the latent."""

@@ -257,6 +257,20 @@ def test_parameters_of_the_two_players():
     assert kl_model().optimizer_parameters()[1] == []
 
 
+def test_a_frozen_encoder_keeps_latents_while_the_decoder_learns():
+    model = kl_model(kl_loss(), freeze_encoder=True)
+    assert list(model.state_dict()) == list(kl_model(kl_loss()).state_dict())
+    generator, _ = model.optimizer_parameters()
+    assert names_of(model, generator) == {"decoder", "post_quant_conv"}
+    x = model.get_input(batch(), "image")
+    latents, pictures = model.encode(x).mode(), model(x, sample_posterior=False)[0]
+    optimizer = torch.optim.Adam(generator, lr=3e-3)
+    model.adversarial_loss(model.reconstruct(batch()), 0, 0)[0].backward()
+    optimizer.step()
+    assert torch.equal(model.encode(x).mode(), latents)
+    assert not torch.equal(model(x, sample_posterior=False)[0], pictures)
+
+
 def test_a_model_without_a_loss_cannot_be_trained():
     for lossconfig in (NO_LOSS, {"target": "ldm.modules.losses.contperceptual.DummyLoss"}):
         model = kl_model(lossconfig)
