@@ -72,6 +72,13 @@ def test_the_diffusion_model_is_the_folders_and_frozen(diffusion):
     assert prefixes == {"model", "diffusion_model"}
 
 
+@pytest.mark.parametrize("part", [{"load_only_unet": True}, {"ignore_keys": ["first_stage_model."]}])
+def test_a_part_that_the_diffusion_model_started_from_does_not_count(part, tmp_path):
+    source = write_model(tmp_path, text_config(**part))
+    loaded = classifier((tmp_path, source)).diffusion_model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in source.state_dict().items())
+
+
 def test_a_log_folder_gives_its_latest_configuration_and_weights(diffusion, tmp_path):
     folder, source = diffusion
     config = OmegaConf.load(folder / "config.yaml")

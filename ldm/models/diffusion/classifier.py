@@ -246,7 +246,9 @@ def diffusion_config(path: str, checkpoint: str | None = None) -> dict[str, Any]
         files = named_model(path)
         config, weights = files.config, checkpoint or files.checkpoint
     model = read_config(config)
-    params = {**model["params"], "ckpt_path": str(locate(Path(weights)))}
+    # Which part of a checkpoint the model's own training started from has no say in what is loaded here: all of it.
+    params = {key: value for key, value in model["params"].items() if key not in ("load_only_unet", "ignore_keys")}
+    params["ckpt_path"] = str(locate(Path(weights)))
     if not isinstance(params.get("unet_config"), Mapping):
         raise UserError(f'diffusion_path "{path}" is not a diffusion model: its configuration has no unet_config')
     for stage in ("first_stage_config", "cond_stage_config"):
