@@ -118,8 +118,7 @@ class NoisyLatentImageClassifier(nn.Module):
     @torch.no_grad()
     def get_input(self, batch: Mapping[str, Any]) -> Tensor:
         """The clean x_0 (B, C, h, w) of a batch: scaled latents, or pixels where the diffusion model has no others."""
-        given = self.diffusion_model.get_input(batch, self.diffusion_model.first_stage_key)
-        return given[0] if isinstance(given, list) else given
+        return self.diffusion_model.get_x_start(batch)
 
     def get_targets(self, batch: Mapping[str, Any], size: Sequence[int]) -> Tensor:
         """The targets of a batch: labels (B,), or maps (B, *size), of which nearest pixels are taken.
@@ -142,9 +141,14 @@ class NoisyLatentImageClassifier(nn.Module):
         """Logits of x_noisy (B, C, h, w) at steps t (B,)."""
         return self.model(x_noisy, t)
 
-    def shared_step(self, batch: Mapping[str, Any], t: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of a batch at random steps, or all of it at step `t`, and what to log of it."""
-        x = self.get_input(batch)
+    def shared_step(
+        self, batch: Mapping[str, Any], t: int | None = None, x: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of a batch at random steps, or all of it at step `t`, and what to log of it.
+
+        `x` is the batch's x_0 where it is known already, which spares the first stage.
+        """
+        x = self.get_input(batch) if x is None else x
         targets = self.get_targets(batch, x.shape[2:])
         steps = self.diffusion_model.num_timesteps
         ts = torch.randint(steps, (len(x),), device=x.device) if t is None else torch.full((len(x),), t).to(x.device)
@@ -161,10 +165,11 @@ class NoisyLatentImageClassifier(nn.Module):
         return (best == targets.unsqueeze(1)).any(dim=1).float().mean()
 
     @torch.no_grad()
-    def noise_accuracies(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """`val/acc@1_t<step>`: the accuracy at each of the `log_steps` levels of noise."""
+    def noise_accuracies(self, batch: Mapping[str, Any], x: Tensor | None = None) -> dict[str, Tensor]:
+        """`val/acc@1_t<step>`: the accuracy at each of the `log_steps` levels of noise; `x` as in `shared_step`."""
+        x = self.get_input(batch) if x is None else x
         steps = range(0, self.diffusion_model.num_timesteps, self.log_time_interval)
-        return {f"val/acc@1_t{t:04}": self.shared_step(batch, t)[1]["val/acc@1"] for t in steps}
+        return {f"val/acc@1_t{t:04}": self.shared_step(batch, t, x)[1]["val/acc@1"] for t in steps}
 
     # -- previews --------------------------------------------------------------------------------------------
 
