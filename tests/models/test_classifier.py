@@ -200,6 +200,13 @@ def test_a_folder_without_a_diffusion_model_is_refused(tmp_path):
         classifier((tmp_path, None))
 
 
+@pytest.mark.parametrize("params", [{}, {"params": None}, {"params": {"in_channels": 3}}])
+def test_another_network_than_a_unet_is_refused(params, tmp_path):
+    write_model(tmp_path, text_config(unet_config={"target": "torch.nn.Identity", **params}))
+    with pytest.raises(UserError, match="its unet_config gives no out_channels"):
+        classifier((tmp_path, None))
+
+
 def test_a_classifier_is_trained_from_yaml(diffusion, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = {"diffusion_path": str(diffusion[0]), "num_classes": 1366, "label_key": "class_label", "log_steps": 2}

@@ -78,6 +78,12 @@ class NoisyLatentImageClassifier(nn.Module):
         super().__init__()
         config = diffusion_config(diffusion_path, diffusion_ckpt_path)
         self.label_key = _label_key(label_key, config["params"])
+        unet = config["params"]["unet_config"].get("params")
+        if not isinstance(unet, Mapping) or "out_channels" not in unet:
+            raise UserError(
+                f'there is no classifier of what "{diffusion_path}" makes: its unet_config gives no out_channels; '
+                "choose a diffusion model with a UNetModel"
+            )
         self.diffusion_model = freeze(instantiate_from_config(config))
         self.num_classes = num_classes
         self.scheduler_config = scheduler_config
@@ -85,7 +91,6 @@ class NoisyLatentImageClassifier(nn.Module):
         self.log_time_interval = max(1, self.diffusion_model.num_timesteps // max(1, log_steps))
         self.monitor = monitor
         self.learning_rate = 1e-4
-        unet = config["params"]["unet_config"]["params"]
         params = {name: value for name, value in unet.items() if name not in DENOISING_ONLY}
         params |= {"in_channels": unet["out_channels"], "out_channels": num_classes}
         if self.label_key == "class_label":
