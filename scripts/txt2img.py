@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bar
 from ldm.cli import Parser, command, finite_float, model_options, non_negative_float, positive_int, seed
 from ldm.model_files import (
     CONFIGS_ELSEWHERE,
+    WEIGHTS,
     ModelFiles,
     PictureSize,
     check_text_model,
@@ -93,10 +94,13 @@ def choose_model(args: argparse.Namespace) -> ModelFiles:
     if files is not None:
         logger.info("model: %s, from %s", files.name, files.checkpoint)
         return files
-    published = locate(PUBLISHED_CKPT)
-    if published.is_file():
+    candidates = (locate(PUBLISHED_CKPT.with_name(name)) for name in WEIGHTS)
+    published = next((path for path in candidates if path.is_file()), None)
+    if published is not None:
         logger.info("model: %s, from %s (the bundled one: --model %s)", PUBLISHED, published, BUNDLED)
-        return ModelFiles(PUBLISHED, locate(CONFIGS_ELSEWHERE[PUBLISHED]), published)
+        beside = published.with_name("config.yaml")
+        config = beside if beside.is_file() else locate(CONFIGS_ELSEWHERE[PUBLISHED])
+        return ModelFiles(PUBLISHED, config, published)
     try:
         files = named_model(BUNDLED)
     except UserError:

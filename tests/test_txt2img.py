@@ -246,9 +246,14 @@ def test_a_model_is_chosen_and_named(txt2img, models, tmp_path, monkeypatch, cap
     assert txt2img.choose_model(args).name == "emoji64"
     assert "model: emoji64" in caplog.text and "https://ommer-lab.com" in caplog.text
     (tmp_path / "models/ldm/text2img-large").mkdir()
-    (tmp_path / "models/ldm/text2img-large/model.ckpt").touch()
-    chosen = txt2img.choose_model(args)
-    assert chosen.name == "text2img-large" and chosen.config.name == "txt2img-1p4B-eval.yaml"
+    for weights in ("model.ckpt", "model.safetensors"):
+        path = tmp_path / "models/ldm/text2img-large" / weights
+        path.touch()
+        chosen = txt2img.choose_model(args)
+        assert chosen.name == "text2img-large" and chosen.config.name == "txt2img-1p4B-eval.yaml"
+        assert chosen.checkpoint.resolve() == path
+        path.unlink()
+    path.touch()
     assert txt2img.choose_model(txt2img.make_parser().parse_args(["--model", "emoji64"])).name == "emoji64"
     assert txt2img.read_prompts(args, "text2img-large") == ["a painting of a virus monster playing guitar"]
 

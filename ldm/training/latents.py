@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint import read_checkpoint
 from ldm.files import atomic_path
-from ldm.images import batch_images
+from ldm.images import batch_entry, batch_images
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LATENT_KEY, LatentDiffusion
 from ldm.training.data import DataModuleFromConfig
@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 class CachedLatents(Dataset):
     """A dataset whose images are replaced by the moments of their latents.
 
-    An item is the original item without its pictures, plus `latent_moments` (2c, h, w): mean and log-variance, from
-    which the model samples anew each time. With several variants every original item is there so many times, each
-    time augmented otherwise.
+    An item is the original item without its pictures, that is its text, numbers and rows of whole numbers, plus
+    `latent_moments` (2c, h, w): mean and log-variance, from which the model samples anew each time. With several
+    variants every original item is there so many times, each time augmented otherwise.
 
     Args:
         moments: (items, 2c, h, w) float16.
@@ -62,8 +62,8 @@ def cache_latents(
         autocast_dtype: encode under autocast in this precision.
 
     Raises:
-        UserError: the first stage is not an `AutoencoderKL`, whose moments are what is kept, or the training set
-            is a stream.
+        UserError: the first stage is not an `AutoencoderKL`, whose moments are what is kept, the training set is a
+            stream, or the model is conditioned on what is not kept.
     """
     if not isinstance(getattr(model, "first_stage_model", None), AutoencoderKL):
         raise UserError("latent_cache needs an AutoencoderKL as first stage; remove it from data.params")
@@ -74,7 +74,7 @@ def cache_latents(
     variants, path = settings.get("variants", 1), settings.get("path")
     key = _digest(model, data.dataset_configs["train"], len(dataset), variants, autocast_dtype)
     cached = _stored(path, key)
-    if cached is None:
+    if cached is None or _condition(model) not in (None, *cached.fields):
         cached = _encode(dataset, model, variants, data.batch_size, torch.device(device), autocast_dtype)
         if path is not None:
             with atomic_path(Path(path)) as temporary:
@@ -107,29 +107,52 @@ def _encode(
     moments: list[torch.Tensor] = []
     fields: dict[str, list[Any]] = {}
     loader = DataLoader(dataset, batch_size=batch_size)
-    progress = tqdm(total=variants * len(dataset), desc="encoding latents", unit="image")
-    for _ in range(variants):
-        for batch in loader:
-            images = batch_images(batch, model.first_stage_key).to(device)
-            with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                moments.append(encoder.encode(images).parameters.to("cpu", torch.float16))
-            for key, values in _small_fields(batch, model.first_stage_key).items():
-                fields.setdefault(key, []).extend(values)
-            progress.update(len(images))
-    progress.close()
+    with tqdm(total=variants * len(dataset), desc="encoding latents", unit="image") as progress:
+        for _ in range(variants):
+            for batch in loader:
+                small = _small_fields(batch, model.first_stage_key)
+                _check_condition(model, batch, small)
+                images = batch_images(batch, model.first_stage_key).to(device)
+                with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+                    moments.append(encoder.encode(images).parameters.to("cpu", torch.float16))
+                for key, values in small.items():
+                    fields.setdefault(key, []).extend(values)
+                progress.update(len(images))
     return CachedLatents(torch.cat(moments), fields)
 
 
 def _small_fields(batch: dict[str, Any], image_key: str) -> dict[str, list[Any]]:
-    """The entries that are not pictures: text, and tensors with one number an item."""
-    fields = {}
+    """The entries that are not pictures: text, tensors with one number an item, or with a row of whole numbers."""
+    fields: dict[str, list[Any]] = {}
     for key, value in batch.items():
         if isinstance(value, torch.Tensor):
             if value.dim() == 1:
                 fields[key] = value.tolist()
-        elif key != image_key:
+            elif value.dim() == 2 and not value.is_floating_point():
+                fields[key] = list(value)
+        elif key != image_key and isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
             fields[key] = list(value)
     return fields
+
+
+def _condition(model: LatentDiffusion) -> str | None:
+    """The entry of a batch that the model is conditioned on."""
+    return None if model.model.conditioning_key is None else model.cond_stage_key
+
+
+def _check_condition(model: LatentDiffusion, batch: dict[str, Any], kept: dict[str, list[Any]]) -> None:
+    """Whether what the model is conditioned on is kept.
+
+    Raises:
+        UserError: it is not, or not there to begin with.
+    """
+    key = _condition(model)
+    if key is not None and key not in kept:
+        batch_entry(batch, key)
+        raise UserError(
+            f'latent_cache cannot keep "{key}", the model\'s cond_stage_key: besides latents it keeps text, numbers '
+            "and rows of whole numbers only; remove it from data.params"
+        )
 
 
 def _digest(model: LatentDiffusion, *settings: Any) -> str:

@@ -169,8 +169,9 @@ class ClassifierTraining(OneLossTraining):
     @torch.no_grad()
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and accuracies at random steps, and the accuracy at each level of noise."""
-        _, log = self.model.shared_step(batch)
-        log = {**log, **self.model.noise_accuracies(batch)}
+        x = self.model.get_input(batch)
+        _, log = self.model.shared_step(batch, x=x)
+        log = {**log, **self.model.noise_accuracies(batch, x)}
         self.log_dict(log, on_step=False, on_epoch=True, batch_size=_batch_size(batch), sync_dist=True)
 
 

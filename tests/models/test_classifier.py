@@ -17,6 +17,7 @@ from ldm.models.diffusion.classifier import ClassifierGuidance, NoisyLatentImage
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, UNetModel
 from ldm.modules.diffusionmodules.schedule import diffusion_tables, extract_into_tensor, make_beta_schedule
+from ldm.training.modules import lightning_module
 from ldm.util import UserError
 
 TARGET = "ldm.models.diffusion.classifier.NoisyLatentImageClassifier"
@@ -43,7 +44,7 @@ def label_batch(n=4):
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(n, 16, 16, 3, generator=generator) * 2 - 1
     names = ["fox", "rocket", "ship", "star"]
-    return {"image": image, "caption": names[:n], "class_label": torch.arange(n), "human_label": names[:n]}
+    return {"image": image, "class_label": torch.arange(n), "human_label": names[:n]}
 
 
 # -- the model -------------------------------------------------------------------------------------------------
@@ -70,6 +71,13 @@ def test_the_diffusion_model_is_the_folders_and_frozen(diffusion):
     assert {id(p) for p in model.optimizer_parameters()} == {id(p) for p in model.model.parameters()}
     prefixes = {name.partition(".")[0] for name in model.state_dict()}
     assert prefixes == {"model", "diffusion_model"}
+
+
+@pytest.mark.parametrize("part", [{"load_only_unet": True}, {"ignore_keys": ["first_stage_model."]}])
+def test_a_part_that_the_diffusion_model_started_from_does_not_count(part, tmp_path):
+    source = write_model(tmp_path, text_config(**part))
+    loaded = classifier((tmp_path, source)).diffusion_model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in source.state_dict().items())
 
 
 def test_a_log_folder_gives_its_latest_configuration_and_weights(diffusion, tmp_path):
@@ -112,7 +120,7 @@ def test_loss_and_accuracies_are_those_of_the_noised_latents(diffusion):
     torch.manual_seed(2)
     loss, log = model.shared_step(batch)
     torch.manual_seed(2)
-    z = model.diffusion_model.get_input(batch, "image")[0]
+    z = model.diffusion_model.get_input({**batch, "caption": 4 * [""]}, "image")[0]
     t = torch.randint(100, (4,))
     logits = model.model(model.diffusion_model.q_sample(z, t, torch.randn_like(z)), t)
     assert torch.equal(loss, cross_entropy(logits, batch["class_label"]))
@@ -134,6 +142,18 @@ def test_accuracies_are_told_at_so_many_levels_of_noise(diffusion):
     model = classifier(diffusion, log_steps=4).eval()
     accuracies = model.noise_accuracies(label_batch())
     assert list(accuracies) == [f"val/acc@1_t{t:04}" for t in (0, 25, 50, 75)]
+
+
+def test_validation_encodes_a_batch_once_and_no_caption(diffusion, monkeypatch):
+    model, passes, logged = classifier(diffusion, log_steps=4).eval(), [], {}
+    encode = model.diffusion_model.first_stage_model.encode
+    monkeypatch.setattr(model.diffusion_model.first_stage_model, "encode", lambda x: passes.append(x) or encode(x))
+    monkeypatch.setattr(model.diffusion_model, "get_learned_conditioning", None)
+    trained = lightning_module(model)
+    monkeypatch.setattr(trained, "log_dict", lambda log, **how: logged.update(log))
+    trained.validation_step(label_batch(), 0)
+    assert len(passes) == 1
+    assert {"val/loss", "val/acc@1_t0000", "val/acc@1_t0075"} < logged.keys()
 
 
 def test_maps_of_classes_are_taken_at_the_latents_size(diffusion):
@@ -177,6 +197,13 @@ def test_a_folder_without_a_diffusion_model_is_refused(tmp_path):
     OmegaConf.save({"model": text_config()["params"]["first_stage_config"]}, tmp_path / "config.yaml")
     (tmp_path / "model.ckpt").touch()
     with pytest.raises(UserError, match="no unet_config"):
+        classifier((tmp_path, None))
+
+
+@pytest.mark.parametrize("params", [{}, {"params": None}, {"params": {"in_channels": 3}}])
+def test_another_network_than_a_unet_is_refused(params, tmp_path):
+    write_model(tmp_path, text_config(unet_config={"target": "torch.nn.Identity", **params}))
+    with pytest.raises(UserError, match="its unet_config gives no out_channels"):
         classifier((tmp_path, None))
 
 

@@ -8,6 +8,7 @@ from parity_cases import assert_close
 from tiny_models import randomise, text_config
 from torch import nn
 
+from ldm.models.diffusion import preview
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.util import instantiate_from_config
@@ -182,8 +183,12 @@ def test_dropped_labels_are_the_networks_last(adm):
     assert (dropped == 10).float().mean().item() == pytest.approx(0.5, abs=0.1)
 
 
-def test_previews_of_a_model_of_labels(adm):
-    batch = {"image": torch.zeros(2, 16, 16, 3), "class_label": torch.tensor([2, 7]), "human_label": ["fox", "ship"]}
+@pytest.mark.parametrize("names", [{"human_label": ["fox", "ship"]}, {}])
+def test_previews_of_a_model_of_labels(adm, names, monkeypatch):
+    words = []
+    monkeypatch.setattr(preview, "log_txt_as_img", lambda wh, xc, size: words.extend(xc) or torch.zeros(2, 3, *wh))
+    batch = {"image": torch.zeros(2, 16, 16, 3), "class_label": torch.tensor([2, 7]), **names}
     options = {"plot_progressive_rows": False, "inpaint": False, "plot_diffusion_rows": False, "ddim_steps": 2}
     pictures = adm.log_images(batch, N=2, unconditional_guidance_scale=SCALE, **options)
     assert pictures["samples_guided"].shape == pictures["conditioning"].shape == (2, 3, 16, 16)
+    assert words == names.get("human_label", [2, 7])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import builtins
+import io
 import json
 import math
 import pickle
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from hostile_files import Calls
 from parity_cases import assert_close
 from tiny_models import text_config, write_model
 
@@ -200,6 +204,34 @@ def test_other_models_and_incomplete_folders_are_refused(folder, tmp_path):
     assert FrozenClipImageEmbedder(str(tmp_path)).model.config.projection_dim == 10
     with pytest.raises(UserError, match=r"holds no tokenizer; put the CLIP's vocab\.json"):
         FrozenCLIPTextEmbedder(str(tmp_path), max_length=12)
+
+
+@pytest.mark.parametrize("kind", ["clip", "foreign"])
+def test_code_in_a_folder_never_runs_whatever_the_terminal_says(kind, folder, tmp_path, monkeypatch):
+    copy, trap = tmp_path / "copy", tmp_path / "trap"
+    shutil.copytree(folder, copy)
+    (copy / "code.py").write_text(f"import os\nos.mkdir({str(trap)!r})\nclass Own: pass\n")
+    own = {"auto_map": {"AutoConfig": "code.Own", "AutoModel": "code.Own", "AutoTokenizer": ["code.Own", None]}}
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["_attn_implementation"] = "someone/kernel"
+    kernel = {"attn_implementation": "someone/kernel", "quantization_config": {"quant_method": "own"}}
+    (copy / "config.json").write_text(json.dumps({**config, **own, **kernel, "model_type": kind}))
+    (copy / "tokenizer_config.json").write_text(json.dumps({**own, "tokenizer_class": "Own"}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    if kind == "clip":
+        assert FrozenCLIPTextEmbedder(str(copy), max_length=12)(["cat"]).shape == (1, 10)
+    else:
+        with pytest.raises(UserError, match='is a model of type "foreign"'):
+            FrozenCLIPTextEmbedder(str(copy), max_length=12)
+    assert not trap.exists()
+
+
+def test_code_in_pickled_weights_never_runs(folder, tmp_path):
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save({"logit_scale": Calls(Path.mkdir, tmp_path / "trap")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot load the CLIP"):
+        FrozenClipImageEmbedder(str(tmp_path))
+    assert not (tmp_path / "trap").exists()
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch):

@@ -73,3 +73,61 @@ def test_only_a_gaussian_first_stage_has_moments(model):
     model.first_stage_model = torch.nn.Identity()
     with pytest.raises(UserError, match="AutoencoderKL"):
         cache_latents(module(), model)
+
+
+class Layouts(torch.utils.data.Dataset):
+    """Pictures with a row of tokens each, a map, and no text."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        image = torch.rand(16, 16, 3, generator=generator)
+        return {"image": image, "coordinates_bbox": torch.arange(5) + index, "segmentation": image[..., 0]}
+
+
+@pytest.fixture
+def layouts(monkeypatch):
+    """Gives a data module of `Layouts`."""
+
+    def build(path=None):
+        data = module(path)
+        monkeypatch.setattr(data, "setup", lambda: data.datasets.update(train=Layouts()))
+        return data
+
+    return build
+
+
+def test_rows_of_whole_numbers_are_kept(model, layouts, tmp_path):
+    """In memory and in a file; a file without them, as were written once, is made anew."""
+    model.cond_stage_key = "coordinates_bbox"
+    path = tmp_path / "latents.pt"
+    for _ in range(2):
+        data = layouts(str(path))
+        cache_latents(data, model)
+        batch = next(iter(torch.utils.data.DataLoader(data.datasets["train"], batch_size=4)))
+        assert batch.keys() == {"coordinates_bbox", LATENT_KEY}
+        assert torch.equal(batch["coordinates_bbox"], torch.arange(5) + torch.arange(4)[:, None])
+    torch.save({**torch.load(path, weights_only=True), "fields": {}}, path)
+    data = layouts(str(path))
+    cache_latents(data, model)
+    assert torch.equal(data.datasets["train"][3]["coordinates_bbox"], torch.arange(5) + 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("segmentation", 'latent_cache cannot keep "segmentation", the model\'s cond_stage_key'),
+        ("image", 'latent_cache cannot keep "image"'),
+        ("caption", 'the dataset gives no "caption"'),
+    ],
+)
+def test_a_conditioning_that_is_not_kept_is_refused_before_anything_is_encoded(key, message, model, layouts):
+    model.cond_stage_key = key
+    model.first_stage_model.encode = None
+    with pytest.raises(UserError, match=message):
+        cache_latents(layouts(), model)
+    model.model.conditioning_key = None
+    with pytest.raises(TypeError, match="not callable"):
+        cache_latents(layouts(), model)

@@ -78,6 +78,12 @@ class NoisyLatentImageClassifier(nn.Module):
         super().__init__()
         config = diffusion_config(diffusion_path, diffusion_ckpt_path)
         self.label_key = _label_key(label_key, config["params"])
+        unet = config["params"]["unet_config"].get("params")
+        if not isinstance(unet, Mapping) or "out_channels" not in unet:
+            raise UserError(
+                f'there is no classifier of what "{diffusion_path}" makes: its unet_config gives no out_channels; '
+                "choose a diffusion model with a UNetModel"
+            )
         self.diffusion_model = freeze(instantiate_from_config(config))
         self.num_classes = num_classes
         self.scheduler_config = scheduler_config
@@ -85,7 +91,6 @@ class NoisyLatentImageClassifier(nn.Module):
         self.log_time_interval = max(1, self.diffusion_model.num_timesteps // max(1, log_steps))
         self.monitor = monitor
         self.learning_rate = 1e-4
-        unet = config["params"]["unet_config"]["params"]
         params = {name: value for name, value in unet.items() if name not in DENOISING_ONLY}
         params |= {"in_channels": unet["out_channels"], "out_channels": num_classes}
         if self.label_key == "class_label":
@@ -118,8 +123,7 @@ class NoisyLatentImageClassifier(nn.Module):
     @torch.no_grad()
     def get_input(self, batch: Mapping[str, Any]) -> Tensor:
         """The clean x_0 (B, C, h, w) of a batch: scaled latents, or pixels where the diffusion model has no others."""
-        given = self.diffusion_model.get_input(batch, self.diffusion_model.first_stage_key)
-        return given[0] if isinstance(given, list) else given
+        return self.diffusion_model.get_x_start(batch)
 
     def get_targets(self, batch: Mapping[str, Any], size: Sequence[int]) -> Tensor:
         """The targets of a batch: labels (B,), or maps (B, *size), of which nearest pixels are taken.
@@ -142,9 +146,14 @@ class NoisyLatentImageClassifier(nn.Module):
         """Logits of x_noisy (B, C, h, w) at steps t (B,)."""
         return self.model(x_noisy, t)
 
-    def shared_step(self, batch: Mapping[str, Any], t: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of a batch at random steps, or all of it at step `t`, and what to log of it."""
-        x = self.get_input(batch)
+    def shared_step(
+        self, batch: Mapping[str, Any], t: int | None = None, x: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of a batch at random steps, or all of it at step `t`, and what to log of it.
+
+        `x` is the batch's x_0 where it is known already, which spares the first stage.
+        """
+        x = self.get_input(batch) if x is None else x
         targets = self.get_targets(batch, x.shape[2:])
         steps = self.diffusion_model.num_timesteps
         ts = torch.randint(steps, (len(x),), device=x.device) if t is None else torch.full((len(x),), t).to(x.device)
@@ -161,10 +170,11 @@ class NoisyLatentImageClassifier(nn.Module):
         return (best == targets.unsqueeze(1)).any(dim=1).float().mean()
 
     @torch.no_grad()
-    def noise_accuracies(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """`val/acc@1_t<step>`: the accuracy at each of the `log_steps` levels of noise."""
+    def noise_accuracies(self, batch: Mapping[str, Any], x: Tensor | None = None) -> dict[str, Tensor]:
+        """`val/acc@1_t<step>`: the accuracy at each of the `log_steps` levels of noise; `x` as in `shared_step`."""
+        x = self.get_input(batch) if x is None else x
         steps = range(0, self.diffusion_model.num_timesteps, self.log_time_interval)
-        return {f"val/acc@1_t{t:04}": self.shared_step(batch, t)[1]["val/acc@1"] for t in steps}
+        return {f"val/acc@1_t{t:04}": self.shared_step(batch, t, x)[1]["val/acc@1"] for t in steps}
 
     # -- previews --------------------------------------------------------------------------------------------
 
@@ -246,7 +256,9 @@ def diffusion_config(path: str, checkpoint: str | None = None) -> dict[str, Any]
         files = named_model(path)
         config, weights = files.config, checkpoint or files.checkpoint
     model = read_config(config)
-    params = {**model["params"], "ckpt_path": str(locate(Path(weights)))}
+    # Which part of a checkpoint the model's own training started from has no say in what is loaded here: all of it.
+    params = {key: value for key, value in model["params"].items() if key not in ("load_only_unet", "ignore_keys")}
+    params["ckpt_path"] = str(locate(Path(weights)))
     if not isinstance(params.get("unet_config"), Mapping):
         raise UserError(f'diffusion_path "{path}" is not a diffusion model: its configuration has no unet_config')
     for stage in ("first_stage_config", "cond_stage_config"):

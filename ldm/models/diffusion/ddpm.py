@@ -216,6 +216,10 @@ class DDPM(DiffusionProcess):
         """Entry `k` of a batch as float (B, C, H, W); datasets give (B, H, W, C) or (B, H, W)."""
         return batch_images(batch, k).to(self.device)
 
+    def get_x_start(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The clean x_0 (B, C, h, w) of a batch, whatever it is conditioned on."""
+        return self.get_input(batch, self.first_stage_key)
+
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a batch at random steps."""
         return self(self.get_input(batch, self.first_stage_key))
@@ -462,6 +466,11 @@ class LatentDiffusion(LatentSpace, DDPM):
         if return_original_cond:
             out.append(xc)
         return out
+
+    @torch.no_grad()
+    def get_x_start(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The scaled latents (B, c, h, w) of a batch, which needs no conditioning for it."""
+        return self.get_first_stage_encoding(self._encoded_batch(batch, self.first_stage_key, None)[1]).float()
 
     def _encoded_batch(self, batch: Mapping[str, Any], k: str, bs: int | None) -> tuple[torch.Tensor | None, Any]:
         """Images (None where the batch carries moments instead) and what the first stage says of them."""

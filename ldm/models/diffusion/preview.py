@@ -148,10 +148,14 @@ def middle_square(z: torch.Tensor) -> torch.Tensor:
 def _conditioning(
     model: LatentDiffusion, batch: Mapping[str, Any], xc: Any, x: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The conditioning as a picture: text written out, images as they are, maps in three fixed random colours."""
+    """The conditioning as a picture: text written out, images as they are, maps in three fixed random colours.
+
+    Labels are written as their names, where the batch has them.
+    """
     key = model.cond_stage_key
     if key in ("caption", "class_label"):
-        words = batch["caption" if key == "caption" else "human_label"][: len(x)]
+        words = batch.get("human_label", batch[key]) if key == "class_label" else batch[key]
+        words = (words.tolist() if isinstance(words, torch.Tensor) else words)[: len(x)]
         return {"conditioning": log_txt_as_img((x.shape[3], x.shape[2]), words, size=max(x.shape[2] // 25, 8))}
     if not isinstance(xc, torch.Tensor) or xc.dim() != 4:
         return {}

@@ -6,8 +6,9 @@ Shapes: B batch, N repetitions, D channels of CLIP's joint space.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -182,14 +183,21 @@ def clip_name(version: str) -> str:
 
 
 def _load(name: str) -> Any:
-    """Transformers' CLIP of that name."""
+    """Transformers' CLIP of that name.
+
+    Its files choose no code: `AutoConfig` would ask on the terminal whether to import the Python that a folder
+    brings, so the type is read from the JSON first, and the classes are transformers' own.
+    """
     transformers = _transformers()
     try:
-        kind = transformers.AutoConfig.from_pretrained(name).model_type
+        given, _ = transformers.CLIPConfig.get_config_dict(name)
+        kind = given.get("model_type")
         if kind != "clip":  # transformers would go on, with random weights
             raise UserError(f'"{name}" is a model of type "{kind}"; give a folder or hub name of a CLIP')
-        model, report = transformers.CLIPModel.from_pretrained(name, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        config = transformers.CLIPConfig.from_dict(_without_code(given))
+        # Pickles are read with weights_only=True, transformers' default; old versions have no option for it.
+        model, report = transformers.CLIPModel.from_pretrained(name, config=config, output_loading_info=True)
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, UnpicklingError) as error:
         raise _unavailable(name, error) from None
     missing = sorted(report["missing_keys"])
     if missing:
@@ -197,9 +205,18 @@ def _load(name: str) -> Any:
     return model
 
 
+def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what names code: classes of the folder's own, kernels to download, quantizers."""
+    return {
+        key: _without_code(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in ("auto_map", "quantization_config") and not key.endswith(("implementation", "_internal"))
+    }
+
+
 def _load_tokenizer(name: str) -> Any:
     try:
-        tokenizer = _transformers().CLIPTokenizer.from_pretrained(name)
+        tokenizer = _transformers().CLIPTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise _unavailable(name, error) from None
     # Without its files transformers makes a tokenizer of the special tokens alone.
