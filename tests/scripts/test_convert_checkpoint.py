@@ -126,6 +126,17 @@ def test_half_leaves_tables_and_single_numbers_alone(convert, checkpoint, weight
     assert read_checkpoint(target)["metadata"]["dtype"] == "float16"
 
 
+def test_half_leaves_the_tables_of_a_model_within_alone(convert, tmp_path):
+    """The classifier of noisy latents holds a whole diffusion model; its smallest values are 0 in float16."""
+    source, target = tmp_path / "last.ckpt", tmp_path / "model.safetensors"
+    tables = {f"diffusion_model.{name}": torch.linspace(1, 1e-9, 7) for name in ("alphas_cumprod", "betas")}
+    torch.save({"state_dict": {**tables, "diffusion_model.model.weight": torch.ones(3)}}, source)
+    assert convert([str(source), str(target), "--half"]) == 0
+    read = read_state_dict(target)
+    assert all(torch.equal(read[name], table) for name, table in tables.items())
+    assert read["diffusion_model.model.weight"].dtype == torch.float16
+
+
 def test_mistakes_are_told_and_nothing_is_written(convert, checkpoint, weights, tmp_path, capsys):
     live, taken, large = tmp_path / "live.ckpt", tmp_path / "taken.safetensors", tmp_path / "large.ckpt"
     torch.save({name: value for name, value in weights.items() if not name.startswith("model_ema")}, live)
