@@ -166,7 +166,8 @@ def load_weights(
 
     _check_shapes(own, fitting, type(module).__name__, where)
     _check_complete(module, set(missing), ignored, where)
-    module.load_state_dict(fitting, strict=False)
+    # One number is one number, stored with a dimension or without.
+    module.load_state_dict({name: value.reshape(own[name].shape) for name, value in fitting.items()}, strict=False)
     _log("missing from", where, [name for name in missing if not _begins(name, (*ignored, *STRAY_PREFIXES))])
     _log("not used of", where, unexpected)
     return LoadReport(missing, unexpected)

@@ -179,6 +179,14 @@ def test_stray_names_load_where_the_model_has_them():
     assert (module["loss"].weight == 5).all()
 
 
+@pytest.mark.parametrize("given", [(), (1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("own", [(), (1,), (1, 1)], ids=str)
+def test_one_number_fits_whatever_its_dimensions(own, given):
+    module = nn.ParameterDict({"scale": torch.zeros(own)})
+    load_weights(module, {"scale": torch.full(given, 3.0)})
+    assert torch.equal(module["scale"], torch.full(own, 3.0))
+
+
 def test_ignored_names_keep_their_values(model):
     fresh = Small()
     before = fresh.second.weight.clone()
