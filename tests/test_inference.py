@@ -307,6 +307,9 @@ def test_unknown_words_are_found_once(model):
         ("- 1", "describes no model"),
         ("model: {params: {}}", "describes no model"),
         ("model: {target: a.B, params: {x: '${gone}'}}", "cannot read"),
+        ("model: {target: a.B, params: [1]}", "must hold names and values"),
+        ("model: {target: a.B, params: 3}", "must hold names and values"),
+        ("model: {target: a.B, params: abc}", "must hold names and values"),
         ("\x00", "cannot read"),
     ],
 )
@@ -352,6 +355,22 @@ def test_a_model_that_cannot_be_found_is_told(tmp_path, monkeypatch, options, ma
         (tmp_path / "models" / "ldm" / name / "model.ckpt").touch()
     with pytest.raises(UserError, match=match):
         find_model(**options)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"image_size": "x"},
+        {"image_size": [8]},
+        {"unet_config": {"params": [1]}},
+        {"unet_config": {"params": {"channel_mult": 3}}},
+        {"first_stage_config": {"params": {"ddconfig": 3}}},
+    ],
+    ids=str,
+)
+def test_sizes_that_are_none_are_told(params):
+    with pytest.raises(UserError, match="does not tell its size"):
+        PictureSize.of({"params": params})
 
 
 def test_sizes_follow_from_the_configuration(repo_root):

@@ -106,7 +106,7 @@ REFUSED = [
     ("learning rate", ["-b", "tiny.yaml", "model.base_learning_rate=fast"], None, "base_learning_rate"),
     ("data parameter", ["-b", "tiny.yaml", "data.params.batchsize=3"], None, '"batch_size"'),
     ("batch size", ["-b", "tiny.yaml", "data.params.batch_size=0"], None, "from 1 on"),
-    ("batch size in words", ["-b", "tiny.yaml", "data.params.batch_size=many"], None, "from 1 on"),
+    ("batch size in words", ["-b", "tiny.yaml", "data.params.batch_size=many"], None, 'needs a number as "batch_size"'),
     ("left open", ["-b", "tiny.yaml", "model.params.ckpt_path=???"], None, "give model.params.ckpt_path=VALUE"),
     ("network parameter", ["-b", "tiny.yaml", "model.params.ddconfig.attn_typ=none"], None, '"attn_type"'),
     ("log folder", ["-b", "tiny.yaml", "-l", "tiny.yaml"], None, "choose a --logdir"),
