@@ -209,10 +209,11 @@ def cast(name: str, value: Tensor, dtype: torch.dtype, remedy: str) -> Tensor:
     """`value` in `dtype`.
 
     Raises:
-        UserError: it holds numbers that are too large for it; `remedy` says what to do.
+        UserError: it holds numbers that are too large for it; `remedy` says what to do. What was infinite or no
+            number before is not `dtype`'s fault.
     """
     converted = value.detach().to(dtype)
-    if not torch.isfinite(converted).all():
+    if (value.isfinite() & ~converted.isfinite()).any():
         raise UserError(f"{_plain(name)} does not fit into {str(dtype).removeprefix('torch.')}; {remedy}")
     return converted
 

@@ -137,6 +137,14 @@ def test_half_leaves_the_tables_of_a_model_within_alone(convert, tmp_path):
     assert read["diffusion_model.model.weight"].dtype == torch.float16
 
 
+def test_half_keeps_what_was_not_finite_before(convert, tmp_path):
+    source, target = tmp_path / "last.ckpt", tmp_path / "model.safetensors"
+    torch.save({"a.b": torch.tensor([float("nan"), float("-inf"), 1.0])}, source)
+    assert convert([str(source), str(target), "--half"]) == 0
+    value = read_state_dict(target)["a.b"]
+    assert value[0].isnan() and value[1:].tolist() == [float("-inf"), 1.0]
+
+
 def test_mistakes_are_told_and_nothing_is_written(convert, checkpoint, weights, tmp_path, capsys):
     live, taken, large = tmp_path / "live.ckpt", tmp_path / "taken.safetensors", tmp_path / "large.ckpt"
     torch.save({name: value for name, value in weights.items() if not name.startswith("model_ema")}, live)
