@@ -31,8 +31,10 @@ from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-# Entries that published files hold for no reader: sampler tables, and losses with their discriminators.
-STRAY_PREFIXES = ("ddim_", "loss.")
+# A loss's own weights serve training alone; those of a first stage within a diffusion model serve nobody.
+LOSS_PREFIXES = ("loss.", "first_stage_model.loss.")
+# Entries that files hold for no reader: sampler tables, and losses with their discriminators.
+STRAY_PREFIXES = ("ddim_", *LOSS_PREFIXES)
 EMA_PREFIX = "model_ema."
 # Above this share of missing parameters a file is another model's, not an older version of this one's.
 MAX_MISSING_SHARE = 1e-3
@@ -442,7 +444,7 @@ def _check_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor], model:
 
 
 def _check_complete(module: nn.Module, missing: set[str], ignored: tuple[str, ...], where: str) -> None:
-    optional = (*ignored, "loss.")  # a loss's own weights serve training alone
+    optional = (*ignored, *LOSS_PREFIXES)
     sizes = {name: value.numel() for name, value in module.named_parameters() if not _begins(name, optional)}
     lost = [name for name in sizes if name in missing]
     share = sum(sizes[name] for name in lost) / max(1, sum(sizes.values()))

@@ -172,6 +172,19 @@ def test_mismatches_are_logged_by_name(model, caplog):
     assert "ddim_" not in caplog.text and "loss." not in caplog.text
 
 
+def test_a_diffusion_model_needs_no_loss_of_its_first_stage(caplog):
+    """Present or not, where the file was trained or where it is read, it is passed over in silence."""
+    first_stage = nn.ModuleDict({"decoder": nn.Linear(2, 2), "loss": nn.Linear(9, 9)})
+    full, bare = (
+        nn.ModuleDict({"first_stage_model": nn.ModuleDict(each)})
+        for each in (first_stage, {"decoder": nn.Linear(2, 2)})
+    )
+    with caplog.at_level(logging.WARNING):
+        load_weights(bare, full.state_dict())
+        load_weights(full, bare.state_dict())
+    assert not caplog.records
+
+
 def test_stray_names_load_where_the_model_has_them():
     module = nn.ModuleDict({"loss": nn.Linear(2, 2)})
     weights = {"loss.weight": torch.full((2, 2), 5.0), "loss.bias": torch.zeros(2)}

@@ -137,6 +137,15 @@ def test_half_leaves_the_tables_of_a_model_within_alone(convert, tmp_path):
     assert read["diffusion_model.model.weight"].dtype == torch.float16
 
 
+def test_the_loss_of_a_first_stage_is_left_out(convert, tmp_path, capsys):
+    source, target = tmp_path / "last.ckpt", tmp_path / "model.safetensors"
+    names = ("first_stage_model.loss.weight", "first_stage_model.decoder.weight", "lossy.weight")
+    torch.save({name: torch.ones(2) for name in names}, source)
+    assert convert([str(source), str(target)]) == 0
+    assert set(read_state_dict(target)) == set(names[1:])
+    assert "left out 1 entries of losses and samplers: first_stage_model.loss.weight" in capsys.readouterr().out
+
+
 def test_half_keeps_what_was_not_finite_before(convert, tmp_path):
     source, target = tmp_path / "last.ckpt", tmp_path / "model.safetensors"
     torch.save({"a.b": torch.tensor([float("nan"), float("-inf"), 1.0])}, source)
