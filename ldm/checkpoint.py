@@ -232,9 +232,18 @@ def save_checkpoint(
     """
     rest = dict(metadata or {})
     step = {"global_step": rest.pop("step")} if "step" in rest else {}
+    save_whole({"state_dict": dict(weights), **step, "metadata": rest}, path)
+
+
+def save_whole(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write `content` with `torch.save`, whole or not at all; the folder is made when missing.
+
+    Raises:
+        UserError: it cannot be written there, or the disk is full.
+    """
     with atomic_path(path) as temporary:
         try:
-            torch.save({"state_dict": dict(weights), **step, "metadata": rest}, temporary)
+            torch.save(content, temporary)
         except RuntimeError as error:  # how torch says that the disk is full
             raise OSError(str(error).splitlines()[0]) from error
 

@@ -7,12 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from ldm.checkpoint import read_checkpoint, read_state_dict
-from ldm.files import atomic_path
+from ldm.checkpoint import read_checkpoint, read_state_dict, save_whole
 from ldm.targets import shown
 from ldm.util import UserError
 
@@ -27,8 +25,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         """Write `checkpoint` to `path`, which holds the old file until the new one is complete."""
-        with atomic_path(path) as temporary:
-            torch.save(checkpoint, temporary)
+        save_whole(checkpoint, path)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.training.storage import check_resumable
+from ldm.training.storage import SafeCheckpointIO, check_resumable
 from ldm.util import UserError
 
 MODEL = nn.Linear(1, 1)
@@ -46,3 +46,18 @@ def test_a_strange_checkpoint_is_told_in_one_line(tmp_path, change, said):
     with pytest.raises(UserError, match=said) as error:
         check_resumable(tmp_path / "last.ckpt", MODEL, 4)
     assert "\n" not in str(error.value)
+
+
+def full_disk(content, path):
+    path.write_bytes(b"half")
+    raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    storage, path = SafeCheckpointIO(), tmp_path / "last.ckpt"
+    storage.save_checkpoint(RUN, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match=r"cannot write .*file write failed"):
+        storage.save_checkpoint(RUN, path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
