@@ -118,6 +118,16 @@ REFUSED = [
         None,
         "batch_freq",
     ),
+    (
+        "callback that writes anywhere",
+        [
+            *("-b", "tiny.yaml", "lightning.callbacks.x.target=main.SetupCallback"),
+            "lightning.callbacks.x.params={resume: 0, now: x, logdir: a, ckptdir: b, cfgdir: c, config: 0, "
+            "lightning_config: 0}",
+        ],
+        None,
+        "lightning.x is refused",
+    ),
     ("callback value", ["-b", "tiny.yaml", "lightning.modelcheckpoint.params.save_top_k=-5"], None, "modelcheckpoint"),
     ("accumulation", ["-b", "tiny.yaml", "--accumulate_grad_batches", "0"], None, "accumulate_grad_batches"),
     ("trainer value", ["-b", "tiny.yaml", "--precision", "bf17"], None, "bf17"),
