@@ -120,7 +120,7 @@ def _check_params(cls: Callable[..., Any], target: str, params: Mapping[str, Any
 
 
 def _wanted_instead(annotation: Any, value: Any) -> str | None:
-    """What a parameter annotated as a plain number or text needs instead of `value`; None where that may do.
+    """What a parameter annotated as a number, text or mapping needs instead of `value`; None where that may do.
 
     YAML makes text of `"5"` and a number of `5`, which is easily mistaken. Only what YAML can hold is judged, and
     not whether a number is whole: the classes know better.
@@ -130,6 +130,8 @@ def _wanted_instead(annotation: Any, value: Any) -> str | None:
         return None
     if kinds <= {"int", "float", "bool"} and isinstance(value, str | list | Mapping):
         return "true or false" if kinds == {"bool"} else "a number"
+    if all(kind.startswith("Mapping[") for kind in kinds) and isinstance(value, str | int | float | list):
+        return "names and values"
     return "text" if kinds == {"str"} and isinstance(value, int | float | list | Mapping) else None
 
 

@@ -103,6 +103,25 @@ REFUSED = [
     ),
     ("model parameter", ["-b", "tiny.yaml", "model.params.embed_dmi=3"], None, '"embed_dim"'),
     ("not trainable", ["-b", "tiny.yaml", "model.target=torch.nn.Identity"], None, "cannot be trained"),
+    ("parts that do not fit", ["-b", "tiny.yaml", "model.params=[1]"], None, "do not fit together"),
+    (
+        "network's parameters",
+        ["-b", "tiny.yaml", "model.params.ddconfig=3"],
+        None,
+        'needs names and values as "ddconfig"',
+    ),
+    *(
+        (section, ["-b", "tiny.yaml", f"{section}=3"], None, f'"{section}" must hold names and values')
+        for section in (
+            "lightning",
+            "lightning.trainer",
+            "lightning.callbacks",
+            "lightning.logger",
+            "lightning.logger.params",
+            "lightning.modelcheckpoint",
+            "lightning.modelcheckpoint.params",
+        )
+    ),
     ("learning rate", ["-b", "tiny.yaml", "model.base_learning_rate=fast"], None, "base_learning_rate"),
     ("data parameter", ["-b", "tiny.yaml", "data.params.batchsize=3"], None, '"batch_size"'),
     ("batch size", ["-b", "tiny.yaml", "data.params.batch_size=0"], None, "from 1 on"),
