@@ -98,7 +98,8 @@ def read_prompts(path: str | None, n: int) -> list[str]:
         prompts = [f"{drawing} on a {colour} background" for colour in COLOURS for drawing in DRAWINGS]
     else:
         try:
-            prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+            text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+            prompts = [line.strip() for line in text.splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f'cannot read the prompts "{path}": {error}; give UTF-8 text') from None
     if not prompts:

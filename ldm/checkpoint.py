@@ -31,8 +31,10 @@ from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-# Entries that published files hold for no reader: sampler tables, and losses with their discriminators.
-STRAY_PREFIXES = ("ddim_", "loss.")
+# A loss's own weights serve training alone; those of a first stage within a diffusion model serve nobody.
+LOSS_PREFIXES = ("loss.", "first_stage_model.loss.")
+# Entries that files hold for no reader: sampler tables, and losses with their discriminators.
+STRAY_PREFIXES = ("ddim_", *LOSS_PREFIXES)
 EMA_PREFIX = "model_ema."
 # Above this share of missing parameters a file is another model's, not an older version of this one's.
 MAX_MISSING_SHARE = 1e-3
@@ -166,7 +168,8 @@ def load_weights(
 
     _check_shapes(own, fitting, type(module).__name__, where)
     _check_complete(module, set(missing), ignored, where)
-    module.load_state_dict(fitting, strict=False)
+    # One number is one number, stored with a dimension or without.
+    module.load_state_dict({name: value.reshape(own[name].shape) for name, value in fitting.items()}, strict=False)
     _log("missing from", where, [name for name in missing if not _begins(name, (*ignored, *STRAY_PREFIXES))])
     _log("not used of", where, unexpected)
     return LoadReport(missing, unexpected)
@@ -208,10 +211,11 @@ def cast(name: str, value: Tensor, dtype: torch.dtype, remedy: str) -> Tensor:
     """`value` in `dtype`.
 
     Raises:
-        UserError: it holds numbers that are too large for it; `remedy` says what to do.
+        UserError: it holds numbers that are too large for it; `remedy` says what to do. What was infinite or no
+            number before is not `dtype`'s fault.
     """
     converted = value.detach().to(dtype)
-    if not torch.isfinite(converted).all():
+    if (value.isfinite() & ~converted.isfinite()).any():
         raise UserError(f"{_plain(name)} does not fit into {str(dtype).removeprefix('torch.')}; {remedy}")
     return converted
 
@@ -228,9 +232,18 @@ def save_checkpoint(
     """
     rest = dict(metadata or {})
     step = {"global_step": rest.pop("step")} if "step" in rest else {}
+    save_whole({"state_dict": dict(weights), **step, "metadata": rest}, path)
+
+
+def save_whole(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write `content` with `torch.save`, whole or not at all; the folder is made when missing.
+
+    Raises:
+        UserError: it cannot be written there, or the disk is full.
+    """
     with atomic_path(path) as temporary:
         try:
-            torch.save({"state_dict": dict(weights), **step, "metadata": rest}, temporary)
+            torch.save(content, temporary)
         except RuntimeError as error:  # how torch says that the disk is full
             raise OSError(str(error).splitlines()[0]) from error
 
@@ -440,7 +453,7 @@ def _check_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor], model:
 
 
 def _check_complete(module: nn.Module, missing: set[str], ignored: tuple[str, ...], where: str) -> None:
-    optional = (*ignored, "loss.")  # a loss's own weights serve training alone
+    optional = (*ignored, *LOSS_PREFIXES)
     sizes = {name: value.numel() for name, value in module.named_parameters() if not _begins(name, optional)}
     lost = [name for name in sizes if name in missing]
     share = sum(sizes[name] for name in lost) / max(1, sum(sizes.values()))

@@ -150,7 +150,7 @@ def prepared(model: Any) -> Iterator[None]:
 
     Every sampling run goes through here. A command that makes several runs enters it around all of them; entering
     again inside costs nothing. Pictures stay the same up to rounding. Inside, the model only runs: see
-    `packed_weights` and `kept_contexts`.
+    `packed_weights` and `kept_contexts`. `ema_scope` goes around it, and inside is an error.
 
     Args:
         model: a diffusion model with its network in `model`, and a `first_stage_model` where it has one.

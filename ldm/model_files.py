@@ -116,7 +116,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f'the configuration "{path}" describes no model; it needs "model:" with "target:" and "params:"'
         )
-    return {**model, "params": dict(model.get("params") or {})}
+    params = model.get("params")
+    if not isinstance(params, Mapping | None):
+        raise UserError(f'the configuration "{path}" is damaged: "params:" of its model must hold names and values')
+    return {**model, "params": dict(params or {})}
 
 
 def check_text_model(name: str, model_config: Mapping[str, Any], option: str, steps: int) -> None:
@@ -129,6 +132,8 @@ def check_text_model(name: str, model_config: Mapping[str, Any], option: str, st
     key, timesteps = params.get("cond_stage_key", "image"), params.get("timesteps", 1000)
     if key not in TEXT_KEYS:
         raise UserError(f'the model "{name}" draws from "{key}", not from text; choose a text-to-image model')
+    if not isinstance(timesteps, int):
+        raise UserError(f'the configuration of the model "{name}" needs a number as "timesteps"')
     if steps > timesteps:
         raise UserError(f"{option} {steps} is more than the model's {timesteps}; give {timesteps} or fewer")
 
@@ -144,13 +149,23 @@ class PictureSize:
 
     @classmethod
     def of(cls, model_config: Mapping[str, Any]) -> PictureSize:
-        """Read a model's configuration: its own size, pixels per latent, and what sizes must be multiples of."""
+        """Read a model's configuration: its own size, pixels per latent, and what sizes must be multiples of.
+
+        Raises:
+            UserError: it is not written like one.
+        """
         params = model_config["params"]
-        factor = 2 ** _halvings(params.get("first_stage_config"), "ch_mult")
-        unet = 2 ** _halvings(params.get("unet_config"), "channel_mult")
-        size = params.get("image_size", 256 // factor)
-        height, width = (size, size) if isinstance(size, int) else size
-        return cls(int(height) * factor, int(width) * factor, factor, factor * unet)
+        try:
+            factor = 2 ** _halvings(params.get("first_stage_config"), "ch_mult")
+            unet = 2 ** _halvings(params.get("unet_config"), "channel_mult")
+            size = params.get("image_size", 256 // factor)
+            height, width = (size, size) if isinstance(size, int) else size
+            return cls(int(height) * factor, int(width) * factor, factor, factor * unet)
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(
+                "the model's configuration does not tell its size; image_size must be a number, or height and width, "
+                "ch_mult and channel_mult must be lists"
+            ) from None
 
     def check(self, option: str, pixels: int) -> int:
         """`pixels`, if the model can make pictures of that size.

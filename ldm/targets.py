@@ -26,8 +26,9 @@ _TORCH_NN = (
     "Identity Embedding L1Loss MSELoss SmoothL1Loss HuberLoss CrossEntropyLoss BCELoss BCEWithLogitsLoss KLDivLoss "
     "GaussianNLLLoss ReLU LeakyReLU ELU GELU SiLU Mish Softplus Sigmoid Tanh Hardtanh"
 )
-# What the sections `lightning.callbacks`, `lightning.logger` and `lightning.modelcheckpoint` can use. TestTubeLogger
-# left Lightning long ago; that older configurations name it is told as what it is, a name that is gone.
+# What the sections `lightning.callbacks`, `lightning.logger` and `lightning.modelcheckpoint` can use; of the loggers
+# that send what they log elsewhere, the one most used. TestTubeLogger left Lightning long ago; that older
+# configurations name it is told as what it is, a name that is gone.
 _LIGHTNING = {
     "callbacks": (
         "BackboneFinetuning BatchSizeFinder DeviceStatsMonitor EarlyStopping EMAWeightAveraging "
@@ -35,11 +36,7 @@ _LIGHTNING = {
         "ModelSummary OnExceptionCheckpoint RichModelSummary RichProgressBar SpikeDetection "
         "StochasticWeightAveraging ThroughputMonitor Timer TQDMProgressBar WeightAveraging"
     ),
-    "loggers": (
-        "CometLogger CSVLogger LitLogger MLFlowLogger NeptuneLogger TensorBoardLogger TestTubeLogger WandbLogger"
-    ),
-    "strategies": "DDPStrategy DeepSpeedStrategy FSDPStrategy ModelParallelStrategy SingleDeviceStrategy",
-    "profilers": "AdvancedProfiler PassThroughProfiler PyTorchProfiler SimpleProfiler XLAProfiler",
+    "loggers": "CSVLogger TensorBoardLogger TestTubeLogger WandbLogger",
 }
 LISTED = frozenset(
     [

@@ -83,7 +83,8 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> An
     The two role names in `SPECIAL_CONFIGS` build nothing and give None.
 
     Raises:
-        UserError: no `target`, one that is refused or unknown, an unknown parameter, or a missing one.
+        UserError: no `target`, one that is refused or unknown, an unknown parameter, a missing one, or text where
+            a number belongs or the other way round.
     """
     if isinstance(config, str) and config in SPECIAL_CONFIGS:
         return None
@@ -91,7 +92,10 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> An
         raise UserError(f'a configuration to build needs a "target" key, got: {_shorten(config)}')
     target = config["target"]
     cls = get_obj_from_str(target)
-    params = {**(config.get("params") or {}), **extra}
+    params = config.get("params")
+    if not isinstance(params, Mapping | None):
+        raise UserError(f'{target}: "params" must hold names and values, got: {_shorten(params)}')
+    params = {**(params or {}), **extra}
     _check_params(cls, target, params)
     try:
         return cls(**params)
@@ -104,24 +108,42 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> An
 
 def _check_params(cls: Callable[..., Any], target: str, params: Mapping[str, Any]) -> None:
     accepted, required, open_ended = _parameters(cls)
-    if not open_ended:
-        for key in params:
-            if key not in accepted:
-                raise UserError(f'{target} has no parameter "{key}"{did_you_mean(key, accepted)}')
+    for key, value in params.items():
+        if not isinstance(key, str) or not (open_ended or key in accepted):
+            raise UserError(f'{target} has no parameter "{key}"{did_you_mean(str(key), accepted)}')
+        wanted = _wanted_instead(accepted.get(key), value)
+        if wanted is not None:
+            raise UserError(f'{target} needs {wanted} as "{key}", got: {_shorten(repr(value))}')
     missing = [name for name in required if name not in params]
     if missing:
         raise UserError(f"{target} needs the parameter{'s'[: len(missing) > 1]} {', '.join(missing)}")
 
 
-def _parameters(cls: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
-    """Names accepted, names required, and whether anything else is accepted too.
+def _wanted_instead(annotation: Any, value: Any) -> str | None:
+    """What a parameter annotated as a number, text or mapping needs instead of `value`; None where that may do.
+
+    YAML makes text of `"5"` and a number of `5`, which is easily mistaken. Only what YAML can hold is judged, and
+    not whether a number is whole: the classes know better.
+    """
+    kinds = set(annotation.split(" | ")) - {"None"} if isinstance(annotation, str) else set()
+    if not kinds or value is None:
+        return None
+    if kinds <= {"int", "float", "bool"} and isinstance(value, str | list | Mapping):
+        return "true or false" if kinds == {"bool"} else "a number"
+    if all(kind.startswith("Mapping[") for kind in kinds) and isinstance(value, str | int | float | list):
+        return "names and values"
+    return "text" if kinds == {"str"} and isinstance(value, int | float | list | Mapping) else None
+
+
+def _parameters(cls: Callable[..., Any]) -> tuple[dict[str, Any], list[str], bool]:
+    """Names accepted, with their annotations, names required, and whether anything else is accepted too.
 
     A constructor that hands `**kwargs` to its base class accepts what the base class accepts.
     """
     constructors = [cls]
     if inspect.isclass(cls):
         constructors = [c.__init__ for c in inspect.getmro(cls)[:-1] if "__init__" in vars(c)]
-    accepted: list[str] = []
+    accepted: dict[str, Any] = {}
     required: list[str] = []
     for constructor in constructors:
         try:
@@ -129,7 +151,7 @@ def _parameters(cls: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
         except (TypeError, ValueError):
             return accepted, required, True
         named = [p for p in parameters if p.name != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        accepted += [p.name for p in named]
+        accepted = {p.name: p.annotation for p in named} | accepted
         # What a base class requires may be given by the derived one; only the first constructor is called from here.
         if constructor is constructors[0]:
             required = [p.name for p in named if p.default is p.empty]

@@ -79,15 +79,18 @@ def without_strays(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def in_half(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` in float16, save single numbers and the schedule's tables, whose names have no dot."""
+    """`weights` in float16, save single numbers, what has no dot in its name, and schedules, also of models within."""
     import torch
 
     from ldm.checkpoint import cast
+    from ldm.modules.diffusionmodules.schedule import TABLE_NAMES
+
+    def is_weight(name: str, value: Tensor) -> bool:
+        _, dot, last = name.rpartition(".")
+        return value.is_floating_point() and value.dim() > 0 and bool(dot) and last not in TABLE_NAMES
 
     return {
-        name: cast(name, value, torch.float16, "leave out --half")
-        if value.is_floating_point() and value.dim() and "." in name
-        else value
+        name: cast(name, value, torch.float16, "leave out --half") if is_weight(name, value) else value
         for name, value in weights.items()
     }
 

@@ -172,11 +172,32 @@ def test_mismatches_are_logged_by_name(model, caplog):
     assert "ddim_" not in caplog.text and "loss." not in caplog.text
 
 
+def test_a_diffusion_model_needs_no_loss_of_its_first_stage(caplog):
+    """Present or not, where the file was trained or where it is read, it is passed over in silence."""
+    first_stage = nn.ModuleDict({"decoder": nn.Linear(2, 2), "loss": nn.Linear(9, 9)})
+    full, bare = (
+        nn.ModuleDict({"first_stage_model": nn.ModuleDict(each)})
+        for each in (first_stage, {"decoder": nn.Linear(2, 2)})
+    )
+    with caplog.at_level(logging.WARNING):
+        load_weights(bare, full.state_dict())
+        load_weights(full, bare.state_dict())
+    assert not caplog.records
+
+
 def test_stray_names_load_where_the_model_has_them():
     module = nn.ModuleDict({"loss": nn.Linear(2, 2)})
     weights = {"loss.weight": torch.full((2, 2), 5.0), "loss.bias": torch.zeros(2)}
     load_weights(module, weights)
     assert (module["loss"].weight == 5).all()
+
+
+@pytest.mark.parametrize("given", [(), (1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("own", [(), (1,), (1, 1)], ids=str)
+def test_one_number_fits_whatever_its_dimensions(own, given):
+    module = nn.ParameterDict({"scale": torch.zeros(own)})
+    load_weights(module, {"scale": torch.full(given, 3.0)})
+    assert torch.equal(module["scale"], torch.full(own, 3.0))
 
 
 def test_ignored_names_keep_their_values(model):

@@ -62,3 +62,33 @@ def test_a_misspelt_data_set_gets_a_hint():
             get_obj_from_str(target)
     with pytest.raises(UserError, match='no parameter "interpolatoin" \\(did you mean "interpolation"'):
         instantiate_from_config({"target": "ldm.data.lsun.LSUNChurchesTrain", "params": {"interpolatoin": "nearest"}})
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ([1], '"params" must hold names and values'),
+        (3, '"params" must hold names and values'),
+        ("abc", '"params" must hold names and values'),
+        ({1: 2}, 'has no parameter "1"'),
+        ({"min_snr_gamma": "5"}, "needs a number as \"min_snr_gamma\", got: '5'"),
+        ({"min_snr_gamma": [5]}, 'needs a number as "min_snr_gamma"'),
+        ({"use_ema": "no"}, 'needs true or false as "use_ema"'),
+        ({"beta_schedule": 3}, 'needs text as "beta_schedule"'),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_meant_are_told(params, said):
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        instantiate_from_config({"target": "ldm.models.diffusion.ddpm.DDPM", "params": with_network(params)})
+    assert "\n" not in str(error.value)
+
+
+def with_network(params):
+    network = {"target": "torch.nn.Identity"}
+    return {"unet_config": network, "timesteps": 5, **params} if isinstance(params, dict) else params
+
+
+def test_keys_that_are_no_text_are_told_by_classes_that_take_any_parameter():
+    with pytest.raises(UserError, match=r'torch\.nn\.Identity has no parameter "None"'):
+        instantiate_from_config({"target": "torch.nn.Identity", "params": {None: 1}})

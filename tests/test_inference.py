@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from parity_cases import assert_close, build, load_case
-from tiny_models import text_config, write_model
+from tiny_models import randomise, text_config, write_model
 from torch import nn
 
 from ldm import inference
@@ -163,7 +163,7 @@ def test_bfloat16_draws_nearly_the_same_picture(folder, model):
     assert_close(*pictures, tol=0.1)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "plms"])
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm"])
 def test_a_prepared_model_draws_the_same_pictures(model, monkeypatch, sampler):
     """Packed weights and kept keys change rounding only."""
     settings, noise = SamplerSettings(sampler, steps=6, scale=3.0), torch.randn(2, 3, 8, 8)
@@ -178,6 +178,72 @@ def test_a_prepared_model_draws_the_same_pictures(model, monkeypatch, sampler):
     plain = picture()
     for drawn in (alone, *together):
         assert_close(drawn, plain, 1e-4)
+
+
+class Corrector:
+    """Halves the predicted noise, by a method of the interface of a `score_corrector`."""
+
+    def modify_score(self, model, e_t, x, t, c, strength=1.0):
+        return e_t * (1 - 0.5 * strength)
+
+
+def test_a_prepared_model_fills_masks_with_guidance_and_a_corrector(model):
+    """All that a run may be given at once: what joins and splits batches must not meet another's keys."""
+    noise, known, mask = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.zeros(2, 1, 8, 8)
+    mask[..., :4] = 1
+    options = {"score_corrector": Corrector(), "corrector_kwargs": {"strength": 0.5}, "x0": known, "mask": mask}
+
+    def latents():
+        torch.manual_seed(5)
+        both = model.get_learned_conditioning(["a", "b"]), model.get_learned_conditioning(["", ""])
+        guided = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": both[1]}
+        sampler = inference.make_sampler("ddim", model)
+        return sampler.sample(4, 2, (3, 8, 8), both[0], x_T=noise, verbose=False, **guided, **options)[0]
+
+    with torch.no_grad():
+        plain = latents()
+        with prepared(model):
+            assert_close(latents(), plain, 1e-4)
+            assert_close(latents(), plain, 1e-4)
+
+
+def averaged_model():
+    model = instantiate_from_config(text_config(use_ema=True)).eval()
+    for index, shadow in enumerate(randomise(model).model_ema.buffers()):
+        if shadow.is_floating_point() and shadow.dim():
+            shadow.add_(0.02 * (index % 3))
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("runs_before", [0, 1], ids=["before the first run", "after a run"])
+def test_averages_do_not_take_the_place_of_prepared_weights(runs_before):
+    """Once swapped, packed weights were lost: the averages were put back as the model's own."""
+    model = averaged_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with prepared(model):
+        for _ in range(runs_before):
+            draw(model, ["a"])
+        with pytest.raises(UserError, match="enter ema_scope first"), model.ema_scope():
+            draw(model, ["a"])
+        with pytest.raises(UserError, match="enter ema_scope first"):
+            model.model_ema.copy_to(model.model)
+        draw(model, ["a"])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_model_is_prepared_with_its_averages(monkeypatch):
+    model = averaged_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    live = draw(model, ["a"])
+    with model.ema_scope(), prepared(model):
+        averaged = draw(model, ["a"])
+    monkeypatch.setattr(inference, "prepared", nullcontext)
+    with model.ema_scope():
+        assert_close(averaged, draw(model, ["a"]), 1e-4)
+    assert not torch.equal(averaged, live)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_a_run_computes_the_keys_of_its_context_once(model):
@@ -241,6 +307,9 @@ def test_unknown_words_are_found_once(model):
         ("- 1", "describes no model"),
         ("model: {params: {}}", "describes no model"),
         ("model: {target: a.B, params: {x: '${gone}'}}", "cannot read"),
+        ("model: {target: a.B, params: [1]}", "must hold names and values"),
+        ("model: {target: a.B, params: 3}", "must hold names and values"),
+        ("model: {target: a.B, params: abc}", "must hold names and values"),
         ("\x00", "cannot read"),
     ],
 )
@@ -286,6 +355,22 @@ def test_a_model_that_cannot_be_found_is_told(tmp_path, monkeypatch, options, ma
         (tmp_path / "models" / "ldm" / name / "model.ckpt").touch()
     with pytest.raises(UserError, match=match):
         find_model(**options)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"image_size": "x"},
+        {"image_size": [8]},
+        {"unet_config": {"params": [1]}},
+        {"unet_config": {"params": {"channel_mult": 3}}},
+        {"first_stage_config": {"params": {"ddconfig": 3}}},
+    ],
+    ids=str,
+)
+def test_sizes_that_are_none_are_told(params):
+    with pytest.raises(UserError, match="does not tell its size"):
+        PictureSize.of({"params": params})
 
 
 def test_sizes_follow_from_the_configuration(repo_root):

@@ -103,10 +103,29 @@ REFUSED = [
     ),
     ("model parameter", ["-b", "tiny.yaml", "model.params.embed_dmi=3"], None, '"embed_dim"'),
     ("not trainable", ["-b", "tiny.yaml", "model.target=torch.nn.Identity"], None, "cannot be trained"),
+    ("parts that do not fit", ["-b", "tiny.yaml", "model.params=[1]"], None, "do not fit together"),
+    (
+        "network's parameters",
+        ["-b", "tiny.yaml", "model.params.ddconfig=3"],
+        None,
+        'needs names and values as "ddconfig"',
+    ),
+    *(
+        (section, ["-b", "tiny.yaml", f"{section}=3"], None, f'"{section}" must hold names and values')
+        for section in (
+            "lightning",
+            "lightning.trainer",
+            "lightning.callbacks",
+            "lightning.logger",
+            "lightning.logger.params",
+            "lightning.modelcheckpoint",
+            "lightning.modelcheckpoint.params",
+        )
+    ),
     ("learning rate", ["-b", "tiny.yaml", "model.base_learning_rate=fast"], None, "base_learning_rate"),
     ("data parameter", ["-b", "tiny.yaml", "data.params.batchsize=3"], None, '"batch_size"'),
     ("batch size", ["-b", "tiny.yaml", "data.params.batch_size=0"], None, "from 1 on"),
-    ("batch size in words", ["-b", "tiny.yaml", "data.params.batch_size=many"], None, "from 1 on"),
+    ("batch size in words", ["-b", "tiny.yaml", "data.params.batch_size=many"], None, 'needs a number as "batch_size"'),
     ("left open", ["-b", "tiny.yaml", "model.params.ckpt_path=???"], None, "give model.params.ckpt_path=VALUE"),
     ("network parameter", ["-b", "tiny.yaml", "model.params.ddconfig.attn_typ=none"], None, '"attn_type"'),
     ("log folder", ["-b", "tiny.yaml", "-l", "tiny.yaml"], None, "choose a --logdir"),
@@ -117,6 +136,16 @@ REFUSED = [
         ["-b", "tiny.yaml", "lightning.callbacks.image_logger.params.batch_freq=3"],
         None,
         "batch_freq",
+    ),
+    (
+        "callback that writes anywhere",
+        [
+            *("-b", "tiny.yaml", "lightning.callbacks.x.target=main.SetupCallback"),
+            "lightning.callbacks.x.params={resume: 0, now: x, logdir: a, ckptdir: b, cfgdir: c, config: 0, "
+            "lightning_config: 0}",
+        ],
+        None,
+        "lightning.x is refused",
     ),
     ("callback value", ["-b", "tiny.yaml", "lightning.modelcheckpoint.params.save_top_k=-5"], None, "modelcheckpoint"),
     ("accumulation", ["-b", "tiny.yaml", "--accumulate_grad_batches", "0"], None, "accumulate_grad_batches"),

@@ -129,6 +129,11 @@ def kept_contexts(module: nn.Module) -> Iterator[None]:
             layer.kept = None
 
 
+def keeps_contexts(module: nn.Module) -> bool:
+    """Whether `module` runs within `kept_contexts`."""
+    return any(isinstance(part, CrossAttention) and part.kept is not None for part in module.modules())
+
+
 class BasicTransformerBlock(nn.Module):
     """Self-attention, attention to the context and a perceptron, each residual with a layer norm before it."""
 

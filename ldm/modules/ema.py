@@ -8,6 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ldm.modules.attention import keeps_contexts
+from ldm.modules.packing import has_stand_ins
+from ldm.util import UserError
+
 
 class LitEma(nn.Module):
     """Keeps a running average of every trainable parameter of `model`.
@@ -65,7 +69,12 @@ class LitEma(nn.Module):
             self.num_updates.zero_()
 
     def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the weights of `model` with the averages."""
+        """Overwrite the weights of `model` with the averages.
+
+        Raises:
+            UserError: as `swapped`.
+        """
+        _check_replaceable(model)
         for parameter, shadow in zip(*self._pairs(model), strict=True):
             parameter.data.copy_(shadow.data)
 
@@ -80,7 +89,11 @@ class LitEma(nn.Module):
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
-        """Run with the averages in the place of the weights of `model`; nothing is copied."""
+        """Run with the averages in the place of the weights of `model`; nothing is copied.
+
+        Raises:
+            UserError: `model` is prepared for sampling, with its present weights; nothing has changed then.
+        """
         self._swap(model)
         try:
             yield
@@ -88,5 +101,15 @@ class LitEma(nn.Module):
             self._swap(model)
 
     def _swap(self, model: nn.Module) -> None:
+        _check_replaceable(model)
         for parameter, shadow in zip(*self._pairs(model), strict=True):
             parameter.data, shadow.data = shadow.data, parameter.data
+
+
+def _check_replaceable(model: nn.Module) -> None:
+    # Packed weights cannot be swapped, and what is packed inside would be put back as the model's own afterwards.
+    if has_stand_ins(model) or keeps_contexts(model):
+        raise UserError(
+            "the weights of a model cannot be replaced while it is prepared for sampling; "
+            "enter ema_scope first, and within it ldm.inference.prepared"
+        )

@@ -48,6 +48,11 @@ def packed_weights(*modules: nn.Module) -> Iterator[None]:
             stand_in.remove()
 
 
+def has_stand_ins(module: nn.Module) -> bool:
+    """Whether `module` runs within `packed_weights`: some of its weights are packed, or will be when they are used."""
+    return any(isinstance(vars(part).get("forward"), _StandIn) for part in module.modules())
+
+
 def _can_pack(layer: nn.Module) -> bool:
     # Only torch's own layers, without a subclass's or a parametrization's ideas about the weight, and not packed yet.
     weight = layer._parameters.get("weight")

@@ -121,9 +121,12 @@ def build_callbacks(plan: Plan) -> list[Callback]:
 
 def _build_callback(name: str, config: dict[str, Any]) -> Callback:
     try:
-        return instantiate_from_config(config)
+        callback = instantiate_from_config(config)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"lightning.{name} cannot be built: {' '.join(str(error).split())}") from error
+    if type(callback) is SetupCallback:  # it writes text of its choice to a folder of its choice
+        raise UserError(f"lightning.{name} is refused: every run has its own SetupCallback; remove that one")
+    return callback
 
 
 def build_logger(plan: Plan) -> Any:

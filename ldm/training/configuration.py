@@ -59,7 +59,11 @@ def plan(chosen: argparse.Namespace) -> Plan:
         files = [*sorted((folder / "configs").glob("*.yaml")), *files]
     if not files:
         raise UserError("there is no configuration; give one with --base CONFIG.yaml, or a run with --resume")
-    merged = OmegaConf.merge(*(read_yaml(file) for file in files), _dotlist(overrides))
+    parts = [*(read_yaml(file) for file in files), _dotlist(overrides)]
+    try:
+        merged = OmegaConf.merge(*parts)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UserError(f"the configurations do not fit together: {_first_line(error)}") from None
     config, lightning = _split(merged)
     _add_trainer_arguments(lightning, chosen.trainer)
     if not chosen.train and checkpoint is None:
@@ -150,7 +154,14 @@ def _split(merged: DictConfig) -> tuple[DictConfig, DictConfig]:
     for key in sorted(OmegaConf.missing_keys(merged)):
         raise UserError(f"the configuration leaves {key} to you; give {key}=VALUE")
     lightning = merged.pop("lightning", None) or OmegaConf.create()
+    _check_mapping(lightning, "lightning")
     _check_keys(lightning, LIGHTNING_SECTIONS, 'the section "lightning"')
+    for name, section in lightning.items():
+        if section:
+            _check_mapping(section, f"lightning.{name}")
+    for name in ("logger", "modelcheckpoint"):
+        if lightning.get(name):
+            _check_mapping(lightning[name].get("params", {}), f"lightning.{name}.params")
     return merged, lightning
 
 
@@ -167,6 +178,11 @@ def _add_trainer_arguments(lightning: DictConfig, given: dict[str, Any]) -> None
     lightning.trainer = trainer
 
 
+def _check_mapping(section: Any, where: str) -> None:
+    if not isinstance(section, DictConfig | dict):
+        raise UserError(f'the section "{where}" must hold names and values, got: {_first_line(section)}')
+
+
 def _check_keys(config: DictConfig, known: Iterable[str], where: str) -> None:
     known = tuple(known)
     for key in config:
@@ -175,5 +191,5 @@ def _check_keys(config: DictConfig, known: Iterable[str], where: str) -> None:
             raise UserError(f'{where} has an unknown key "{key}"{did_you_mean(str(key), known)}{listed}')
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: object) -> str:
     return str(error).strip().split("\n")[0]

@@ -11,8 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
-from ldm.checkpoint import read_checkpoint
-from ldm.files import atomic_path
+from ldm.checkpoint import read_checkpoint, save_whole
 from ldm.images import batch_entry, batch_images
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LATENT_KEY, LatentDiffusion
@@ -77,8 +76,7 @@ def cache_latents(
     if cached is None or _condition(model) not in (None, *cached.fields):
         cached = _encode(dataset, model, variants, data.batch_size, torch.device(device), autocast_dtype)
         if path is not None:
-            with atomic_path(Path(path)) as temporary:
-                torch.save({"key": key, "moments": cached.moments, "fields": cached.fields}, temporary)
+            save_whole({"key": key, "moments": cached.moments, "fields": cached.fields}, path)
     data.datasets["train"] = cached
 
 

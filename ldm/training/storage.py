@@ -7,16 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from ldm.checkpoint import read_checkpoint
-from ldm.files import atomic_path
+from ldm.checkpoint import read_checkpoint, read_state_dict, save_whole
+from ldm.targets import shown
 from ldm.util import UserError
 
 # What a checkpoint holds besides weights when a run can continue from it.
-TRAINING_STATE = ("optimizer_states", "lr_schedulers", "loops")
+TRAINING_STATE = {"optimizer_states": list, "lr_schedulers": list, "loops": dict, "global_step": int}
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -26,8 +25,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         """Write `checkpoint` to `path`, which holds the old file until the new one is complete."""
-        with atomic_path(path) as temporary:
-            torch.save(checkpoint, temporary)
+        save_whole(checkpoint, path)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
@@ -44,7 +42,7 @@ def check_resumable(path: Path, model: nn.Module, max_steps: int) -> None:
     """Make sure that training can continue from `path`.
 
     Raises:
-        UserError: as `read_checkpoint`; or the file holds weights alone, another model, or a run that is over.
+        UserError: as `read_state_dict`; or the file holds weights alone, another model, or a run that is over.
     """
     checkpoint = read_checkpoint(path)
     for entry in ("state_dict", *TRAINING_STATE):
@@ -53,10 +51,13 @@ def check_resumable(path: Path, model: nn.Module, max_steps: int) -> None:
                 f'cannot continue from "{path}": it holds no {entry}; '
                 "start a new run from its weights with model.params.ckpt_path"
             )
-    saved, own = checkpoint["state_dict"], model.state_dict()
-    for name in (*saved, *own):
+    saved, own = read_state_dict(path), model.state_dict()
+    for name in (*checkpoint["state_dict"], *own):
         if name not in saved or name not in own or saved[name].shape != own[name].shape:
-            raise UserError(f'cannot continue from "{path}": it holds another model, they differ in "{name}"')
-    done = checkpoint.get("global_step", 0)
+            raise UserError(f'cannot continue from "{path}": it holds another model, they differ in {shown(name)}')
+    for entry, kind in TRAINING_STATE.items():
+        if not isinstance(checkpoint[entry], kind):
+            raise UserError(f'cannot continue from "{path}": its {entry} cannot be used; give another checkpoint')
+    done = checkpoint["global_step"]
     if 0 <= max_steps <= done:
         raise UserError(f'"{path}" has done {done} steps already; give more than that as --max_steps')

@@ -49,7 +49,7 @@ def test_the_reference_is_at_no_distance_from_itself(script, folder, monkeypatch
 def test_the_table_and_the_file_say_the_same(script, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "RUNS", (script.BASELINE, ("dpm", "logsnr", 10)))
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("fox\n\nred heart\nrainbow\n", encoding="utf-8")
+    prompts.write_text("fox\n\nred heart\nrainbow\n", encoding="utf-8-sig")
     options = ["--model", str(folder), "--from-file", str(prompts), "--n", "2", "--device", "cpu"]
     assert script.main([*options, "--scales", "1", "3", "--json", str(tmp_path / "rows.json")]) == 0
     written = json.loads((tmp_path / "rows.json").read_text())

@@ -7,7 +7,9 @@ import torch
 from parity_replay import assert_replayed
 from torch import nn
 
+from ldm.modules.attention import CrossAttention, kept_contexts
 from ldm.modules.ema import LitEma
+from ldm.util import UserError
 
 
 def test_updates_are_the_recorded_ones():
@@ -43,6 +45,16 @@ def test_swapping_copies_nothing_and_restores_even_after_an_error():
         raise RuntimeError
     assert torch.equal(model.weight, before)
     assert (ema.weight == 3).all()
+
+
+def test_weights_whose_keys_are_kept_are_not_swapped():
+    model = CrossAttention(4, 4, heads=1, dim_head=4)
+    ema, weight = LitEma(model), model.to_k.weight.data_ptr()
+    with kept_contexts(model), pytest.raises(UserError, match="prepared for sampling"), ema.swapped(model):
+        pass
+    with ema.swapped(model), kept_contexts(model):
+        assert model.to_k.weight.data_ptr() != weight
+    assert model.to_k.weight.data_ptr() == weight
 
 
 def test_store_copy_and_restore():

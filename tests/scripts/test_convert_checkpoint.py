@@ -126,6 +126,34 @@ def test_half_leaves_tables_and_single_numbers_alone(convert, checkpoint, weight
     assert read_checkpoint(target)["metadata"]["dtype"] == "float16"
 
 
+def test_half_leaves_the_tables_of_a_model_within_alone(convert, tmp_path):
+    """The classifier of noisy latents holds a whole diffusion model; its smallest values are 0 in float16."""
+    source, target = tmp_path / "last.ckpt", tmp_path / "model.safetensors"
+    tables = {f"diffusion_model.{name}": torch.linspace(1, 1e-9, 7) for name in ("alphas_cumprod", "betas")}
+    torch.save({"state_dict": {**tables, "diffusion_model.model.weight": torch.ones(3)}}, source)
+    assert convert([str(source), str(target), "--half"]) == 0
+    read = read_state_dict(target)
+    assert all(torch.equal(read[name], table) for name, table in tables.items())
+    assert read["diffusion_model.model.weight"].dtype == torch.float16
+
+
+def test_the_loss_of_a_first_stage_is_left_out(convert, tmp_path, capsys):
+    source, target = tmp_path / "last.ckpt", tmp_path / "model.safetensors"
+    names = ("first_stage_model.loss.weight", "first_stage_model.decoder.weight", "lossy.weight")
+    torch.save({name: torch.ones(2) for name in names}, source)
+    assert convert([str(source), str(target)]) == 0
+    assert set(read_state_dict(target)) == set(names[1:])
+    assert "left out 1 entries of losses and samplers: first_stage_model.loss.weight" in capsys.readouterr().out
+
+
+def test_half_keeps_what_was_not_finite_before(convert, tmp_path):
+    source, target = tmp_path / "last.ckpt", tmp_path / "model.safetensors"
+    torch.save({"a.b": torch.tensor([float("nan"), float("-inf"), 1.0])}, source)
+    assert convert([str(source), str(target), "--half"]) == 0
+    value = read_state_dict(target)["a.b"]
+    assert value[0].isnan() and value[1:].tolist() == [float("-inf"), 1.0]
+
+
 def test_mistakes_are_told_and_nothing_is_written(convert, checkpoint, weights, tmp_path, capsys):
     live, taken, large = tmp_path / "live.ckpt", tmp_path / "taken.safetensors", tmp_path / "large.ckpt"
     torch.save({name: value for name, value in weights.items() if not name.startswith("model_ema")}, live)

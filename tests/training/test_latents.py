@@ -69,6 +69,15 @@ def test_a_file_is_used_again_until_the_first_stage_or_the_data_change(model, tm
     assert not torch.allclose(first_moments(), kept)
 
 
+def test_a_full_disk_is_told(model, tmp_path, monkeypatch):
+    def fail(content, path):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError, match=r"cannot write .*latents\.pt.*file write failed"):
+        cache_latents(module(str(tmp_path / "latents.pt")), model)
+
+
 def test_only_a_gaussian_first_stage_has_moments(model):
     model.first_stage_model = torch.nn.Identity()
     with pytest.raises(UserError, match="AutoencoderKL"):

@@ -88,6 +88,9 @@ def diffusion_tables(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, n
     }
 
 
+TABLE_NAMES = frozenset(diffusion_tables(np.full(2, 0.5)))
+
+
 def lvlb_weights(tables: Mapping[str, np.ndarray], parameterization: str) -> np.ndarray:
     """Weights (T,) that turn the simple loss into the variational bound.
 
