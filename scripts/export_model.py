@@ -38,6 +38,9 @@ def make_parser() -> Parser:
         help="write the averaged or the live weights (default: averaged where there are any)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the parameters (default: %(default)s)")
+    parser.add_argument(
+        "--decoder", metavar="FILE", help="take the decoder of this first stage, trained on with freeze_encoder"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in the folder")
     return parser
 
@@ -58,6 +61,25 @@ def choose(weights: Mapping[str, Tensor], ema: bool | None, source: Path) -> tup
 
     kind = "ema" if ema or (ema is None and ema_names(weights)) else "live"
     return choose_weights(weights, kind, source), kind
+
+
+def with_decoder(weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The weights of a diffusion model with the decoder of another first stage, whose latents mean the same.
+
+    Raises:
+        UserError: the file's encoder is not the diffusion model's.
+    """
+    import torch
+
+    from ldm.checkpoint import read_state_dict
+
+    stage = {f"first_stage_model.{name}": value for name, value in read_state_dict(file).items()}
+    encodes = ("first_stage_model.encoder.", "first_stage_model.quant_conv.")
+    for name in (name for name in weights if name.startswith(encodes)):
+        if name not in stage or not torch.equal(stage[name], weights[name]):
+            raise UserError(f'"{file}" has another encoder ("{name}"); give --decoder a first stage trained on from it')
+    decodes = ("first_stage_model.decoder.", "first_stage_model.post_quant_conv.")
+    return {name: stage.get(name, value) if name.startswith(decodes) else value for name, value in weights.items()}
 
 
 def convert(model: Any, dtype: str) -> dict[str, Tensor]:
@@ -90,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     step = read_checkpoint(source).get("global_step", "unknown")
     weights, kind = choose(read_state_dict(source), args.ema, source)
+    if args.decoder:
+        weights = with_decoder(weights, Path(args.decoder))
     config = for_inference(read_config(find_config(source, args.config)))
     state_dict = convert(build_model(config, weights, f'"{source}"'), args.dtype)
     metadata = {"source_sha256": sha256(source), "weights": kind, "step": step, "dtype": args.dtype}

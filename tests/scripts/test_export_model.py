@@ -39,6 +39,23 @@ def run(tmp_path):
     return folder, model
 
 
+def test_a_decoder_that_was_trained_on_goes_in(export, run, tmp_path, capsys):
+    folder, model = run
+    ckpt, stage = folder / "checkpoints" / "last.ckpt", tmp_path / "stage.ckpt"
+    first_stage = {name: value.clone() for name, value in model.first_stage_model.state_dict().items()}
+    first_stage["decoder.conv_out.bias"] += 1
+    torch.save({"state_dict": first_stage}, stage)
+    options = ["--ckpt", str(ckpt), "--dtype", "float32", "--decoder", str(stage)]
+    assert export([*options, "--outdir", str(tmp_path / "a")]) == 0
+    weights = read_state_dict(tmp_path / "a" / "model.safetensors")
+    name = "first_stage_model.decoder.conv_out.bias"
+    assert torch.equal(weights[name], model.state_dict()[name] + 1)
+    first_stage["encoder.conv_in.bias"] += 1
+    torch.save({"state_dict": first_stage}, stage)
+    assert export([*options, "--outdir", str(tmp_path / "b")]) == 2
+    assert "another encoder" in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize("ema", [None, "--ema", "--no-ema"])
 def test_the_chosen_weights_are_written(export, run, tmp_path, ema, capsys):
     folder, model = run
