@@ -5,7 +5,6 @@ python benchmarks/decode.py --json decode.json
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -30,21 +29,13 @@ def contestants(
     import torch
 
     from benchmarks import architectures as nets
-    from benchmarks.timing import default_dtype, same_size
+    from benchmarks.timing import PREPARED, default_dtype, networks_to_compare
     from ldm.modules.packing import packed_weights
 
     with default_dtype(dtype), device:
         ours, theirs = nets.autoencoder(size), nets.diffusers_autoencoder(size)
-    same_size(ours, theirs)
-    networks = {
-        "diffusers": theirs,
-        "diffusers, channels-last": copy.deepcopy(theirs).to(memory_format=torch.channels_last),
-        "ldm": ours,
-        "ldm, as sampling runs it": copy.deepcopy(ours),
-    }
-    for network in networks.values():
-        network.eval().requires_grad_(False)
-    prepared.enter_context(packed_weights(*networks["ldm, as sampling runs it"].children()))
+    networks = networks_to_compare(ours, theirs)
+    prepared.enter_context(packed_weights(*networks[PREPARED].children()))
     z = torch.randn(1, nets.LATENT_CHANNELS, size.latent, size.latent, device=device).to(dtype)
     return {name: lambda network=network: network.decode(z) for name, network in networks.items()}
 

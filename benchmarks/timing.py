@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ from ldm.files import atomic_path
 from ldm.inference import choose_device
 from ldm.modules.packing import packed_weights
 
+PREPARED = "ldm, as sampling runs it"
 CPU_FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 
@@ -161,6 +163,20 @@ def same_size(ours: nn.Module, theirs: nn.Module) -> None:
     counts = [sum(parameter.numel() for parameter in module.parameters()) for module in (ours, theirs)]
     if counts[0] != counts[1]:
         raise AssertionError(f"{counts[0]} weights here, {counts[1]} there: not the same architecture")
+
+
+def networks_to_compare(ours: nn.Module, theirs: nn.Module) -> dict[str, nn.Module]:
+    """The networks by name, each frozen: diffusers' in both layouts, ours plain and one to be prepared."""
+    same_size(ours, theirs)
+    networks = {
+        "diffusers": theirs,
+        "diffusers, channels-last": copy.deepcopy(theirs).to(memory_format=torch.channels_last),
+        "ldm": ours,
+        PREPARED: copy.deepcopy(ours),
+    }
+    for network in networks.values():
+        network.eval().requires_grad_(False)
+    return networks
 
 
 def environment() -> dict[str, Any]:

@@ -5,7 +5,6 @@ python benchmarks/unet_forward.py --json unet_forward.json
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,6 @@ from ldm.cli import command
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; mistakes are told before
     import torch
-    from torch import nn
 
     from benchmarks import architectures as nets
 
@@ -33,23 +31,15 @@ def contestants(
     import torch
 
     from benchmarks import architectures as nets
-    from benchmarks.timing import default_dtype, same_size
+    from benchmarks.timing import PREPARED, default_dtype, networks_to_compare
     from ldm.modules.attention import kept_contexts
     from ldm.modules.packing import packed_weights
 
     with default_dtype(dtype), device:
         ours, theirs = nets.text_unet(size), nets.diffusers_text_unet(size)
-    same_size(ours, theirs)
-    networks: dict[str, nn.Module] = {
-        "diffusers": theirs,
-        "diffusers, channels-last": copy.deepcopy(theirs).to(memory_format=torch.channels_last),
-        "ldm": ours,
-        "ldm, as sampling runs it": copy.deepcopy(ours),
-    }
-    for network in networks.values():
-        network.eval().requires_grad_(False)
-    prepared.enter_context(packed_weights(networks["ldm, as sampling runs it"]))
-    prepared.enter_context(kept_contexts(networks["ldm, as sampling runs it"]))
+    networks = networks_to_compare(ours, theirs)
+    prepared.enter_context(packed_weights(networks[PREPARED]))
+    prepared.enter_context(kept_contexts(networks[PREPARED]))
     x = torch.randn(BATCH, nets.LATENT_CHANNELS, size.latent, size.latent, device=device).to(dtype)
     t, context = torch.tensor([500] * BATCH, device=device), torch.randn(BATCH, *size.context, device=device).to(dtype)
     return {name: lambda network=network: network(x, t, context) for name, network in networks.items()}
