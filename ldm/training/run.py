@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import OmegaConf
 
+from ldm.allocator import keep_freed_memory
+from ldm.precision import choose_training_precision
 from ldm.training.configuration import START_TIME_VARIABLE, Plan
 from ldm.util import UserError
 
@@ -42,6 +44,8 @@ def run(plan: Plan) -> None:
     """
     settings = trainer_settings(plan)
     check_numbers(plan, settings)
+    if settings["accelerator"] == "cpu":
+        keep_freed_memory()
     _quieten()
     from pytorch_lightning import seed_everything
 
@@ -88,8 +92,17 @@ def trainer_settings(plan: Plan) -> dict[str, Any]:
         settings.setdefault("devices", 1)
     if settings["accelerator"] in ("gpu", "cuda"):
         _check_gpus(settings.get("devices", "auto"))
+    if "precision" in settings:
+        settings["precision"] = choose_training_precision(settings["precision"], _device_type(settings["accelerator"]))
     settings.setdefault("default_root_dir", str(plan.folder))
     return settings
+
+
+def _device_type(accelerator: str) -> str:
+    """The type of device that Lightning's word stands for."""
+    if accelerator in ("gpu", "auto"):
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return accelerator if accelerator in ("cuda", "mps") else "cpu"
 
 
 def parse_gpus(gpus: Any) -> list[int] | int:
