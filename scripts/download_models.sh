@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Fetch every diffusion model whose configuration is in models/ldm. Options: scripts/download_weights.py --help
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$root/.venv/bin/python
+[ -x "$python" ] || python=python3
+exec "$python" "$root/scripts/download_weights.py" models "$@"
