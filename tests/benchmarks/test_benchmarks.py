@@ -24,7 +24,7 @@ COMMANDS = {
     if (words := shlex.split(line))
 }
 SHARED = {"architectures", "options", "timing"}
-NOT_TIMED = {"sampler_accuracy"}  # see test_sampler_accuracy.py
+NOT_TIMED = {"sampler_accuracy", "memory"}  # see test_sampler_accuracy.py and test_memory.py
 
 
 def load(name):

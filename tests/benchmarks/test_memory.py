@@ -1,0 +1,91 @@
+"""The count of memory agrees with sums by hand, and with what a real run allocates."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny_models import text_config
+from torch import nn
+
+from benchmarks.memory import LiveBytes, count, main
+
+FLOAT = 4
+
+
+def test_the_live_are_added_up():
+    memory = LiveBytes()
+    with memory.watching():
+        a = torch.zeros(100)
+        view, b = a[10:20], a + 1
+        assert (memory.live, memory.peak) == (200 * FLOAT, 200 * FLOAT)
+        del a
+        assert memory.live == 200 * FLOAT, "the view holds it"
+        del view
+        assert memory.live == 100 * FLOAT
+        b.add_(1)  # nothing new
+    assert (memory.live, memory.peak) == (100 * FLOAT, 200 * FLOAT)
+    with memory.watching():
+        assert memory.peak == 100 * FLOAT, "a phase starts with what is there"
+
+
+@torch.no_grad()
+def test_a_chain_of_layers_needs_two_results_at_once():
+    """x is there throughout; each layer's input goes when its result is there."""
+    layers, x, memory = nn.Sequential(*(nn.Linear(64, 64) for _ in range(5))), torch.zeros(8, 64), LiveBytes()
+    for tensor in (*layers.parameters(), x):
+        memory.add(tensor)
+    held = (5 * (64 * 64 + 64) + 8 * 64) * FLOAT
+    assert memory.live == held
+    with memory.watching():
+        y = layers(x)
+    assert memory.peak == held + 2 * 8 * 64 * FLOAT and memory.live == held + y.numel() * FLOAT
+
+
+def test_fake_tensors_count_as_real_ones():
+    """The same convolutions and attention, on tensors with values and without."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def peak() -> int:
+        memory = LiveBytes()
+        layer = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 3, 1))
+        for tensor in layer.parameters():
+            memory.add(tensor)
+        with torch.no_grad(), memory.watching():
+            x = layer(torch.zeros(2, 3, 16, 16))
+            q = x.reshape(2, 1, 48, 16)
+            nn.functional.scaled_dot_product_attention(q, q, q)
+        return memory.peak
+
+    real = peak()
+    with FakeTensorMode():
+        assert peak() == real
+
+
+def test_the_weights_of_a_model_are_its_numbers_times_their_size():
+    counted = count(text_config(), 16, 16, 1, torch.bfloat16)
+    halves = count(text_config(), 16, 16, 1, torch.float32)
+    weights = counted["weights"]
+    assert 1.8 < halves["weights"] / weights <= 2
+    assert weights < min(counted[phase] for phase in ("text encoder", "guided step", "decoder"))
+
+
+def test_the_table_and_the_file_say_the_same(tmp_path, capsys):
+    OmegaConf.save(OmegaConf.create({"model": text_config()}), tmp_path / "tiny.yaml")
+    words = ["--config", tmp_path / "tiny.yaml", "--H", 16, "--W", 32, "--json", tmp_path / "out.json"]
+    assert main([str(word) for word in words]) == 0
+    peaks = json.loads((tmp_path / "out.json").read_text())["bytes"]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row.split("|")[1].strip() for row in rows] == list(peaks)
+    assert main(["--config", str(tmp_path / "tiny.yaml"), "--H", "17"]) == 2
+
+
+@pytest.mark.slow
+def test_the_published_model_draws_512_x_1024_in_8_gb(repo_root):
+    from ldm.model_files import read_config
+
+    config = read_config(repo_root / "configs/latent-diffusion/txt2img-1p4B-eval.yaml")
+    peaks = count(config, 512, 1024, 1, torch.bfloat16)
+    assert 3.0e9 < peaks["weights"] < 3.1e9 and max(peaks.values()) < 5e9
