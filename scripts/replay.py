@@ -1,0 +1,73 @@
+"""Draw pictures again from the settings inside them, and say whether they are identical.
+
+python scripts/replay.py outputs/txt2img-samples/samples/0000.png
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+
+from ldm.cli import Parser, command, model_options
+from ldm.files import check_writable
+from ldm.tasks.metadata import Origin, Record
+from ldm.tasks.replay import model_of, replay
+
+
+def make_parser() -> Parser:
+    """The options."""
+    parser = Parser(
+        description="Draw pictures again from the settings inside them, and say whether they are identical. "
+        "The exit status is 1 when one is not.",
+        epilog="example: python scripts/replay.py outputs/txt2img-samples/samples/0000.png",
+        parents=[model_options()],
+    )
+    parser.add_argument("pictures", nargs="+", metavar="PNG", help="a picture that a command here wrote")
+    parser.add_argument("--outdir", metavar="DIR", help="keep what is drawn again there (default: only compare)")
+    parser.set_defaults(precision=None)
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    args = make_parser().parse_args(argv)
+    paths = [Path(path) for path in args.pictures]
+    records = [Record.read(path) for path in paths]
+    if args.outdir:
+        check_writable(Path(args.outdir), "--outdir")
+
+    from ldm.images import save_png
+    from ldm.inference import choose_device, load_model
+    from ldm.precision import choose_precision
+
+    device = choose_device(args.device)
+
+    @lru_cache(maxsize=1)
+    def loaded(config: Path, checkpoint: Path, precision: str) -> Any:
+        return load_model(config, checkpoint, device, choose_precision(precision, device))
+
+    def load(origin: Origin) -> Any:
+        files = model_of(origin, args.model, args.config, args.ckpt)
+        return loaded(files.config, files.checkpoint, args.precision or origin.precision)
+
+    identical = True
+    for path, record in zip(paths, records, strict=True):
+        comparison = replay(record, path, load)
+        print(comparison)
+        identical &= comparison.identical
+        if args.outdir:
+            origin = record.origin
+            save_png(
+                comparison.again, Path(args.outdir) / path.name, origin.text(record.inputs, record.seed, record.place)
+            )
+    return 0 if identical else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
