@@ -32,6 +32,11 @@ PIL_METHODS = {
 }
 
 
+def plain_entries(item: Mapping[str, Any]) -> dict[str, Any]:
+    """An item without its maps: its `image`, texts and numbers."""
+    return {key: value for key, value in item.items() if key == "image" or isinstance(value, str | int | float)}
+
+
 class PictureFiles(Dataset):
     """Picture files, with further entries for each.
 

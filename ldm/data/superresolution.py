@@ -5,7 +5,7 @@ Shapes: pixels (H, W, 3) uint8; images float32 in [-1, 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,13 +19,14 @@ from ldm.data.pictures import (
     PictureFiles,
     crop_square,
     pil_method,
+    plain_entries,
     read_pixels,
     resize_smaller_side,
     to_image,
 )
 from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light
 from ldm.modules.image_degradation.ops import RESIZE_METHODS, from_pixels, resize, to_pixels
-from ldm.util import UserError, did_you_mean
+from ldm.util import UserError, did_you_mean, instantiate_from_config
 
 BSR = {"bsrgan": degradation_fn_bsr, "bsrgan_light": degradation_fn_bsr_light}
 DEGRADATIONS = (
@@ -85,6 +86,35 @@ class SuperResolution(Dataset):
         pixels = resize_smaller_side(crop_square(pixels, side, self.random_crop), self.size, "area")
         small = self.degrade(np.ascontiguousarray(pixels))
         return {**self.pictures.entries(index), "image": to_image(pixels), "LR_image": to_image(small)}
+
+
+class SmallerPictures(Dataset):
+    """The items of another data set of square pictures, with each `image` also `downscale_f` times smaller.
+
+    Items are the other's `image` and its texts and numbers, and `LR_image` (S / downscale_f, …, 3) float32 in [-1, 1].
+
+    Args:
+        dataset: `target` and `params` of the other data set.
+        degradation, downscale_f: as for `SuperResolution`.
+
+    Raises:
+        UserError: an unknown degradation, or pictures that are not divisible.
+    """
+
+    def __init__(self, dataset: Mapping[str, Any], degradation: str = "pil_bicubic", downscale_f: int = 4) -> None:
+        self.dataset = instantiate_from_config(dataset)
+        size = self.dataset[0]["image"].shape[0]
+        if size % downscale_f:
+            raise UserError(f"SmallerPictures: pictures of {size} px are not divisible by downscale_f ({downscale_f})")
+        self.degrade = degradation_of(degradation, size // downscale_f, downscale_f)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = plain_entries(self.dataset[index])
+        pixels = to_pixels((item["image"] + 1.0) / 2.0)
+        return {**item, "LR_image": to_image(self.degrade(pixels))}
 
 
 def degradation_of(name: str | None, size: int, factor: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ldm.checkpoint import read_checkpoint, save_whole
 from ldm.images import batch_entry, batch_images
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.diffusion.ddpm import LATENT_KEY, LatentDiffusion
+from ldm.models.diffusion.ddpm import CONDITIONING_KEY, LATENT_KEY, LatentDiffusion
 from ldm.training.data import DataModuleFromConfig
 from ldm.util import UserError
 
@@ -26,22 +26,32 @@ class CachedLatents(Dataset):
 
     An item is the original item without its pictures, that is its text, numbers and rows of whole numbers, plus
     `latent_moments` (2c, h, w): mean and log-variance, from which the model samples anew each time. With several
-    variants every original item is there so many times, each time augmented otherwise.
+    variants every original item is there so many times, each time augmented otherwise. Of a model that is conditioned
+    on pictures, what its conditioning stage says of them is kept as `conditioning`.
 
     Args:
         moments: (items, 2c, h, w) float16.
         fields: the other entries of the items, lists of the same length.
+        conditioning: (items, c', h, w) float16, or None.
     """
 
-    def __init__(self, moments: torch.Tensor, fields: dict[str, list[Any]]) -> None:
-        self.moments, self.fields = moments, fields
+    def __init__(
+        self, moments: torch.Tensor, fields: dict[str, list[Any]], conditioning: torch.Tensor | None = None
+    ) -> None:
+        self.moments, self.fields, self.conditioning = moments, fields, conditioning
 
     def __len__(self) -> int:
         return len(self.moments)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = {key: values[index] for key, values in self.fields.items()}
+        if self.conditioning is not None:
+            item[CONDITIONING_KEY] = self.conditioning[index].float()
         return {**item, LATENT_KEY: self.moments[index].float()}
+
+    def serves(self, model: LatentDiffusion) -> bool:
+        """Whether what the model is conditioned on is kept."""
+        return self.conditioning is not None or _condition(model) in (None, *self.fields)
 
 
 def cache_latents(
@@ -73,10 +83,11 @@ def cache_latents(
     variants, path = settings.get("variants", 1), settings.get("path")
     key = _digest(model, data.dataset_configs["train"], len(dataset), variants, autocast_dtype)
     cached = _stored(path, key)
-    if cached is None or _condition(model) not in (None, *cached.fields):
+    if cached is None or not cached.serves(model):
         cached = _encode(dataset, model, variants, data.batch_size, torch.device(device), autocast_dtype)
         if path is not None:
-            save_whole({"key": key, "moments": cached.moments, "fields": cached.fields}, path)
+            content = {"moments": cached.moments, "fields": cached.fields, "conditioning": cached.conditioning}
+            save_whole({"key": key, **content}, path)
     data.datasets["train"] = cached
 
 
@@ -89,7 +100,7 @@ def _stored(path: str | None, key: str) -> CachedLatents | None:
         log.info("the latents in %s belong to another first stage or data set; making them anew", path)
         return None
     log.info("using the latents in %s", path)
-    return CachedLatents(stored["moments"], stored["fields"])
+    return CachedLatents(stored["moments"], stored["fields"], stored.get("conditioning"))
 
 
 @torch.no_grad()
@@ -101,22 +112,25 @@ def _encode(
     device: torch.device,
     autocast_dtype: torch.dtype | None,
 ) -> CachedLatents:
-    encoder = model.first_stage_model.to(device)
+    model = model.to(device)
     moments: list[torch.Tensor] = []
+    conditioning: list[torch.Tensor] = []
     fields: dict[str, list[Any]] = {}
     loader = DataLoader(dataset, batch_size=batch_size)
     with tqdm(total=variants * len(dataset), desc="encoding latents", unit="image") as progress:
         for _ in range(variants):
             for batch in loader:
                 small = _small_fields(batch, model.first_stage_key)
-                _check_condition(model, batch, small)
+                pictures = _condition(model) not in (None, *small)
                 images = batch_images(batch, model.first_stage_key).to(device)
                 with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                    moments.append(encoder.encode(images).parameters.to("cpu", torch.float16))
+                    if pictures:
+                        conditioning.append(_encode_condition(model, batch).to("cpu", torch.float16))
+                    moments.append(model.first_stage_model.encode(images).parameters.to("cpu", torch.float16))
                 for key, values in small.items():
                     fields.setdefault(key, []).extend(values)
                 progress.update(len(images))
-    return CachedLatents(torch.cat(moments), fields)
+    return CachedLatents(torch.cat(moments), fields, torch.cat(conditioning) if conditioning else None)
 
 
 def _small_fields(batch: dict[str, Any], image_key: str) -> dict[str, list[Any]]:
@@ -138,26 +152,35 @@ def _condition(model: LatentDiffusion) -> str | None:
     return None if model.model.conditioning_key is None else model.cond_stage_key
 
 
-def _check_condition(model: LatentDiffusion, batch: dict[str, Any], kept: dict[str, list[Any]]) -> None:
-    """Whether what the model is conditioned on is kept.
+def _encode_condition(model: LatentDiffusion, batch: dict[str, Any]) -> torch.Tensor:
+    """What the conditioning stage says of a batch's pictures, (B, c', h, w).
 
     Raises:
-        UserError: it is not, or not there to begin with.
+        UserError: they are not there, or it may say something else later.
     """
-    key = _condition(model)
-    if key is not None and key not in kept:
-        batch_entry(batch, key)
+    key = model.cond_stage_key
+    batch_entry(batch, key)
+    if model.cond_stage_trainable or model.cond_dropout > 0 or model.shorten_cond_schedule:
         raise UserError(
-            f'latent_cache cannot keep "{key}", the model\'s cond_stage_key: besides latents it keeps text, numbers '
-            "and rows of whole numbers only; remove it from data.params"
+            f'latent_cache cannot keep "{key}", the model\'s cond_stage_key, which its training changes '
+            "(cond_stage_trainable, cond_dropout or num_timesteps_cond); remove it from data.params"
         )
+    encoded = model.get_learned_conditioning(model.raw_conditioning(batch))
+    if not isinstance(encoded, torch.Tensor) or encoded.dim() != 4:
+        raise UserError(f'latent_cache cannot keep "{key}", the model\'s cond_stage_key; remove it from data.params')
+    return encoded
 
 
 def _digest(model: LatentDiffusion, *settings: Any) -> str:
-    """A hash of the first stage's weights and of the settings that decide what is encoded, and how."""
+    """A hash of the frozen stages' weights and of the settings that decide what is encoded, and how."""
     digest = hashlib.sha256(repr(settings).encode())
-    for name, value in model.first_stage_model.state_dict().items():
-        if not name.startswith("loss."):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    stages = [model.first_stage_model]
+    if _condition(model) is not None and not model.cond_stage_trainable:
+        digest.update(f"{model.cond_stage_key} {model.cond_stage_model}".encode())
+        stages += [model.cond_stage_model] if model.cond_stage_model is not model.first_stage_model else []
+    for stage in stages:
+        for name, value in stage.state_dict().items():
+            if not name.startswith("loss."):
+                digest.update(name.encode())
+                digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()

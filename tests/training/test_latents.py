@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import randomise, text_config
+from tiny_models import inpainting_config, randomise, superresolution_config, text_config
 
 from ldm.models.diffusion.ddpm import LATENT_KEY
 from ldm.training.data import DataModuleFromConfig
@@ -140,3 +140,37 @@ def test_a_conditioning_that_is_not_kept_is_refused_before_anything_is_encoded(k
     model.model.conditioning_key = None
     with pytest.raises(TypeError, match="not callable"):
         cache_latents(layouts(), model)
+
+
+@pytest.mark.parametrize(
+    ("config", "wrapper", "params"),
+    [
+        (inpainting_config(), "inpainting.MaskedPictures", {"fixed": True}),
+        (superresolution_config(), "superresolution.SmallerPictures", {"downscale_f": 2}),
+    ],
+    ids=["inpainting", "superresolution"],
+)
+def test_what_pictures_condition_is_kept(config, wrapper, params, tmp_path):
+    """The model gets from a cached batch what it gets from the pictures; the file serves again, and no other model."""
+    model = randomise(instantiate_from_config(config))
+    source = {"target": "ldm.data.emoji.EmojiValidation", "params": {"size": 16, "names": NAMES, "split": "seen"}}
+    train = {"target": f"ldm.data.{wrapper}", "params": {"dataset": source, **params}}
+
+    def cached(model):
+        cache = {"path": str(tmp_path / "latents.pt")}
+        data = DataModuleFromConfig(batch_size=3, train=train, num_workers=0, latent_cache=cache)
+        cache_latents(data, model)
+        return torch.utils.data.default_collate([data.datasets["train"][i] for i in (0, 5)])
+
+    pictures = instantiate_from_config(train)
+    batch = torch.utils.data.default_collate([pictures[i] for i in (0, 5)])
+    expected = model.get_input(batch, "image")[1]
+    for _ in range(2):
+        kept = model.get_input(cached(model), "image")[1]
+        torch.testing.assert_close(kept, expected, rtol=2e-3, atol=2e-3)
+    assert "image" not in cached(model) and model.shared_step(cached(model))[0].isfinite()
+    assert model.log_images(cached(model), N=2, ddim_steps=1, plot_progressive_rows=False)["samples"].isfinite().all()
+    model.cond_dropout = 0.1
+    (tmp_path / "latents.pt").unlink()
+    with pytest.raises(UserError, match=r"latent_cache cannot keep .*cond_dropout"):
+        cached(model)

@@ -1,0 +1,65 @@
+"""Random masks, and the items that in-painting trains on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.data.emoji import EmojiValidation
+from ldm.data.inpainting import LARGEST_SHARE, MaskedPictures, masked, random_mask
+from ldm.data.superresolution import SmallerPictures
+from ldm.util import UserError
+
+SOURCE = {"target": "ldm.data.emoji.EmojiValidation", "params": {"size": 64, "names": ["rocket", "fox"]}}
+
+
+def test_masks_cover_something_and_leave_something():
+    masks = [random_mask(24, 40, np.random.default_rng(i)) for i in range(200)]
+    shares = np.array([(mask > 0).mean() for mask in masks])
+    assert all(mask.shape == (24, 40, 1) and set(np.unique(mask)) == {-1, 1} for mask in masks)
+    assert shares.min() > 0 and shares.max() <= LARGEST_SHARE and shares.std() > 0.05
+    assert 0.1 < shares.mean() < 0.4
+    reached = np.mean([mask > 0 for mask in masks], axis=0)
+    assert reached.min() > 0.02, "some place is never masked"
+
+
+def test_masks_fit_the_smallest_pictures():
+    for i in range(50):
+        assert (random_mask(3, 2, np.random.default_rng(i)) > 0).any()
+
+
+def test_items_hold_what_a_model_is_conditioned_on():
+    pictures, plain = MaskedPictures(SOURCE), EmojiValidation(64, names=["rocket", "fox"])
+    assert len(pictures) == len(plain)
+    item = pictures[0]
+    hole = item["mask"][..., 0] > 0
+    assert (item["image"] == plain[0]["image"]).all() and item["caption"] == plain[0]["caption"]
+    assert (item["masked_image"][hole] == -1).all()
+    assert (item["masked_image"][~hole] == item["image"][~hole]).all()
+    assert item["masked_image"].dtype == item["mask"].dtype == np.float32
+    assert (masked(item["image"], -np.ones_like(item["mask"])) == item["image"]).all()
+
+
+def test_training_masks_come_from_torchs_generator_and_fixed_ones_from_the_item():
+    training, fixed = MaskedPictures(SOURCE), MaskedPictures(SOURCE, fixed=True)
+
+    def two(dataset, seed):
+        torch.manual_seed(seed)
+        return [dataset[0]["mask"] for _ in range(2)]
+
+    assert all((a == b).all() for a, b in zip(two(training, 1), two(training, 1), strict=True))
+    assert (two(training, 1)[0] != two(training, 1)[1]).any() and (two(training, 1)[0] != two(training, 2)[0]).any()
+    assert (two(fixed, 1)[0] == two(fixed, 2)[1]).all() and (fixed[0]["mask"] != fixed[1]["mask"]).any()
+
+
+def test_smaller_pictures_are_pillows():
+    from PIL import Image
+
+    item = SmallerPictures(SOURCE)[0]
+    pixels = Image.fromarray(((item["image"] + 1) * 127.5).round().astype(np.uint8))
+    small = np.asarray(pixels.resize((16, 16), Image.Resampling.BICUBIC)) / 127.5 - 1
+    np.testing.assert_allclose(item["LR_image"], small, atol=1e-6)
+    assert "mask" not in item and item["caption"].startswith(("rocket", "fox"))
+    with pytest.raises(UserError, match="not divisible by downscale_f"):
+        SmallerPictures(SOURCE, downscale_f=5)

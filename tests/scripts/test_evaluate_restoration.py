@@ -1,0 +1,85 @@
+"""Figures of restored pictures against closed forms and simple methods."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import inpainting_config, superresolution_config, write_model
+
+from ldm.tasks.inpainting import Holed
+
+
+@pytest.fixture(scope="module")
+def evaluate(load_script):
+    return load_script("evaluate_restoration")
+
+
+def test_the_scores_are_those_of_their_definition(evaluate):
+    originals = np.full((2, 4, 4, 3), 100, np.uint8)
+    results = originals.copy()
+    results[0, 0] += 10  # inside
+    results[1, 0] += 20
+    results[:, 3] = 255  # outside
+    where = np.zeros((2, 4, 4), bool)
+    where[:, :2] = True
+    row = evaluate.compare("x", originals, results, where)
+    psnrs = [10 * np.log10(255**2 / (d**2 / 2)) for d in (10, 20)]
+    assert row.psnr == pytest.approx(np.mean(psnrs)) and row.error == pytest.approx((5 + 10) / 2)
+    assert evaluate.compare("x", originals, originals, where).psnr == pytest.approx(100)
+
+
+def test_the_mean_colour_is_of_what_is_known(evaluate):
+    image = np.zeros((2, 2, 3), np.uint8)
+    image[0] = [[10, 20, 30], [30, 40, 50]]
+    mask = np.array([[False, False], [True, True]])
+    filled = evaluate.mean_filling(Holed(image, mask))
+    assert filled[1].tolist() == [[20, 30, 40]] * 2 and (filled[0] == image[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "methods", "columns"),
+    [
+        (inpainting_config(), ["mean colour of the rest", "tiny"], 4),
+        (superresolution_config(), ["bicubic", "tiny"], 3),
+    ],
+    ids=["inpainting", "superresolution"],
+)
+def test_a_table_scores_and_a_sheet(evaluate, tmp_path, capsys, monkeypatch, config, methods, columns):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    write_model(tmp_path / "tiny", config)
+    options = ["--n", "5", "--steps", "1", "--batch_size", "3", "--model", str(tmp_path / "tiny")]
+    assert evaluate.main([*options, "--json", str(tmp_path / "s.json"), "--grid", str(tmp_path / "s.png")]) == 0
+    printed = capsys.readouterr()
+    assert [line.split("|")[1].strip() for line in printed.out.splitlines()[2:]] == methods
+    content = json.loads((tmp_path / "s.json").read_text())
+    assert [row["method"] for row in content["scores"]] == methods and content["settings"]["n"] == 5
+    with Image.open(tmp_path / "s.png") as file:
+        assert file.size == (columns * 18 + 2, 5 * 18 + 2)
+    again = [*options[:5], "5", *options[6:], "--json", str(tmp_path / "t.json")]
+    assert evaluate.main(again) == 0
+    other = json.loads((tmp_path / "t.json").read_text())
+    for a, b in zip(content["scores"], other["scores"], strict=True):
+        assert a["psnr"] == pytest.approx(b["psnr"], abs=0.05), "the batch does not count"
+
+
+def test_telea_is_told_to_be_missing(evaluate, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert evaluate.telea_filling() is None
+    assert "left out" in caplog.text and "evaluation" in caplog.text
+
+
+def test_telea_fills_what_is_masked(evaluate):
+    pytest.importorskip("cv2")
+    image = np.full((16, 16, 3), 90, np.uint8)
+    image[4:8, 4:8] = 0
+    filled = evaluate.telea_filling()(Holed(image, (image == 0).all(-1)))
+    assert (filled[image > 0] == 90).all() and np.abs(filled.astype(int) - 90).max() <= 2
+
+
+def test_another_model_is_told(evaluate, tmp_path, capsys):
+    assert evaluate.main(["--model", "emoji64"]) == 2
+    assert 'draws from "caption"; choose one that fills parts' in capsys.readouterr().err
