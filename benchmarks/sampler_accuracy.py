@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
 from ldm.cli import Parser, command, finite_float, model_options, positive_int, seed
-from ldm.model_files import PictureSize, check_text_model, find_model, named_model, read_config
+from ldm.model_files import PictureSize, check_steps, check_text_model, find_model, named_model, read_config
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -174,7 +174,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     files = find_model(args.model, args.config, args.ckpt) or named_model(DEFAULT_MODEL)
     config = read_config(files.config)
-    check_text_model(files.name, config, f"{BASELINE[0]} steps", BASELINE[2])
+    check_text_model(files.name, config)
+    check_steps(config, BASELINE[2])
     prompts = read_prompts(args.from_file, args.n)
     size = PictureSize.of(config)
 
@@ -182,8 +183,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm.files import atomic_path
     from ldm.inference import choose_device, load_model
+    from ldm.precision import choose_precision
 
-    model = load_model(files.config, files.checkpoint, choose_device(args.device), getattr(torch, args.precision))
+    device = choose_device(args.device)
+    model = load_model(files.config, files.checkpoint, device, choose_precision(args.precision, device))
     shape = (len(prompts), model.channels, size.height // size.factor, size.width // size.factor)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
     with torch.no_grad():

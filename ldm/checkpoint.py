@@ -128,6 +128,20 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
+def training_step(path: str | os.PathLike[str]) -> int:
+    """After how many steps of training a checkpoint was written; 0 where it does not say.
+
+    Raises:
+        UserError: as `read_checkpoint`.
+    """
+    content = read_checkpoint(path)
+    metadata = content.get("metadata")
+    step = content.get("global_step", metadata.get("step") if isinstance(metadata, Mapping) else None)
+    if isinstance(step, str):  # as safetensors keeps it
+        step = int(step) if step.isdecimal() else None
+    return step if isinstance(step, int) and step >= 0 else 0
+
+
 def _flaw(tensor: Tensor) -> str | None:
     """Why a tensor cannot be a weight; None when it can."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
@@ -194,6 +208,12 @@ def without_ema(state_dict: Mapping[str, Tensor], use_average: bool = True) -> d
     """`state_dict` without its moving averages; with `use_average` they replace the live weights first."""
     averages = ema_names(state_dict) if use_average else {}
     return {name: state_dict[averages.get(name, name)] for name in state_dict if not name.startswith(EMA_PREFIX)}
+
+
+def part_of(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights of a model's part under the part's own names: those that begin with `prefix`, or else all."""
+    part = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    return part or dict(state_dict)
 
 
 def choose_weights(state_dict: Mapping[str, Tensor], kind: str, source: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ldm import targets
-from ldm.util import UserError, did_you_mean
+from ldm.util import UserError, did_you_mean, is_out_of_memory
 
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "bfloat16", "float16", "auto")
 MAX_SEED = 2**63 - 1
 
 
@@ -29,27 +29,34 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], int]:
-    """Make `main(argv)` return an exit status: 2 with one line on stderr for a user's mistake, 130 when interrupted."""
+def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
+    """Make `main(argv)` return an exit status: its own, if it has one, else 0.
+
+    A user's mistake gives 2, with one line on stderr, and an interruption 130.
+    """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
         _log_to_stderr()
         try:
             with targets.allowing():  # what --allow-target adds ends with the command
-                main(argv)
+                return main(argv) or 0
         except UserError as error:
             return _fail(f"error: {error}", 2)
         except KeyboardInterrupt:
             return _fail("interrupted", 130)
         except RuntimeError as error:
-            # torch's on a GPU, whose class cannot be named without importing torch; and its allocator's on the CPU
-            if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             return _fail("error: out of memory; use a smaller batch or smaller pictures", 2)
-        return 0
 
     return wrapped
+
+
+def say(text: str) -> None:
+    """Give a result to whoever runs the command."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def _fail(message: str, status: int) -> int:
@@ -73,6 +80,11 @@ def _log_to_stderr() -> None:
 def positive_int(text: str) -> int:
     """An argument type: a whole number of at least 1."""
     return _whole_number(text, 1, MAX_SEED)
+
+
+def non_negative_int(text: str) -> int:
+    """An argument type: a whole number of at least 0."""
+    return _whole_number(text, 0, MAX_SEED)
 
 
 def seed(text: str) -> int:
@@ -132,12 +144,12 @@ def target_options() -> argparse.ArgumentParser:
     return parser
 
 
-def model_options() -> argparse.ArgumentParser:
-    """The parent parser with the options of every command that loads a model."""
+def model_options(places: str = "models/ldm") -> argparse.ArgumentParser:
+    """The parent parser with the options of every command that loads a model; `--model` names a folder in `places`."""
     parser = argparse.ArgumentParser(add_help=False, parents=[target_options()])
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", metavar="NAME", help="a folder under models/ldm, or any folder with config.yaml and weights"
+        "--model", metavar="NAME", help=f"a folder under {places}, or any folder with config.yaml and weights"
     )
     group.add_argument(
         "--config", metavar="YAML", help="the model's configuration (default: config.yaml beside --ckpt)"
@@ -148,6 +160,20 @@ def model_options() -> argparse.ArgumentParser:
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="numbers the network computes in (default: %(default)s)",
+        help="numbers the network computes in; auto: bfloat16 where the hardware has it (default: %(default)s)",
     )
+    return parser
+
+
+def run_options(outdir: str) -> argparse.ArgumentParser:
+    """The parent parser with the options of every command that draws pictures into a folder."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--outdir", metavar="DIR", default=outdir, help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=seed, metavar="N", help="picture i is drawn from the seed N + i (default: drawn anew)"
+    )
+    parser.add_argument(
+        "--batch_size", type=positive_int, metavar="N", help="pictures at once; changes them by rounding only"
+    )
+    parser.add_argument("--skip_grid", action="store_true", help="write the single pictures only")
     return parser

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,25 +29,53 @@ _ROUNDING = 1 / 1024
 BOX_COLOURS = ("crimson", "royalblue", "darkgreen", "darkorange", "purple", "teal", "saddlebrown", "deeppink")
 
 
-def open_picture(path: str | os.PathLike[str]) -> Image:
-    """A picture as Pillow's RGB image: turned as the camera noted, transparent parts white.
+def open_picture(path: str | os.PathLike[str], keep_alpha: bool = False) -> Image:
+    """A picture as Pillow's RGB image: turned as the camera noted, transparent parts white, of an animation the first.
+
+    Sixteen bits a channel become eight; more would need to know which value is white.
+
+    Args:
+        path: any file that Pillow reads.
+        keep_alpha: give a picture that has transparency as RGBA instead.
 
     Raises:
-        UserError: the file is missing or is no picture.
+        UserError: the file is missing, is no picture, is cut short, or has more than Pillow's limit of pixels (twice
+            `PIL.Image.MAX_IMAGE_PIXELS`, 179 million).
     """
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from half the limit on
+            with Image.open(path) as file:
+                image = _in_8_bits(ImageOps.exif_transpose(file), file.format)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            if keep_alpha:
+                return image
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f'there is no picture "{path}"; check the path') from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f'cannot read the picture "{path}": {error}; give a PNG, JPEG or WebP file') from None
+    except Image.DecompressionBombError:
+        limit = f"{2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels"
+        raise UserError(f'the picture "{path}" has more than {limit}; give a smaller one') from None
+    except Exception as error:  # Pillow's readers raise anything on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f'cannot read the picture "{path}": {reason}; give a PNG, JPEG or WebP file') from None
+
+
+def _in_8_bits(image: Image, kind: str | None) -> Image:
+    """Grey values of sixteen bits, which Pillow would cut off at 255, brought to eight; `kind` is the file's format."""
+    from PIL import Image
+
+    # Pillow's name for 32 bits, which neither PNG nor PGM has: there it holds 16.
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        levels = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
+        return Image.fromarray(levels.astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits, and nothing says which value is white; save it with 8 or 16")
+    return image
 
 
 def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None = None) -> Tensor:
@@ -67,6 +96,29 @@ def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None 
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     return (pixels.float() / 127.5 - 1.0).contiguous()
+
+
+def chosen_size(size: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
+    """(height, width) that was asked for; where one was not, it keeps the proportions of `size`, else `size` itself."""
+    if height is None and width is None:
+        return size
+    if height is None:
+        return max(1, round(width * size[0] / size[1])), width
+    return height, width or max(1, round(height * size[1] / size[0]))
+
+
+def pad_to_multiple(x: np.ndarray, multiple: int) -> np.ndarray:
+    """`x` (H, W, …), mirrored at its lower and right border until both sides are multiples of `multiple`.
+
+    Two of it at least: of a single one a network would normalise maps of one position.
+    """
+    missing = [(0, max(-side % multiple, 2 * multiple - side)) for side in x.shape[:2]]
+    return np.pad(x, [*missing, *[(0, 0)] * (x.ndim - 2)], mode="reflect")
+
+
+def to_batch(pictures: Sequence[np.ndarray]) -> Tensor:
+    """Pictures `(H, W, 3)` uint8 of one size as `(B, 3, H, W)` float32 in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def batch_entry(batch: Mapping[str, Any], key: str) -> Any:
@@ -152,6 +204,35 @@ def make_grid(x: Tensor | np.ndarray, nrow: int = 8, padding: int = 2) -> np.nda
     return grid
 
 
+def make_sheet(rows: Sequence[Sequence[np.ndarray]], columns: int = 1) -> np.ndarray:
+    """Groups of pictures, `columns` groups in a row, on black; smaller pictures stand in the middle of their place.
+
+    Args:
+        rows: groups of equally many pictures, each `(H, W, 3)` uint8 of any size.
+
+    Returns:
+        `(H', W', 3)` uint8.
+    """
+    pictures = [picture for row in rows for picture in row]
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    places = np.zeros((len(pictures), height, width, 3), np.uint8)
+    for place, picture in zip(places, pictures, strict=True):
+        top, left = (height - picture.shape[0]) // 2, (width - picture.shape[1]) // 2
+        place[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return make_grid(places, columns * len(rows[0]))
+
+
+def shrink(image: np.ndarray, side: int) -> np.ndarray:
+    """`image` (H, W, 3) uint8, averaged down so that no side is longer than `side`; a smaller one as it is."""
+    from PIL import Image
+
+    if max(image.shape[:2]) <= side:
+        return image
+    factor = side / max(image.shape[:2])
+    height, width = (max(1, round(length * factor)) for length in image.shape[:2])
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
+
+
 def save_png(image: np.ndarray | Image, path: str | os.PathLike[str], text: Mapping[str, object] | None = None) -> None:
     """Write a PNG, whole or not at all.
 
@@ -203,7 +284,7 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Te
         wrapped = "\n".join(textwrap.wrap(str(text), letters))
         ImageDraw.Draw(picture).text((0, 0), wrapped, fill="black", font=font)
         pictures.append(np.array(picture))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return to_batch(pictures)
 
 
 def draw_boxes(wh: tuple[int, int], boxes: Sequence[Sequence[float]], labels: Sequence[str], size: int = 10) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,19 @@ from tqdm import tqdm
 
 from ldm.checkpoint import load_weights, read_state_dict, without_ema
 from ldm.model_files import read_config
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.diffusion.conditioning import Conditioning
 from ldm.modules.attention import kept_contexts
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.packing import packed_weights
-from ldm.util import UserError, did_you_mean, instantiate_from_config
+from ldm.noise import PictureNoise
+from ldm.tiles import in_tiles
+from ldm.util import UserError, did_you_mean, instantiate_from_config, is_out_of_memory
 
 logger = logging.getLogger(__name__)
+
+ANCESTRAL = "ddpm"  # the name of the sampler that takes every step of the model
+DECODING_TILES = (64, 32, 16)  # sides of the tiles to decode in when a picture does not fit, in latents
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,11 @@ class SamplerSettings:
     steps: int = 50
     eta: float = 0.0
     scale: float = 1.0
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> SamplerSettings:
+        """The settings among those of a command."""
+        return cls(**{field.name: settings[field.name] for field in fields(cls)})
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -50,12 +63,12 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def load_model(
-    config: str | Path,
+    config: str | Path | Mapping[str, Any],
     checkpoint: str | Path,
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
 ) -> Any:
-    """Build the model that `config` describes, with the weights of `checkpoint`, ready to sample.
+    """Build the model that `config`, a file or what `read_config` gives, describes, with the weights of `checkpoint`.
 
     Moving averages take the place of the live weights where the configuration keeps them (`use_ema`) and the
     checkpoint holds them; `ema_scope` then changes nothing. Parts that only train are left out.
@@ -63,10 +76,40 @@ def load_model(
     Raises:
         UserError: a file is missing or damaged, or the two do not belong together.
     """
-    model_config = read_config(config)
+    model_config = config if isinstance(config, Mapping) else read_config(config)
     weights = read_state_dict(checkpoint)
     weights = without_ema(weights, use_average=bool(model_config["params"].get("use_ema", True)))
     model = build_model(for_inference(model_config, weights), weights, f'"{checkpoint}"')
+    return model.to(device, precision)
+
+
+def load_first_stage(
+    config: str | Path,
+    checkpoint: str | Path,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32,
+) -> Autoencoder:
+    """The autoencoder that `config` describes, or the one within the latent diffusion model that it describes.
+
+    Of a diffusion model's weights only those of its first stage are loaded.
+
+    Raises:
+        UserError: a file is missing or damaged, the two do not belong together, or there is no autoencoder of
+            pictures with three channels.
+    """
+    model_config = read_config(config)
+    weights = read_state_dict(checkpoint)
+    inner, prefix = model_config["params"].get("first_stage_config"), "first_stage_model."
+    if inner is None:
+        weights = without_ema(weights, use_average=bool(model_config["params"].get("use_ema", False)))
+    else:
+        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("params"), Mapping) or not weights:
+            raise UserError(f'the model of "{config}" has no first stage with weights; name one that has')
+        model_config = inner
+    model = build_model(for_inference(model_config, weights), weights, f'"{checkpoint}"')
+    if not isinstance(model, Autoencoder) or model.encoder.conv_in.in_channels != 3:
+        raise UserError(f'the model of "{config}" is no autoencoder of pictures with three channels; name one that is')
     return model.to(device, precision)
 
 
@@ -76,14 +119,31 @@ def build_model(model_config: Mapping[str, Any], weights: Mapping[str, Tensor], 
     Raises:
         UserError: the weights, called `source` in the message, are another model's.
     """
+    elsewhere = _parts_from_elsewhere(model_config)
     with skip_init():
         model = instantiate_from_config(model_config)
-    report = load_weights(model, weights, source=source)
-    if not dict(model.named_parameters()).keys().isdisjoint(report.missing):
+    report = load_weights(model, weights, elsewhere, source)
+    missing = [name for name in report.missing if not name.startswith(elsewhere)]
+    if not dict(model.named_parameters()).keys().isdisjoint(missing):
         # A few parameters are younger than the file; they need their initial values after all.
         model = instantiate_from_config(model_config)
-        load_weights(model, weights, source=source)
+        load_weights(model, weights, elsewhere, source)
     return model.eval().requires_grad_(False)
+
+
+def _parts_from_elsewhere(model_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """How the names of those weights begin that a model takes from other files, as its configuration says."""
+    params = model_config["params"]
+    parts = ["first_stage_model."] if _params_of(params, "first_stage").get("ckpt_path") else []
+    if parts and params.get("cond_stage_config") == "__is_first_stage__":
+        parts.append("cond_stage_model.")
+    return tuple(parts)
+
+
+def _params_of(params: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    config = params.get(f"{part}_config")
+    inner = config.get("params") if isinstance(config, Mapping) else None
+    return inner if isinstance(inner, Mapping) else {}
 
 
 def for_inference(model_config: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
@@ -97,13 +157,12 @@ def for_inference(model_config: Mapping[str, Any], weights: Mapping[str, Tensor]
     if "use_ema" in params or "unet_config" in params:  # a diffusion model averages unless told otherwise
         params["use_ema"] = False
     for part in ("first_stage", "cond_stage"):
-        config = params.get(f"{part}_config")
-        if not isinstance(config, Mapping) or not isinstance(config.get("params"), Mapping):
+        inner = _without_loss(_params_of(params, part))
+        if not inner:
             continue
-        inner = _without_loss(config["params"])
         if weights is None or any(name.startswith(f"{part}_model.") for name in weights):
             inner.pop("ckpt_path", None)
-        params[f"{part}_config"] = {**config, "params": inner}
+        params[f"{part}_config"] = {**params[f"{part}_config"], "params": inner}
     return {**model_config, "params": params}
 
 
@@ -161,13 +220,114 @@ def prepared(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
+def sample_latents(
+    model: Any,
+    shape: Sequence[int],
+    settings: SamplerSettings,
+    conditioning: Conditioning = None,
+    unconditional: Conditioning = None,
+    noise: Tensor | PictureNoise | None = None,
+    progress: tqdm | None = None,
+    **options: Any,
+) -> Tensor:
+    """Draw one batch of latents with the sampler that `settings` name.
+
+    Args:
+        model: a latent diffusion model.
+        shape: (B, C, h, w) of the latents.
+        settings: sampler, steps, eta and guidance scale; at scale 1, or without `unconditional`, nothing is guided.
+            The sampler "ddpm" is the model's own, which takes all of its steps whatever the settings say.
+        conditioning: what the network is told, its batch B; see `ldm.models.diffusion.conditioning`.
+        unconditional: what guidance leads away from, of the same form.
+        noise: where all noise comes from, or the `(B, C, h, w)` to start from; by default the global generator.
+        progress: advanced by one at every step.
+        **options: `strength`, and fields of `ldm.models.diffusion.sampler.SamplingOptions`, such as `mask` and `x0`.
+
+    Returns:
+        `(B, C, h, w)` float32 on the model's device.
+    """
+    count, *size = shape
+    options |= {
+        "x_T": noise if isinstance(noise, Tensor) else None,
+        "draw": noise if isinstance(noise, PictureNoise) else None,
+        "unconditional_guidance_scale": settings.scale,
+        "unconditional_conditioning": unconditional,
+        "callback": None if progress is None else lambda _: progress.update(),
+        "verbose": False,
+    }
+    with prepared(model):
+        if settings.sampler == ANCESTRAL:
+            return model.p_sample_loop(conditioning, shape, **options)
+        sampler = make_sampler(settings.sampler, model)
+        return sampler.sample(settings.steps, count, size, conditioning, settings.eta, **options)[0]
+
+
+@torch.no_grad()
+def encode(model: Any, pictures: Tensor) -> Tensor:
+    """Scaled latents `(B, C, h, w)` float32 of pictures `(B, 3, H, W)` in [-1, 1]: the likeliest, nothing is drawn."""
+    weights = next(model.first_stage_model.parameters(), pictures)
+    with prepared(model):
+        encoded = model.encode_first_stage(pictures.to(model.device, weights.dtype))
+    if isinstance(encoded, DiagonalGaussianDistribution):
+        encoded = encoded.mode()
+    return model.get_first_stage_encoding(encoded).float()
+
+
+@torch.no_grad()
+def decode(model: Any, latents: Tensor, tile: int | None = None) -> Tensor:
+    """Pictures `(B, 3, H, W)` float32 in [-1, 1] on the CPU from scaled latents `(B, C, h, w)`.
+
+    What a model of pixels has drawn are pictures already.
+
+    Where the batch does not fit into memory it is decoded picture by picture, and a picture that does not fit in
+    overlapping tiles; a line says so.
+
+    Args:
+        tile: decode larger maps in overlapping tiles of this side from the start, in latents.
+    """
+    if not hasattr(model, "decode_first_stage"):
+        return _finished(latents)
+    with prepared(model):
+        if tile is not None and max(latents.shape[-2:]) > tile:
+            return _decoded_tiles(model, latents, tile)
+        try:
+            return _finished(model.decode_first_stage(latents))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        if len(latents) > 1:
+            return torch.cat([decode(model, latent) for latent in latents.split(1)])
+        return _decode_in_tiles(model, latents)
+
+
+def _decode_in_tiles(model: Any, latents: Tensor) -> Tensor:
+    for side in (side for side in DECODING_TILES if side < max(latents.shape[-2:])):
+        logger.warning("decoding does not fit into memory at once; decoding tiles of %d × %d latents", side, side)
+        try:
+            return _decoded_tiles(model, latents, side)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+    raise UserError("out of memory; use smaller pictures")
+
+
+def _decoded_tiles(model: Any, latents: Tensor, side: int) -> Tensor:
+    return in_tiles(
+        lambda tile: _finished(model.decode_first_stage(tile)), latents, side, side // 4, model.downsampling
+    )
+
+
+def _finished(pictures: Tensor) -> Tensor:
+    return pictures.float().clamp(-1.0, 1.0).cpu()
+
+
 def text_to_images(
     model: Any,
     prompts: Sequence[str],
     size: tuple[int, int],
     settings: SamplerSettings,
     negative_prompt: str = "",
-    noise: Tensor | None = None,
+    noise: Tensor | PictureNoise | None = None,
     progress: tqdm | None = None,
 ) -> Tensor:
     """One picture for each prompt, as one batch with classifier-free guidance (arXiv:2207.12598).
@@ -178,30 +338,26 @@ def text_to_images(
         size: (height, width) of the latents.
         settings: sampler, steps, eta and guidance scale; at scale 1 nothing is guided.
         negative_prompt: what guidance leads away from.
-        noise: `(B, C, *size)` to start from, instead of a draw from the global generator.
+        noise: as in `sample_latents`.
         progress: advanced by one at every step.
 
     Returns:
         `(B, 3, H, W)` float32 in [-1, 1], on the CPU.
     """
-    count = len(prompts)
-    guided = settings.scale != 1.0
-    unconditional = model.get_learned_conditioning(count * [negative_prompt]) if guided else None
-    conditioning = model.get_learned_conditioning(list(prompts))
+    conditioning, unconditional = text_conditioning(model, prompts, settings, negative_prompt)
+    shape = (len(prompts), model.channels, *size)
     with prepared(model):
-        latents, _ = make_sampler(settings.sampler, model).sample(
-            S=settings.steps,
-            batch_size=count,
-            shape=(model.channels, *size),
-            conditioning=conditioning,
-            eta=settings.eta,
-            x_T=noise,
-            unconditional_guidance_scale=settings.scale,
-            unconditional_conditioning=unconditional,
-            callback=None if progress is None else lambda _: progress.update(),
-            verbose=False,
-        )
-        return model.decode_first_stage(latents).float().clamp(-1.0, 1.0).cpu()
+        return decode(model, sample_latents(model, shape, settings, conditioning, unconditional, noise, progress))
+
+
+@torch.no_grad()
+def text_conditioning(
+    model: Any, prompts: Sequence[str], settings: SamplerSettings, negative_prompt: str = ""
+) -> tuple[Conditioning, Conditioning]:
+    """What the network is told by `prompts`, and what guidance leads away from: None where nothing is guided."""
+    negative = len(prompts) * [negative_prompt]
+    unconditional = model.get_learned_conditioning(negative) if settings.scale != 1.0 else None
+    return model.get_learned_conditioning(list(prompts)), unconditional
 
 
 def unknown_words(model: Any, texts: Sequence[str]) -> list[str]:

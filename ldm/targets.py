@@ -21,10 +21,10 @@ DEFINING_PACKAGES = ("ldm", "taming")
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LENGTH = 200
 
-# Modules without files or functions among their parameters: nothing, tables, distances, activations.
+# Modules without files or functions among their parameters: nothing, tables, distances, activations, orders.
 _TORCH_NN = (
     "Identity Embedding L1Loss MSELoss SmoothL1Loss HuberLoss CrossEntropyLoss BCELoss BCEWithLogitsLoss KLDivLoss "
-    "GaussianNLLLoss ReLU LeakyReLU ELU GELU SiLU Mish Softplus Sigmoid Tanh Hardtanh"
+    "GaussianNLLLoss ReLU LeakyReLU ELU GELU SiLU Mish Softplus Sigmoid Tanh Hardtanh PixelShuffle PixelUnshuffle"
 )
 # What the sections `lightning.callbacks`, `lightning.logger` and `lightning.modelcheckpoint` can use; of the loggers
 # that send what they log elsewhere, the one most used. TestTubeLogger left Lightning long ago; that older

@@ -23,6 +23,11 @@ class UserError(Exception):
     """
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch raised `error` for want of memory: its own class on a GPU, its allocator's words on the CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`' (did you mean "x"?)'` for the closest of `known`, or the empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)

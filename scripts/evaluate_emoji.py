@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
 from ldm.cli import Parser, command, finite_float, model_options, positive_int, seed
-from ldm.model_files import PictureSize, check_text_model, find_model, named_model, read_config
+from ldm.model_files import PictureSize, check_steps, check_text_model, find_model, named_model, read_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -222,19 +222,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     files = find_model(args.model, args.config, args.ckpt) or named_model(DEFAULT_MODEL)
     config = read_config(files.config)
-    check_text_model(files.name, config, "--steps", args.steps)
+    check_text_model(files.name, config)
+    check_steps(config, args.steps)
     size = PictureSize.of(config)
-
-    import torch
 
     from ldm.data.emoji import EmojiValidation
     from ldm.files import atomic_path
     from ldm.images import save_png
     from ldm.inference import SamplerSettings, choose_device, load_model, prepared
+    from ldm.precision import choose_precision
 
     unseen_pairs, seen_pairs = (EmojiValidation(size.height, split=split) for split in ("held_out", "seen"))
     device = choose_device(args.device)
-    precision = getattr(torch, args.precision)
+    precision = choose_precision(args.precision, device)
     model = load_model(files.config, files.checkpoint, device, precision)
     settings = SamplerSettings("ddim", args.steps, 0.0, args.scale)
     latent = (size.height // size.factor, size.width // size.factor)

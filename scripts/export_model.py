@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bar
 
 from ldm.cli import Parser, command, target_options
 from ldm.files import sha256
-from ldm.model_files import WEIGHTS, read_config
+from ldm.model_files import WEIGHTS, read_config, trained_config
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--decoder", metavar="FILE", help="take the decoder of this first stage, trained on with freeze_encoder"
     )
+    parser.add_argument(
+        "--shared-first-stage",
+        metavar="FILE",
+        help="leave the first stage out and name this model's, which must encode alike, in config.yaml instead",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in the folder")
     return parser
 
@@ -49,10 +54,10 @@ def find_config(ckpt: Path, config: str | None) -> Path:
     """The configuration of the run that wrote `ckpt`."""
     if config is not None:
         return Path(config)
-    found = sorted((ckpt.resolve().parent.parent / "configs").glob("*-project.yaml"))
-    if not found:
+    found = trained_config(ckpt)
+    if found is None:
         raise UserError(f'there is no *-project.yaml in the run of "{ckpt}"; name its configuration with --config')
-    return found[-1]
+    return found
 
 
 def choose(weights: Mapping[str, Tensor], ema: bool | None, source: Path) -> tuple[dict[str, Tensor], str]:
@@ -80,6 +85,33 @@ def with_decoder(weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]
             raise UserError(f'"{file}" has another encoder ("{name}"); give --decoder a first stage trained on from it')
     decodes = ("first_stage_model.decoder.", "first_stage_model.post_quant_conv.")
     return {name: stage.get(name, value) if name.startswith(decodes) else value for name, value in weights.items()}
+
+
+def without_first_stage(state_dict: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
+    """The weights of a diffusion model but for its first stage, whose place that of the model in `file` can take.
+
+    Raises:
+        UserError: the latter encodes otherwise.
+    """
+    import torch
+
+    from ldm.checkpoint import part_of, read_state_dict
+    from ldm.model_files import locate
+
+    shared = part_of(read_state_dict(locate(file)), "first_stage_model.")
+    stages = ("first_stage_model.", "cond_stage_model.")  # where the conditioning stage is the first stage
+    for name, value in state_dict.items():
+        stage, _, rest = name.partition(".")
+        if stage == "first_stage_model" and rest.startswith(("encoder.", "quant_conv.", "quantize.")):
+            other = shared.get(rest)
+            if other is None or not torch.equal(other.to(value.dtype), value):
+                raise UserError(f'"{file}" has another encoder ("{rest}"); give the model whose first stage was used')
+    kept = {name.removeprefix(stages[0]) for name in state_dict if name.startswith(stages[0])}
+    return {
+        name: value
+        for name, value in state_dict.items()
+        if not (name.startswith(stages) and name.partition(".")[2] in kept)
+    }
 
 
 def convert(model: Any, dtype: str) -> dict[str, Tensor]:
@@ -116,6 +148,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         weights = with_decoder(weights, Path(args.decoder))
     config = for_inference(read_config(find_config(source, args.config)))
     state_dict = convert(build_model(config, weights, f'"{source}"'), args.dtype)
+    if args.shared_first_stage:
+        state_dict = without_first_stage(state_dict, args.shared_first_stage)
+        config["params"]["first_stage_config"]["params"]["ckpt_path"] = args.shared_first_stage
     metadata = {"source_sha256": sha256(source), "weights": kind, "step": step, "dtype": args.dtype}
     save_safetensors(state_dict, target, metadata)
     with atomic_path(folder / "config.yaml") as temporary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.util
 import os
 import random
@@ -89,3 +90,20 @@ def load_script(repo_root) -> Callable[..., ModuleType]:
         return sys.modules[full_name]
 
     return load
+
+
+@pytest.fixture
+def hide_package(monkeypatch):
+    """Make a package look as if it were not installed."""
+
+    def hide(package: str) -> None:
+        real = builtins.__import__
+
+        def without(name, *args, **kwargs):
+            if name.partition(".")[0] == package:
+                raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+            return real(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", without)
+
+    return hide

@@ -21,6 +21,7 @@ from ldm.checkpoint import (
     read_checkpoint,
     read_state_dict,
     save_safetensors,
+    training_step,
     without_ema,
 )
 from ldm.modules.ema import LitEma
@@ -285,3 +286,23 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, model, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         save_safetensors(model, path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "step"),
+    [
+        ({"state_dict": {}, "global_step": 1234}, 1234),
+        ({"state_dict": {}}, 0),
+        ({"state_dict": {}, "global_step": "x"}, 0),
+        ({"state_dict": {}, "global_step": -1}, 0),
+        ({"global_step": torch.ones(3), "metadata": torch.ones(3)}, 0),
+    ],
+)
+def test_a_checkpoint_tells_its_training_step(tmp_path, content, step):
+    assert training_step(written(tmp_path / "model.ckpt", content)) == step
+
+
+@pytest.mark.parametrize(("noted", "step"), [({"step": 8038}, 8038), ({"step": "unknown"}, 0), ({}, 0)])
+def test_an_exported_model_tells_its_training_step(tmp_path, model, noted, step):
+    save_safetensors(model, tmp_path / "model.safetensors", noted)
+    assert training_step(tmp_path / "model.safetensors") == step

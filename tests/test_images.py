@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
 
-from ldm.images import draw_boxes, load_image, log_txt_as_img, make_grid, next_index, save_png, to_uint8
+from ldm.images import (
+    draw_boxes,
+    load_image,
+    log_txt_as_img,
+    make_grid,
+    next_index,
+    open_picture,
+    save_png,
+    shrink,
+    to_uint8,
+)
 from ldm.util import UserError
 
 
@@ -94,6 +107,63 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
     assert x.shape == (1, 3, 4, 4) and x.min() >= -1 and x.max() <= 1
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_sixteen_bits_keep_their_brightness(tmp_path, suffix):
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(levels).save(tmp_path / f"a.{suffix}", "PPM" if suffix == "pgm" else None)
+    pixels = np.asarray(open_picture(tmp_path / f"a.{suffix}"))
+    assert (pixels == np.round(levels / 257)[..., None]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_unknown_white_are_told(tmp_path, dtype):
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="32 bits"):
+        open_picture(tmp_path / "a.tif")
+
+
+def test_colours_of_every_mode_are_those_of_the_file(tmp_path, picture):
+    rgb = Image.fromarray(picture)
+    rgb.convert("CMYK").save(tmp_path / "cmyk.tif")
+    assert (np.asarray(open_picture(tmp_path / "cmyk.tif")) == picture).all()
+    flat = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    flat.save(tmp_path / "red.jpg", quality=100)
+    assert np.abs(np.asarray(open_picture(tmp_path / "red.jpg")).astype(int) - [255, 0, 0]).max() < 4
+    palette = rgb.quantize(16)
+    palette.save(tmp_path / "p.png")
+    assert (np.asarray(open_picture(tmp_path / "p.png")) == np.asarray(palette.convert("RGB"))).all()
+
+
+def test_of_an_animation_the_first_frame_counts(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for name in ("a.gif", "a.webp", "a.png"):
+        options = {"lossless": True} if name == "a.webp" else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        assert open_picture(tmp_path / name).getpixel((0, 0)) == (255, 0, 0)
+
+
+def bomb(side):
+    """A PNG that says it has `side` × `side` pixels; there are none in it."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(b"")
+    chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (header, data, b"IEND")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def test_huge_pictures_are_one_line(tmp_path, recwarn):
+    (tmp_path / "a.png").write_bytes(bomb(50_000))
+    with pytest.raises(UserError, match=r"a\.png.* more than 178 million pixels"):
+        open_picture(tmp_path / "a.png")
+    assert not recwarn.list
+
+
+def test_large_pictures_are_read_without_a_warning(tmp_path, monkeypatch, recwarn, picture):
+    save_png(picture, tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", picture[..., 0].size - 1)
+    assert open_picture(tmp_path / "a.png").size == (32, 24)
+    assert not recwarn.list
+
+
 def test_transparent_parts_become_white(tmp_path):
     Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(tmp_path / "a.png")
     assert (load_image(tmp_path / "a.png") == 1).all()
@@ -155,3 +225,18 @@ def test_a_label_keeps_its_colour_and_boxes_outside_are_cut():
     first, second, third = (tuple(picture[30, column]) for column in (0, 24, 47))
     assert first == third != second
     assert (picture[30, 59] == 255).all(), "its right edge lies outside"
+
+
+def test_transparency_is_kept_when_asked(tmp_path):
+    Image.new("RGBA", (2, 2), (10, 20, 30, 40)).save(tmp_path / "x.png")
+    Image.new("RGB", (2, 2)).save(tmp_path / "y.png")
+    assert open_picture(tmp_path / "x.png", keep_alpha=True).getpixel((0, 0)) == (10, 20, 30, 40)
+    assert open_picture(tmp_path / "y.png", keep_alpha=True).mode == "RGB"
+
+
+def test_large_pictures_are_averaged_down():
+    image = np.zeros((40, 20, 3), np.uint8)
+    image[:, ::2] = 100
+    small = shrink(image, 20)
+    assert small.shape == (20, 10, 3) and (small == 50).all()
+    assert shrink(image, 40) is image

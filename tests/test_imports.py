@@ -21,11 +21,15 @@ COMMANDS = [path for path in SOURCES if "\nif __name__ ==" in path.read_text(enc
 LEVELS = [
     (r"main|scripts\..*|benchmarks\..*", 5),
     (r"taming(\..*)?", 4),
-    (r"ldm\.(training|data|inference|retrieval)(\..*)?", 4),
+    (r"ldm\.(training|data|inference|retrieval|tasks)(\..*)?", 4),
     (r"ldm\.models\.diffusion\.(ddpm|preview|classifier)", 3),
     (r"ldm\.models(\..*)?", 2),
     (r"ldm\.modules(\..*)?", 1),
-    (r"ldm(\.(util|targets|cli|files|images|checkpoint|model_files|lr_scheduler))?", 0),
+    (
+        r"ldm(\.(util|targets|cli|allocator|files|transfer|archives|downloads|images|checkpoint|model_files|lr_scheduler"
+        r"|noise|npz|precision|tiles))?",
+        0,
+    ),
 ]
 # Samplers work on anything with `apply_model` and the schedule's tables; they must not know a concrete model.
 SAMPLERS = tuple(f"ldm.models.diffusion.{name}" for name in ("sampler", "ancestral", "ddim", "plms", "dpm_solver"))

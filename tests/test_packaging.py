@@ -30,7 +30,12 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 SYSTEMS = {"linux": "Linux", "darwin": "Darwin", "win32": "Windows"}
 
 # Where the name that is imported differs from the name that is installed.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "pytorch_lightning": "pytorch-lightning"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "pytorch_lightning": "pytorch-lightning",
+    "cv2": "opencv-python-headless",
+}
 # Needed although nothing imports them: Lightning writes its logs with one, the other brings a file of weights.
 USED_BY_NAME = {"tensorboard", "lpips"}
 

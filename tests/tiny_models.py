@@ -1,7 +1,8 @@
-"""A text-to-image model of a few thousand weights, as files on disk."""
+"""Models of a few thousand weights, and a CLIP of as few, as files on disk."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,53 @@ def text_config(use_ema: bool = False, **params: Any) -> dict[str, Any]:
     return {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": model_params}
 
 
+def layout_config(**params: Any) -> dict[str, Any]:
+    """The same, drawing from layouts of at most three boxes of 299 classes."""
+    reader = {"n_embed": 32, "n_layer": 1, "vocab_size": 300, "max_seq_len": 11, "use_tokenizer": False}
+    cond_stage = {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": reader}
+    return text_config(cond_stage_key="coordinates_bbox", cond_stage_config=cond_stage, **params)
+
+
+def map_config(labels: int = 182, **params: Any) -> dict[str, Any]:
+    """The same, drawing from maps of labels, which are joined to the input."""
+    rescaler = {"n_stages": 1, "in_channels": labels, "out_channels": 3}
+    cond_stage = {"target": "ldm.modules.encoders.modules.SpatialRescaler", "params": rescaler}
+    config = text_config(
+        cond_stage_key="segmentation", cond_stage_config=cond_stage, conditioning_key="concat", **params
+    )
+    unet = config["params"]["unet_config"]["params"]
+    unet.update(in_channels=6, use_spatial_transformer=False, context_dim=None)
+    return config
+
+
+def class_config(n_classes: int = 11, **params: Any) -> dict[str, Any]:
+    """The configuration of a model like that of `text_config` that is told a class."""
+    stage = {"embed_dim": 32, "n_classes": n_classes, "key": "class_label"}
+    embedder = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": stage}
+    return text_config(**{"cond_stage_key": "class_label", "cond_stage_config": embedder, **params})
+
+
+def unconditional_config(**params: Any) -> dict[str, Any]:
+    """The configuration of a model like that of `text_config` that is told nothing."""
+    config = text_config(cond_stage_config="__is_unconditional__", **params)
+    config["params"] |= {"conditioning_key": None, "cond_stage_trainable": False}
+    _without_attention_to_text(config["params"]["unet_config"]["params"])
+    return config
+
+
+def pixel_config(**params: Any) -> dict[str, Any]:
+    """The configuration of a model of 8 × 8 pictures without a first stage."""
+    unet = text_config()["params"]["unet_config"]
+    _without_attention_to_text(unet["params"])
+    own = {"timesteps": 100, "image_size": 8, "channels": 3, "use_ema": False, "unet_config": unet}
+    return {"target": "ldm.models.diffusion.ddpm.DDPM", "params": {**own, **params}}
+
+
+def _without_attention_to_text(unet: dict[str, Any]) -> None:
+    for key in ("use_spatial_transformer", "transformer_depth", "context_dim"):
+        del unet[key]
+
+
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Give every parameter small random values, those that start at zero included."""
     generator = torch.Generator().manual_seed(seed)
@@ -82,3 +130,49 @@ def write_model(folder: Path, config: dict[str, Any] | None = None, **extra: Any
     OmegaConf.save(OmegaConf.create({"model": {"base_learning_rate": 1e-4, **config}}), folder / "config.yaml")
     torch.save({"state_dict": model.state_dict(), **extra}, folder / "model.ckpt")
     return model
+
+
+def write_clip(folder: Path, tokens: int = 77, width: int = 10) -> Path:
+    """Write a random CLIP for pictures of 8 × 8 and captions of letters and of the word "cat"; returns `folder`.
+
+    Args:
+        tokens: of a caption at most.
+        width: channels of the space that captions and pictures share.
+    """
+    import transformers
+
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = transformers.CLIPConfig(
+        text_config={**size, **ids, "vocab_size": 56, "max_position_embeddings": tokens},
+        vision_config={**size, "image_size": 8, "patch_size": 4},
+        projection_dim=width,
+    )
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{x}</w>" for x in letters), "ca", "cat</w>"]
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+    return folder
+
+
+def picture_config(cond_stage_key: str, joined: int, cond_stage: Any, **params: Any) -> dict[str, Any]:
+    """A configuration as `text_config` whose conditioning is a map of `joined` channels, joined to the input."""
+    config = text_config(cond_stage_key=cond_stage_key, conditioning_key="concat", cond_stage_trainable=False, **params)
+    unet = config["params"]["unet_config"]["params"]
+    for key in ("use_spatial_transformer", "transformer_depth", "context_dim"):
+        del unet[key]
+    unet["in_channels"] = 3 + joined
+    config["params"]["cond_stage_config"] = cond_stage
+    return config
+
+
+def inpainting_config(**params: Any) -> dict[str, Any]:
+    """A model that fills parts of pictures whose sides are multiples of 4."""
+    return picture_config("masked_image", 4, "__is_first_stage__", **params)
+
+
+def superresolution_config(**params: Any) -> dict[str, Any]:
+    """A model that makes pictures twice as large."""
+    return picture_config("LR_image", 3, {"target": "torch.nn.Identity"}, **params)

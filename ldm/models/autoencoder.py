@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_weights
+from ldm.checkpoint import LoadReport, load_weights, part_of, read_state_dict
 from ldm.images import batch_images, in_random_colours
+from ldm.model_files import locate
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
@@ -90,10 +91,19 @@ class Autoencoder(nn.Module):
     def init_from_ckpt(self, path: str | Path, ignore_keys: Iterable[str] = ()) -> None:
         """Load weights, except those whose names begin with one of `ignore_keys`.
 
+        Args:
+            path: a first stage's file, or that of a diffusion model whose first stage to take; looked for in the
+                current folder, then in the repository.
+
         Raises:
             UserError: the file is missing, damaged, or holds another model.
         """
-        load_weights(self, path, ignore_keys)
+        self._load(path, ignore_keys)
+
+    def _load(self, path: str | Path, ignore_keys: Iterable[str]) -> LoadReport:
+        path = locate(path)
+        weights = part_of(read_state_dict(path), "first_stage_model.")
+        return load_weights(self, weights, ignore_keys, source=f'"{path}"')
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent -> image."""
@@ -201,7 +211,7 @@ class VQModel(Autoencoder):
 
     def init_from_ckpt(self, path: str | Path, ignore_keys: Iterable[str] = ()) -> None:
         """As for every first stage; averages that the file lacks start at its weights."""
-        report = load_weights(self, path, ignore_keys)
+        report = self._load(path, ignore_keys)
         if self.use_ema and any(name.startswith("model_ema.") for name in report.missing):
             self.model_ema.restart(self)
 

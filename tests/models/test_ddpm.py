@@ -6,7 +6,7 @@ import pytest
 import torch
 from parity_cases import assert_close, relative_error
 from parity_replay import assert_replayed, grad_norm
-from tiny_models import randomise, text_config
+from tiny_models import layout_config, randomise, text_config
 
 from ldm.images import draw_boxes, in_random_colours
 from ldm.models.diffusion.ddpm import LATENT_KEY
@@ -345,19 +345,12 @@ def test_only_the_network_can_be_loaded(tmp_path):
 
 # -- layouts ---------------------------------------------------------------------------------------------------
 
-LAYOUT = {
-    "cond_stage_key": "coordinates_bbox",
-    "cond_stage_config": {
-        "target": "ldm.modules.encoders.modules.BERTEmbedder",
-        "params": {"n_embed": 32, "n_layer": 1, "vocab_size": 300, "max_seq_len": 11, "use_tokenizer": False},
-    },
-}
-
 
 def layout_model(**params):
     torch.manual_seed(0)
-    config = text_config(**{**LAYOUT, **params})
-    return randomise(instantiate_from_config({**config, "target": "ldm.models.diffusion.ddpm.Layout2ImgDiffusion"}))
+    config = layout_config()
+    config = {"target": "ldm.models.diffusion.ddpm.Layout2ImgDiffusion", "params": {**config["params"], **params}}
+    return randomise(instantiate_from_config(config))
 
 
 def layout_batch(model):

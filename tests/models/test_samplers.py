@@ -322,3 +322,78 @@ def test_a_conditioning_of_another_batch_size_is_refused():
 def test_unknown_options_are_errors():
     with pytest.raises(TypeError, match="guidance"):
         DDIMSampler(Gaussian()).sample(4, 2, (1, 2, 2), guidance=3.0)
+
+
+# -- starting part of the way ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler, DPMSolverSampler])
+def test_from_the_top_of_the_grid_a_run_is_the_whole_run(sampler):
+    x_T = torch.randn(2, 1, 4, 4)
+    whole, _ = sampler(Gaussian()).sample(20, 2, (1, 4, 4), x_T=x_T, verbose=False)
+    started, _ = sampler(Gaussian()).sample(20, 2, (1, 4, 4), x_T=x_T, strength=1.0, verbose=False)
+    assert torch.equal(whole, started)
+
+
+@pytest.mark.parametrize("S", [10, 20])
+def test_a_run_that_is_taken_up_again_ends_where_it_would_have(S):
+    """DDIM has no memory: the second half from where the first one ended gives the same."""
+    whole, steps = DDIMSampler(Gaussian()).sample(S, 2, (1, 4, 4), log_every_t=1, verbose=False)
+    half = steps["x_inter"][S // 2]
+    again, _ = DDIMSampler(Gaussian()).sample(S, 2, (1, 4, 4), x_T=half, strength=0.5, verbose=False)
+    assert torch.equal(whole, again)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "S", "tol"), [(DDIMSampler, 1000, 0.02), (PLMSSampler, 100, 2e-3), (DPMSolverSampler, 100, 0.02)]
+)
+@pytest.mark.parametrize("strength", [0.3, 0.75])
+def test_a_started_run_follows_the_probability_flow_from_there(sampler, S, tol, strength):
+    """From x at step t the exact solution keeps its quantile down to the data."""
+    model = Gaussian()
+    solver = sampler(model)
+    solver.make_schedule(S)
+    t = int(solver.ddim_timesteps[solver.position(strength)])
+    x = torch.randn(4, 1, 4, 4, dtype=torch.float64)
+    ended, _ = solver.sample(S, 4, (1, 4, 4), x_T=x, strength=strength, verbose=False)
+    end = 1.0 if solver.ddim_timesteps[0] == 0 else model.alphas_cumprod[0]
+    assert (ended - model.flow(x, model.alphas_cumprod[t], end)).abs().max() < tol
+
+
+@pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler, DPMSolverSampler])
+def test_a_known_latent_is_noised_to_the_step_that_the_run_starts_from(sampler):
+    model, x0 = Gaussian(), torch.randn(2, 1, 4, 4)
+    torch.manual_seed(1)
+    _, steps = sampler(model).sample(20, 2, (1, 4, 4), x0=x0, strength=0.5, verbose=False)
+    assert model.calls[0] < 500 <= model.calls[0] + 120
+    torch.manual_seed(1)
+    expected = model.q_sample(x0, torch.full((2,), model.calls[0]), torch.randn(2, 1, 4, 4))
+    assert torch.equal(steps["x_inter"][0], expected)
+
+
+@pytest.mark.parametrize(
+    ("S", "strength", "walked"),
+    [(50, 1.0, 50), (50, 0.75, 38), (50, 0.7, 35), (50, 0.02, 1), (50, 1e-6, 1), (1000, 0.7, 700), (7, 0.5, 4)],
+)
+def test_the_strength_is_the_share_of_steps(S, strength, walked):
+    seen = []
+    options = {"x_T": torch.zeros(1, 1, 2, 2), "callback": seen.append, "verbose": False}
+    DDIMSampler(Gaussian()).sample(S, 1, (1, 2, 2), strength=strength, **options)
+    assert seen == list(range(walked))
+
+
+def test_given_noises_are_used_from_the_first_step_of_a_started_run():
+    noises = [torch.full((1, 1, 2, 2), float(i)) for i in range(5)]
+    options = {"x_T": torch.zeros(1, 1, 2, 2), "eta": 1.0, "strength": 0.5, "verbose": False}
+    first, _ = DDIMSampler(Gaussian()).sample(10, 1, (1, 2, 2), normals_sequence=noises, **options)
+    more, _ = DDIMSampler(Gaussian()).sample(10, 1, (1, 2, 2), normals_sequence=[*noises, *noises], **options)
+    assert torch.equal(first, more)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"strength": 0.5}, "x0, or x_T"), ({"strength": 0.0, "x_T": torch.zeros(1, 1, 2, 2)}, "above 0 and at most 1")],
+)
+def test_a_start_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DDIMSampler(Gaussian()).sample(5, 1, (1, 2, 2), **options)

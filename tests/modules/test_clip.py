@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import json
 import math
@@ -14,7 +13,7 @@ import pytest
 import torch
 from hostile_files import Calls
 from parity_cases import assert_close
-from tiny_models import text_config, write_model
+from tiny_models import text_config, write_clip, write_model
 
 from ldm.inference import load_model
 from ldm.modules.encoders import clip
@@ -27,20 +26,8 @@ CAPTIONS = ["a cat", "dog", "cats and cats and dogs"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A CLIP of 10 channels, pictures of 8 × 8 and captions of up to 12 tokens, each a letter or "cat"."""
-    transformers = pytest.importorskip("transformers")
-    path = tmp_path_factory.mktemp("clip")
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"vocab_size": 56, "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = transformers.CLIPConfig(
-        text_config={**size, **text}, vision_config={**size, "image_size": 8, "patch_size": 4}, projection_dim=10
-    )
-    torch.manual_seed(0)
-    transformers.CLIPModel(config).save_pretrained(path)
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{x}</w>" for x in letters), "ca", "cat</w>"]
-    (path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
-    (path / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
-    return path
+    pytest.importorskip("transformers")
+    return write_clip(tmp_path_factory.mktemp("clip"), tokens=12)
 
 
 def reference(folder):
@@ -234,15 +221,8 @@ def test_code_in_pickled_weights_never_runs(folder, tmp_path):
     assert not (tmp_path / "trap").exists()
 
 
-def test_without_transformers_the_extra_is_named(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.partition(".")[0] == "transformers":
-            raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_without_transformers_the_extra_is_named(hide_package):
+    hide_package("transformers")
     with pytest.raises(UserError, match=r'install it with pip install "ldm\[clip\]"'):
         FrozenCLIPTextEmbedder()
 

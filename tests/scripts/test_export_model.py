@@ -7,11 +7,11 @@ import hashlib
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny_models import randomise, text_config
+from tiny_models import inpainting_config, randomise, text_config
 
 from ldm.checkpoint import read_checkpoint, read_state_dict
 from ldm.inference import SamplerSettings, load_model, text_to_images
-from ldm.util import instantiate_from_config
+from ldm.util import UserError, instantiate_from_config
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +124,30 @@ def test_mistakes_are_told(export, run, tmp_path, capsys):
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert (out / "model.safetensors").read_text() == "precious" and not (tmp_path / "new").exists()
     assert export([*cases[0][0], "--overwrite"]) == 0
+
+
+def test_a_first_stage_can_be_shared(export, tmp_path, capsys, monkeypatch):
+    """The folder holds the network alone, and draws as before with the other model's first stage."""
+    monkeypatch.chdir(tmp_path)
+    model = randomise(instantiate_from_config(inpainting_config()), seed=1)
+    other = randomise(instantiate_from_config(text_config()), seed=2)
+    other.first_stage_model.load_state_dict(model.first_stage_model.state_dict())
+    (tmp_path / "shared").mkdir()
+    torch.save({"state_dict": other.state_dict()}, "shared/model.ckpt")
+    torch.save({"state_dict": model.state_dict()}, "last.ckpt")
+    OmegaConf.save(OmegaConf.create({"model": inpainting_config()}), "config.yaml")
+    options = ["--ckpt", "last.ckpt", "--config", "config.yaml", "--shared-first-stage", "shared/model.ckpt"]
+    assert export([*options, "--dtype", "float32", "--outdir", "mine"]) == 0
+    weights = read_state_dict("mine/model.safetensors")
+    assert weights and not [name for name in weights if name.startswith(("first_stage_model.", "cond_stage_model."))]
+    loaded = load_model("mine/config.yaml", "mine/model.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    with torch.no_grad():
+        other.first_stage_model.encoder.conv_in.bias += 1
+    torch.save({"state_dict": other.state_dict()}, "shared/model.ckpt")
+    assert export([*options, "--outdir", "other"]) == 2
+    assert "another encoder" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    (tmp_path / "shared/model.ckpt").unlink()
+    with pytest.raises(UserError, match=r"shared.model\.ckpt"):
+        load_model("mine/config.yaml", "mine/model.safetensors")

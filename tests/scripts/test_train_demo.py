@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ldm.tasks.text2img import TextToImage
 from ldm.training import options
 from ldm.util import UserError
 
@@ -89,7 +90,7 @@ def test_the_chain_hands_each_result_to_the_next_command(train_demo, commands, t
 
     exported = load_script("export_model").make_parser().parse_args(export[1:])
     assert Path(exported.ckpt) == tmp_path / "2000-01-01T00-00-00_ldm" / "checkpoints" / "last.ckpt"
-    drawn = load_script("txt2img").make_parser().parse_args(draw[1:])
+    drawn = TextToImage().make_parser().parse_args(draw[1:])
     assert drawn.model == exported.outdir
     assert Path(drawn.from_file).is_file()
 

@@ -41,6 +41,10 @@ from ldm.util import UserError, default, did_you_mean, freeze, instantiate_from_
 
 # Where a batch carries moments that the first stage computed earlier: (B, 2c, h, w), mean and log-variance.
 LATENT_KEY = "latent_moments"
+# Where a batch carries what the conditioning stage said earlier: (B, c', h, w).
+CONDITIONING_KEY = "conditioning"
+# What in-painting is conditioned on: pictures with black in place of what to fill, and where that is.
+MASKED_KEY, MASK_KEY = "masked_image", "mask"
 # Where a batch carries layouts: the tokens of `encoders.layout`, (B, L) int64.
 LAYOUT_KEY = "coordinates_bbox"
 LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -396,7 +400,15 @@ class LatentDiffusion(LatentSpace, DDPM):
     # -- conditioning ----------------------------------------------------------------------------------------
 
     def get_learned_conditioning(self, c: Any) -> Any:
-        """Encode captions, labels or images with the conditioning stage."""
+        """Encode captions, labels or images with the conditioning stage.
+
+        Masked images {`masked_image`: (B, 3, H, W), `mask`: (B, 1, H, W) of -1 and 1} are joined with their mask,
+        resized to the map's size.
+        """
+        if isinstance(c, Mapping) and MASK_KEY in c:
+            encoded = self.get_learned_conditioning(c[MASKED_KEY])
+            mask = nn.functional.interpolate(c[MASK_KEY], size=encoded.shape[-2:])
+            return torch.cat([encoded, mask.to(encoded)], dim=1)
         if self.cond_stage_forward is not None:
             return getattr(self.cond_stage_model, self.cond_stage_forward)(c)
         encode = getattr(self.cond_stage_model, "encode", None)
@@ -412,6 +424,8 @@ class LatentDiffusion(LatentSpace, DDPM):
             return batch_entry(batch, key).to(self.device)
         if key == "caption":
             return batch_entry(batch, key)
+        if key == MASKED_KEY:
+            return {name: self.get_input(batch, name) for name in (MASKED_KEY, MASK_KEY)}
         return self.get_input(batch, key)
 
     def drop_conditioning(self, xc: Any) -> Any:
@@ -425,6 +439,8 @@ class LatentDiffusion(LatentSpace, DDPM):
 
     def empty_conditioning(self, xc: Any) -> Any:
         """What stands for no conditioning, in the form of `xc`: "" for text, the last class, zeros otherwise."""
+        if isinstance(xc, Mapping) and MASK_KEY in xc:
+            return map_tensors(torch.zeros_like, xc)
         if isinstance(xc, Mapping):
             known = getattr(self.cond_stage_model, "n_classes", None) or self.model.diffusion_model.num_classes
             return {key: torch.full_like(value, known - 1) for key, value in xc.items()}
@@ -454,7 +470,9 @@ class LatentDiffusion(LatentSpace, DDPM):
         if x is None and return_first_stage_outputs:
             x = self.decode_first_stage(z)
         c = xc = None
-        if self.model.conditioning_key is not None:
+        if self.model.conditioning_key is not None and CONDITIONING_KEY in batch:
+            c = batch[CONDITIONING_KEY][:bs].to(self.device, torch.float32)
+        elif self.model.conditioning_key is not None:
             xc = x if default(cond_key, self.cond_stage_key) == k else self.raw_conditioning(batch, cond_key)
             xc = xc if bs is None else {n: v[:bs] for n, v in xc.items()} if isinstance(xc, Mapping) else xc[:bs]
             if self.training and self.cond_dropout > 0:

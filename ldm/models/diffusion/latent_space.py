@@ -63,6 +63,12 @@ class LatentSpace(nn.Module):
         return decode(z)
 
     @property
+    def downsampling(self) -> int:
+        """Pixels that one latent stands for, in each direction."""
+        decoder = getattr(self.first_stage_model, "decoder", None)
+        return 1 if decoder is None else 2 ** (len(decoder.up) - 1)
+
+    @property
     def split_input_params(self) -> Mapping[str, Any] | None:
         """How to tile large pictures, see `tiling`; None for not at all."""
         return self._split_input_params

@@ -157,6 +157,7 @@ def _conditioning(
         words = batch.get("human_label", batch[key]) if key == "class_label" else batch[key]
         words = (words.tolist() if isinstance(words, torch.Tensor) else words)[: len(x)]
         return {"conditioning": log_txt_as_img((x.shape[3], x.shape[2]), words, size=max(x.shape[2] // 25, 8))}
+    xc = xc.get(key) if isinstance(xc, Mapping) else xc
     if not isinstance(xc, torch.Tensor) or xc.dim() != 4:
         return {}
     return {"conditioning": xc if xc.shape[1] in (1, 3) else in_random_colours(xc)}

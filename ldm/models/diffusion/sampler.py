@@ -5,9 +5,10 @@ whose arithmetic is that of one reverse step, and choose the grid of steps.
 
 Shapes: x, eps, x_start are (B, C, H, W), float32 whatever the precision of the model. Steps t count from 0.
 
-Draws from the global generator, in this order (it is behaviour: the same seed gives the same picture):
-the start noise; then at every step, with a mask, the noise of the known part, and the step's own noise, which
-the published samplers draw also where its standard deviation is zero.
+Draws from the global generator, or from the option `draw`, in this order (it is behaviour: the same seed gives the
+same picture): the start noise, which a known latent may be noised with (SDEdit, arXiv:2108.01073); then at every step,
+with a mask, the noise of the known part, and the step's own noise, which the published samplers draw also where its
+standard deviation is zero.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Denoiser(Protocol):
     def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """The model's prediction (B, C, H, W): what it is, `parameterization` says."""
 
-    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_start noised to the steps t."""
+    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """x_start noised to the steps t, with `noise` or noise of its own."""
 
 
 @dataclass
@@ -55,6 +56,7 @@ class SamplingOptions:
     unconditional_guidance_scale: float = 1.0
     unconditional_conditioning: Conditioning = None
     normals_sequence: Sequence[torch.Tensor] | None = None  # the step noises, in the order of use
+    draw: Callable[[Sequence[int]], torch.Tensor] | None = None  # gives noise of a shape, such as `PictureNoise`
     callback: Callable[[int], None] | None = None  # called with the number of the step, from 0
     img_callback: Callable[[torch.Tensor, int], None] | None = None  # with the estimate of x_start, too
     log_every_t: int = 100
@@ -77,6 +79,7 @@ class Sampler:
     def __init__(self, model: Denoiser) -> None:
         self.model = model
         self.options = SamplingOptions()
+        self.start: int | None = None
         self.pair = Pairing()
 
     # -- what subclasses write -------------------------------------------------------------------------------
@@ -98,22 +101,28 @@ class Sampler:
         cond: Conditioning,
         options: SamplingOptions,
         x_T: torch.Tensor | None = None,
+        start: int | None = None,
     ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
         """Walk the increasing grid `timesteps` backwards from noise of `shape` (B, C, H, W).
+
+        Args:
+            x_T: (B, C, H, W) to start from instead.
+            start: grid position to start from, by default the last; without `x_T` from the option `x0`, noised to it.
 
         Returns:
             The sample, and the intermediates `x_inter` and `pred_x0`: the start, then every `log_every_t`-th
             grid position and the last.
         """
-        self.options, self.timesteps = options, timesteps
+        self.options, self.timesteps, self.start = options, timesteps, start
         self.begin()
-        device = self.model.device
-        x = torch.randn(tuple(shape), device=device) if x_T is None else x_T.to(device)
+        if x_T is None:
+            x_T = self.drawn(shape) if start is None else self.noised(shape)
+        x = x_T.to(self.model.device)
         intermediates = {"x_inter": [x], "pred_x0": [x]}
-        total = len(timesteps)
+        total = self.first + 1
         progress = tqdm(range(total), desc=self.name, total=total, disable=not options.verbose)
         for i in progress:
-            index = total - 1 - i
+            index = self.first - i
             x = self.before_step(x, index)
             x, pred_x0 = self.step(x, index, cond)
             x = self.after_step(x, index)
@@ -121,10 +130,15 @@ class Sampler:
                 options.callback(i)
             if options.img_callback:
                 options.img_callback(pred_x0, i)
-            if index % options.log_every_t == 0 or index == total - 1:
+            if index % options.log_every_t == 0 or index == self.first:
                 intermediates["x_inter"].append(x)
                 intermediates["pred_x0"].append(pred_x0)
         return x, intermediates
+
+    @property
+    def first(self) -> int:
+        """The grid position that the run starts from."""
+        return len(self.timesteps) - 1 if self.start is None else self.start
 
     def before_step(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Put the known part, noised to the present step, in its place."""
@@ -134,6 +148,11 @@ class Sampler:
         """What is done to the result of a step; nothing by default."""
         return x
 
+    def noised(self, shape: Sequence[int]) -> torch.Tensor:
+        """The option `x0`, noised to the grid position that the run starts from."""
+        noise = self.drawn(shape)
+        return self.model.q_sample(self.options.x0.to(noise), self.steps_of(noise, self.first), noise)
+
     # -- what steps are made of ------------------------------------------------------------------------------
 
     def blend(self, x: torch.Tensor, index: int) -> torch.Tensor:
@@ -141,7 +160,8 @@ class Sampler:
         mask = self.options.mask
         if mask is None:
             return x
-        known = self.model.q_sample(self.options.x0.to(x), self.steps_of(x, index))
+        noise = None if self.options.draw is None else self.drawn(x.shape)
+        known = self.model.q_sample(self.options.x0.to(x), self.steps_of(x, index), noise)
         mask = mask.to(x)
         return known * mask + (1.0 - mask) * x
 
@@ -173,13 +193,21 @@ class Sampler:
         """The estimate, snapped to the first stage's codebook when the run asks for it."""
         return self.model.first_stage_model.quantize(x_start)[0] if self.options.quantize_x0 else x_start
 
+    def drawn(self, shape: Sequence[int], repeat: bool = False) -> torch.Tensor:
+        """Fresh noise of `shape` (B, C, H, W) on the model's device; with `repeat`, the same for the whole batch."""
+        device = self.model.device
+        if self.options.draw is None:
+            return noise_like(shape, device, repeat)
+        noise = self.options.draw((1, *shape[1:]) if repeat else tuple(shape)).to(device)
+        return noise.expand(*shape)
+
     def noise(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """The noise of one step: drawn or given, then tempered and dropped out as asked."""
         options = self.options
         if options.normals_sequence is not None:
-            noise = options.normals_sequence[len(self.timesteps) - 1 - index].to(x)
+            noise = options.normals_sequence[self.first - index].to(x)
         else:
-            noise = noise_like(x.shape, x.device, options.repeat_noise)
+            noise = self.drawn(x.shape, options.repeat_noise)
         temperature = options.temperature
         if not isinstance(temperature, (int, float)):
             temperature = temperature[int(self.timesteps[index])]
@@ -209,6 +237,7 @@ class GridSampler(Sampler):
         eta: float = 0.0,
         x_T: torch.Tensor | None = None,
         ddim_discretize: str | None = None,
+        strength: float | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
         """Draw `batch_size` samples in S steps.
@@ -220,6 +249,8 @@ class GridSampler(Sampler):
             eta: η of arXiv:2010.02502: 0 is deterministic, 1 adds DDPM's noise.
             x_T: (B, C, H, W) start noise instead of drawn noise.
             ddim_discretize: the grid instead of the sampler's own; "uniform" is the published one.
+            strength: walk only the grid's steps below this share of the model's, in (0, 1], from `x_T` or, without
+                it, from the option `x0` noised to the first of them (SDEdit, arXiv:2108.01073).
             **options: fields of `SamplingOptions`; an unknown one is a TypeError.
 
         Returns:
@@ -230,7 +261,22 @@ class GridSampler(Sampler):
             raise ValueError(f"conditioning for {conditioned} samples, but batch_size is {batch_size}")
         self.make_schedule(S, ddim_discretize, eta)
         settings = SamplingOptions(**options)
-        return self.run((batch_size, *shape), self.ddim_timesteps, conditioning, settings, x_T)
+        start = None if strength is None else self.position(strength)
+        if start is not None and x_T is None and settings.x0 is None:
+            raise ValueError("strength needs something to start from: x0, or x_T")
+        return self.run((batch_size, *shape), self.ddim_timesteps, conditioning, settings, x_T, start)
+
+    def position(self, strength: float) -> int:
+        """The last position of the grid below the share `strength` of the model's steps, or 0.
+
+        Raises:
+            ValueError: the share is outside (0, 1].
+        """
+        if not 0.0 < strength <= 1.0:
+            raise ValueError(f"strength is a share of the steps, above 0 and at most 1, not {strength}")
+        # Of floats alone 0.7 × 1000 may lie above 700, and one step more would be walked.
+        end = round(strength * self.model.num_timesteps, 6)
+        return max(int((self.ddim_timesteps < end).sum()) - 1, 0)
 
     def grid(self, S: int, ddim_discretize: str | None) -> np.ndarray:
         """The increasing grid of S model steps."""

@@ -254,6 +254,7 @@ class UNetModel(_TimestepNetwork):
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.out_channels = out_channels
+        self.downsampling = 2 ** (len(channel_mult) - 1)  # sides of maps must be multiples of it
         self.num_classes = num_classes
         self.predict_codebook_ids = n_embed is not None
         layers = _Layers(

@@ -176,4 +176,4 @@ def _vgg16_weights() -> dict[str, Tensor]:
 
 
 def _unavailable(reason: str) -> UserError:
-    return UserError(f"the perceptual loss has no weights: {reason}, or train without it (perceptual_weight: 0)")
+    return UserError(f"LPIPS has no weights: {reason}, or do without it (in training: perceptual_weight: 0)")
