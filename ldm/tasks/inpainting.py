@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli import Parser, non_negative_int, positive_int
 from ldm.model_files import ModelFiles, PictureSize, check_condition
 from ldm.tasks.input_files import PICTURES, check_apart, file_input, pictures_in, result_names, unchanged
-from ldm.tasks.task import Inputs, Settings, Task
+from ldm.tasks.restoration import Restoration
+from ldm.tasks.task import Inputs, Settings
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Holed:
     mask: np.ndarray
 
 
-class Inpainting(Task):
+class Inpainting(Restoration):
     """Fill the masked parts of pictures; the rest comes back unchanged, bit for bit."""
 
     name = "inpaint"
@@ -117,8 +118,7 @@ class Inpainting(Task):
         import torch
 
         from ldm.images import pad_to_multiple, to_batch, to_uint8
-        from ldm.inference import SamplerSettings, decode, sample_latents
-        from ldm.tiles import TiledDenoiser
+        from ldm.inference import decode
 
         multiple = model.downsampling * model.model.diffusion_model.downsampling
         image = to_batch([pad_to_multiple(each.image, multiple) for each in batch]).to(model.device, model.dtype)
@@ -126,22 +126,9 @@ class Inpainting(Task):
         mask = torch.stack(masks)[:, None].to(image) * 2.0 - 1.0
         holed = torch.where(mask > 0, -1.0, image)  # black, as in training
         conditioning = model.get_learned_conditioning({"masked_image": holed, "mask": mask})
-        tile = settings["tile"] // model.downsampling
-        denoiser = TiledDenoiser(model, tile, tile // 4) if tile else model
-        shape = (len(batch), model.channels, *conditioning.shape[2:])
-        latents = sample_latents(
-            denoiser, shape, SamplerSettings.of(settings), conditioning, noise=noise, progress=progress
-        )
-        filled = to_uint8(decode(model, latents, tile or None))
+        latents = self.sample(model, conditioning, settings, noise, progress)
+        filled = to_uint8(decode(model, latents, settings["tile"] // model.downsampling or None))
         return [blend(each, filling, settings["feather"]) for each, filling in zip(batch, filled, strict=True)]
-
-    def path(self, outdir: Path, inputs: Inputs, number: int) -> Path:
-        """Named like the picture, in the place of an earlier result, as published."""
-        return outdir / f"{inputs['name']}.png"
-
-    def sheet_columns(self, args: argparse.Namespace) -> int:
-        """Two pictures and their results in a row."""
-        return 2
 
     def panels(self, loaded: Holed) -> list[np.ndarray]:
         """The picture with white where it was filled."""

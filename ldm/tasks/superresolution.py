@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli import Parser, non_negative_int
 from ldm.model_files import ModelFiles, PictureSize, check_condition
 from ldm.tasks.input_files import check_apart, file_input, pictures_in, result_names, unchanged
-from ldm.tasks.task import Inputs, Settings, Task
+from ldm.tasks.restoration import Restoration
+from ldm.tasks.task import Inputs, Settings
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Small:
     factor: int
 
 
-class SuperResolution(Task):
+class SuperResolution(Restoration):
     """Enlarge pictures, drawing the details that they lack; the model decides how many times."""
 
     name = "superres"
@@ -86,29 +87,15 @@ class SuperResolution(Task):
     ) -> Sequence[np.ndarray]:
         """Each picture, enlarged."""
         from ldm.images import pad_to_multiple, to_batch, to_uint8
-        from ldm.inference import SamplerSettings, decode, sample_latents
-        from ldm.tiles import TiledDenoiser
+        from ldm.inference import decode
 
         factor = settings["factor"]
         multiple = model.downsampling * model.model.diffusion_model.downsampling // factor
         small = to_batch([pad_to_multiple(each.image, multiple) for each in batch]).to(model.device, model.dtype)
         conditioning = model.get_learned_conditioning(small)
-        tile = settings["tile"] // model.downsampling
-        denoiser = TiledDenoiser(model, tile, tile // 4) if tile else model
-        shape = (len(batch), model.channels, *conditioning.shape[2:])
-        latents = sample_latents(
-            denoiser, shape, SamplerSettings.of(settings), conditioning, noise=noise, progress=progress
-        )
+        latents = self.sample(model, conditioning, settings, noise, progress)
         height, width = (factor * side for side in batch[0].image.shape[:2])
         return to_uint8(decode(model, latents, DECODED_AT_ONCE)[:, :, :height, :width])
-
-    def path(self, outdir: Path, inputs: Inputs, number: int) -> Path:
-        """Named like the picture, in the place of an earlier result."""
-        return outdir / f"{inputs['name']}.png"
-
-    def sheet_columns(self, args: argparse.Namespace) -> int:
-        """Two pictures and their results in a row."""
-        return 2
 
     def panels(self, loaded: Small) -> list[np.ndarray]:
         """The picture enlarged without a model, by bicubic interpolation."""
