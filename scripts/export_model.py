@@ -27,7 +27,9 @@ DTYPES = ("float16", "bfloat16", "float32")
 def make_parser() -> Parser:
     """The options."""
     parser = Parser(description="Turn a training checkpoint into a folder to draw with.", parents=[target_options()])
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="the training checkpoint, e.g. last.ckpt")
+    parser.add_argument(
+        "--ckpt", required=True, metavar="FILE", help="the training checkpoint, e.g. last.ckpt, or an export"
+    )
     parser.add_argument("--outdir", required=True, metavar="DIR", help="where config.yaml and model.safetensors go")
     parser.add_argument(
         "--config", metavar="YAML", help="default: the newest *-project.yaml in the run's configs folder"
@@ -61,11 +63,12 @@ def find_config(ckpt: Path, config: str | None) -> Path:
 
 
 def choose(weights: Mapping[str, Tensor], ema: bool | None, source: Path) -> tuple[dict[str, Tensor], str]:
-    """The weights to write under their live names, and which they are: "ema" or "live"."""
-    from ldm.checkpoint import choose_weights, ema_names
+    """The weights to write under their live names, and which they are: "ema" or "live"; an export says so itself."""
+    from ldm.checkpoint import choose_weights, ema_names, read_checkpoint
 
     kind = "ema" if ema or (ema is None and ema_names(weights)) else "live"
-    return choose_weights(weights, kind, source), kind
+    exported = read_checkpoint(source).get("metadata") or {}
+    return choose_weights(weights, kind, source), exported.get("weights", kind)
 
 
 def with_decoder(weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -81,7 +84,7 @@ def with_decoder(weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]
     stage = {f"first_stage_model.{name}": value for name, value in read_state_dict(file).items()}
     encodes = ("first_stage_model.encoder.", "first_stage_model.quant_conv.")
     for name in (name for name in weights if name.startswith(encodes)):
-        if name not in stage or not torch.equal(stage[name], weights[name]):
+        if name not in stage or not torch.equal(stage[name].to(weights[name].dtype), weights[name]):
             raise UserError(f'"{file}" has another encoder ("{name}"); give --decoder a first stage trained on from it')
     decodes = ("first_stage_model.decoder.", "first_stage_model.post_quant_conv.")
     return {name: stage.get(name, value) if name.startswith(decodes) else value for name, value in weights.items()}
@@ -138,11 +141,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from omegaconf import OmegaConf
 
-    from ldm.checkpoint import read_checkpoint, read_state_dict, save_safetensors
+    from ldm.checkpoint import read_state_dict, save_safetensors, training_step
     from ldm.files import atomic_path
     from ldm.inference import build_model, for_inference
 
-    step = read_checkpoint(source).get("global_step", "unknown")
+    step = training_step(source) or "unknown"
     weights, kind = choose(read_state_dict(source), args.ema, source)
     if args.decoder:
         weights = with_decoder(weights, Path(args.decoder))

@@ -56,6 +56,24 @@ def test_a_decoder_that_was_trained_on_goes_in(export, run, tmp_path, capsys):
     assert "another encoder" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
+def test_a_decoder_goes_into_an_export_too(export, run, tmp_path):
+    folder, model = run
+    first = tmp_path / "first"
+    assert export(["--ckpt", str(folder / "checkpoints" / "last.ckpt"), "--outdir", str(first)]) == 0
+    exported = first / "model.safetensors"
+    stage = {name: value.clone() for name, value in model.first_stage_model.state_dict().items()}
+    stage = {name: value.half().float() + name.startswith("decoder.conv_out") for name, value in stage.items()}
+    torch.save({"state_dict": stage}, tmp_path / "stage.ckpt")
+    options = ["--ckpt", str(exported), "--config", str(first / "config.yaml"), "--outdir", str(tmp_path / "second")]
+    assert export([*options, "--decoder", str(tmp_path / "stage.ckpt")]) == 0
+    before, after = (read_checkpoint(place / "model.safetensors") for place in (first, tmp_path / "second"))
+    changed = {
+        name for name, value in before["state_dict"].items() if not torch.equal(value, after["state_dict"][name])
+    }
+    assert changed == {"first_stage_model.decoder.conv_out.weight", "first_stage_model.decoder.conv_out.bias"}
+    assert {key: after["metadata"][key] for key in ("step", "weights")} == {"step": "42", "weights": "ema"}
+
+
 @pytest.mark.parametrize("ema", [None, "--ema", "--no-ema"])
 def test_the_chosen_weights_are_written(export, run, tmp_path, ema, capsys):
     folder, model = run
