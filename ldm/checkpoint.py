@@ -293,10 +293,13 @@ def save_safetensors(
         seen.add(storage)
     strings = {str(key): str(value) for key, value in (metadata or {}).items()}
     with atomic_path(path) as temporary:
+        temporary.touch()
+        usual = temporary.stat().st_mode
         try:
             save_file(tensors, temporary, {"format": "pt", **strings})
         except SafetensorError as error:  # how safetensors says that the disk is full
             raise OSError(str(error)) from error
+        temporary.chmod(usual)  # safetensors writes files that nobody else can read
 
 
 def _kind(path: Path) -> str:

@@ -53,6 +53,7 @@ FULL = (
     Stage("crops", (CROPS,), "train/rec_loss"),
     Stage("whole", (CROPS, "whole_pictures.yaml"), "train/rec_loss", "model.params.ckpt_path"),
     Stage("f8", ("autoencoder_kl_8x8x16.yaml",), "train/rec_loss", "model.params.ckpt_path"),
+    Stage("decoder", ("autoencoder_kl_8x8x16.yaml", "decoder.yaml"), "train/rec_loss", "model.params.ckpt_path"),
     Stage("ldm", ("txt2img_64.yaml",), "train/loss_simple", FIRST_STAGE_OF_LDM),
 )
 

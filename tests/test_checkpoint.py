@@ -306,3 +306,9 @@ def test_a_checkpoint_tells_its_training_step(tmp_path, content, step):
 def test_an_exported_model_tells_its_training_step(tmp_path, model, noted, step):
     save_safetensors(model, tmp_path / "model.safetensors", noted)
     assert training_step(tmp_path / "model.safetensors") == step
+
+
+def test_weights_may_be_read_by_whom_other_new_files_may_be(model, tmp_path):
+    (tmp_path / "other").touch()
+    save_safetensors(model, tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
