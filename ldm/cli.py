@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -13,6 +15,8 @@ from typing import Any, NoReturn
 from ldm import targets
 from ldm.util import UserError, did_you_mean, is_out_of_memory
 
+MAX_COUNT = 10**7  # of pictures, steps and the like
+MAX_SIDE = 2**16  # of a picture, in pixels
 PRECISIONS = ("float32", "bfloat16", "float16", "auto")
 MAX_SEED = 2**63 - 1
 
@@ -38,6 +42,8 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
         _log_to_stderr()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # rather "\xd7" than no result where "×" cannot be written
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with targets.allowing():  # what --allow-target adds ends with the command
                 return main(argv) or 0
@@ -45,7 +51,12 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
             return _fail(f"error: {error}", 2)
         except KeyboardInterrupt:
             return _fail("interrupted", 130)
-        except RuntimeError as error:
+        except BrokenPipeError:  # whoever read the results has seen enough
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it when it ends)
+            return 1
+        except OSError as error:
+            return _fail(f"error: {_cut(error.filename)}: {error.strerror or error}", 2)
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return _fail("error: out of memory; use a smaller batch or smaller pictures", 2)
@@ -59,6 +70,11 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def _cut(path: object, length: int = 200) -> str:
+    text = f'"{path}"' if path is not None else "reading or writing failed"
+    return text if len(text) <= length else f'{text[:length]}…"'
+
+
 def _fail(message: str, status: int) -> int:
     sys.stderr.write(f"{message}\n")
     return status
@@ -70,21 +86,37 @@ class _Formatter(logging.Formatter):
         return text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"
 
 
+class _Handler(logging.StreamHandler):
+    """Writes above a progress bar, not behind it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        bars = sys.modules.get("tqdm")
+        if bars is None:
+            return super().emit(record)
+        with bars.tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
+    handler = _Handler()
     handler.setFormatter(_Formatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("ldm").setLevel(logging.INFO)
 
 
 def positive_int(text: str) -> int:
-    """An argument type: a whole number of at least 1."""
-    return _whole_number(text, 1, MAX_SEED)
+    """An argument type: a whole number from 1 to ten million."""
+    return _whole_number(text, 1, MAX_COUNT)
+
+
+def picture_side(text: str) -> int:
+    """An argument type: the pixels of a picture's side, from 1 to 65,536."""
+    return _whole_number(text, 1, MAX_SIDE)
 
 
 def non_negative_int(text: str) -> int:
-    """An argument type: a whole number of at least 0."""
-    return _whole_number(text, 0, MAX_SEED)
+    """An argument type: a whole number from 0 to ten million."""
+    return _whole_number(text, 0, MAX_COUNT)
 
 
 def seed(text: str) -> int:

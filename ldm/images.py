@@ -251,7 +251,7 @@ def save_png(image: np.ndarray | Image, path: str | os.PathLike[str], text: Mapp
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
     info = PngInfo()
     for key, value in (text or {}).items():
-        info.add_text(key, str(value))
+        info.add_text(key, str(value).encode(errors="backslashreplace").decode())  # names of files may be no text
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 

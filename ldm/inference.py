@@ -257,9 +257,13 @@ def sample_latents(
     }
     with prepared(model):
         if settings.sampler == ANCESTRAL:
-            return model.p_sample_loop(conditioning, shape, **options)
-        sampler = make_sampler(settings.sampler, model)
-        return sampler.sample(settings.steps, count, size, conditioning, settings.eta, **options)[0]
+            latents = model.p_sample_loop(conditioning, shape, **options)
+        else:
+            sampler = make_sampler(settings.sampler, model)
+            latents = sampler.sample(settings.steps, count, size, conditioning, settings.eta, **options)[0]
+    if not torch.isfinite(latents).all():
+        logger.warning("numbers grew beyond all bounds; lower the guidance scale or eta, or compute in float32")
+    return latents
 
 
 @torch.no_grad()

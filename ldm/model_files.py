@@ -224,11 +224,13 @@ class PictureSize:
             unet = 2 ** _halvings(params.get("unet_config"), "channel_mult")
             size = params.get("image_size", 256 // factor)
             height, width = (size, size) if isinstance(size, int) else size
+            if min(height, width) < 1:
+                raise ValueError("no pixels")
             return cls(int(height) * factor, int(width) * factor, factor, factor * unet)
         except (AttributeError, TypeError, ValueError):
             raise UserError(
-                "the model's configuration does not tell its size; image_size must be a number, or height and width, "
-                "ch_mult and channel_mult must be lists"
+                "the model's configuration does not tell its size; image_size must be a positive number, or height "
+                "and width, ch_mult and channel_mult must be lists"
             ) from None
 
     def check(self, option: str, pixels: int) -> int:

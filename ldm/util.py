@@ -24,8 +24,10 @@ class UserError(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch raised `error` for want of memory: its own class on a GPU, its allocator's words on the CPU."""
-    return type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    """Whether `error` is for want of memory: Python's own, torch's on a GPU, or in its allocator's words on the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error) for words in ("allocate memory", "Storage size calculation overflowed"))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

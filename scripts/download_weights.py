@@ -23,7 +23,8 @@ def make_parser() -> Parser:
     parser = Parser(
         description="Fetch the published weights to where the other commands look for them. An interrupted run is "
         "gone on with by the same command.",
-        epilog=f"Groups are {groups}. The exit status is 1 when something could not be had.",
+        epilog=f"example: python scripts/download_weights.py text2img-large. Groups are {groups}. The exit status is 1 "
+        "when something could not be had.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="groups or single downloads, as --list shows them")
     parser.add_argument("--list", action="store_true", help="show what there is, where it goes and what is there; stop")

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command, model_options, positive_int
+from ldm.cli import Parser, command, model_options, picture_side, positive_int, say
+from ldm.files import check_writable
 from ldm.model_files import FIRST_STAGES, MODELS, PictureSize, find_model, named_model, read_config
 from ldm.util import UserError
 
@@ -61,13 +62,14 @@ def make_parser() -> Parser:
     """The options."""
     parser = Parser(
         description="Send pictures through a first stage and back, and measure what is lost.",
+        epilog="example: python scripts/reconstruct.py --indir data/superres_examples --no-psim",
         parents=[model_options(f"{FIRST_STAGES} or {MODELS}")],
     )
     parser.add_argument("files", nargs="*", metavar="FILE", help="pictures (default: some of the emoji drawings)")
     parser.add_argument("--indir", metavar="DIR", help="take all pictures in this folder and below")
     parser.add_argument("--outdir", metavar="DIR", default="outputs/reconstruct", help="default: %(default)s")
     parser.add_argument(
-        "--size", type=positive_int, metavar="PIXELS", help="take the centred square, resized (default: whole pictures)"
+        "--size", type=picture_side, metavar="PIXELS", help="take the centred square, resized (default: whole pictures)"
     )
     parser.add_argument(
         "--batch_size",
@@ -133,8 +135,7 @@ def check_outputs(sources: Sequence[Source], outdir: Path) -> None:
     Raises:
         UserError: they cannot.
     """
-    if outdir.exists() and not outdir.is_dir():
-        raise UserError(f'--outdir "{outdir}" is a file; name a folder')
+    check_writable(outdir, "--outdir")
     outputs = {(outdir / "pictures" / source.name).resolve() for source in sources} | {(outdir / "sheet.png").resolve()}
     for source in sources:
         if source.path is not None and source.path.resolve() in outputs:
@@ -306,6 +307,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = read_config(files.config)
     sources = find_files(args.files, args.indir, args.size)
     check_outputs(sources, Path(args.outdir))
+    if args.json:
+        check_writable(Path(args.json).parent, "--json")
     if not sources:
         own = PictureSize.of(config).height if "unet_config" in config["params"] else DRAWING_SIZE
         sources = drawings(args.size or min(own, DRAWING_SIZE))
@@ -321,9 +324,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     unread: list[str] = []
     scores = run(args, model, sources, unread)
     if scores:
-        print(table(scores))
+        say(table(scores))
         beside = f"the first {SHOWN}" if len(scores) > SHOWN else "all"
-        print(f"reconstructions: {args.outdir}/pictures; {beside} below their originals: {args.outdir}/sheet.png")
+        say(f"reconstructions: {args.outdir}/pictures; {beside} below their originals: {args.outdir}/sheet.png")
     if args.json and scores:
         settings = {"model": files.name, "size": args.size, "precision": str(precision).removeprefix("torch.")}
         content = {"settings": settings, "pictures": [asdict(score) for score in scores], "mean": mean(scores)}

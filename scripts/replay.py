@@ -5,6 +5,7 @@ python scripts/replay.py outputs/txt2img-samples/samples/0000.png
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,10 +14,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command, model_options
+from ldm.cli import Parser, command, model_options, say
 from ldm.files import check_writable
 from ldm.tasks.metadata import Origin, Record
 from ldm.tasks.replay import model_of, replay
+from ldm.util import UserError
+
+logger = logging.getLogger("ldm")
 
 
 def make_parser() -> Parser:
@@ -33,12 +37,32 @@ def make_parser() -> Parser:
     return parser
 
 
+def told(error: UserError, paths: Sequence[Path]) -> UserError:
+    """`error`, said at once where there are other pictures to go on with.
+
+    Raises:
+        UserError: there are none.
+    """
+    if len(paths) == 1:
+        raise error
+    logger.error("%s", error)
+    return error
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     args = make_parser().parse_args(argv)
     paths = [Path(path) for path in args.pictures]
-    records = [Record.read(path) for path in paths]
+    records: dict[Path, Record] = {}
+    failures: list[UserError] = []
+    for path in paths:
+        try:
+            records[path] = Record.read(path)
+        except UserError as error:
+            failures.append(told(error, paths))
+    if not records:
+        raise UserError("none of them can be drawn again; see above")
     if args.outdir:
         check_writable(Path(args.outdir), "--outdir")
 
@@ -57,15 +81,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return loaded(files.config, files.checkpoint, args.precision or origin.precision)
 
     identical = True
-    for path, record in zip(paths, records, strict=True):
-        comparison = replay(record, path, load)
-        print(comparison)
+    for path, record in records.items():
+        try:
+            comparison = replay(record, path, load)
+        except UserError as error:
+            failures.append(told(error, paths))
+            continue
+        say(str(comparison))
         identical &= comparison.identical
         if args.outdir:
-            origin = record.origin
-            save_png(
-                comparison.again, Path(args.outdir) / path.name, origin.text(record.inputs, record.seed, record.place)
-            )
+            text = record.origin.text(record.inputs, record.seed, record.place)
+            save_png(comparison.again, Path(args.outdir) / path.name, text)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(paths)} could not be drawn again; see above")
     return 0 if identical else 1
 
 

@@ -28,7 +28,10 @@ log = logging.getLogger("ldm.train_searcher")
 
 def make_parser() -> Parser:
     """The options."""
-    parser = Parser(description="Train an index of a retrieval database, which makes the search for neighbours quick.")
+    parser = Parser(
+        description="Train an index of a retrieval database, which makes the search for neighbours quick.",
+        epilog="example: python scripts/train_searcher.py --database artbench-surrealism",
+    )
     parser.add_argument(
         "-d",
         "--database",

@@ -42,8 +42,9 @@ def test_the_catalogue_has_what_was_published():
     assert not {*BY_NAME} & {*GROUPS}
     stages = {folder.name for folder in (ROOT / "models/first_stage_models").iterdir()}
     assert stages == {download.name for download in chosen(["first-stages"])} and len(stages) == 9
-    models = {file.parent.name for file in (ROOT / "models/ldm").glob("*/config.yaml")} - {"emoji64"}
-    assert models == {download.name for download in chosen(["models"])}
+    models = {file.parent.name for file in (ROOT / "models/ldm").glob("*/config.yaml")}
+    bundled = {"emoji64", "emoji64-inpaint", "emoji64-superres"}
+    assert models - bundled == {download.name for download in chosen(["models"])}
     for download in CATALOGUE:
         assert download.url().startswith("https://") and download.is_archive != download.path.endswith(".ckpt")
         assert download.url("http://mirror/x/") == f"http://mirror/x/{download.path}"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CLASSES = 1000  # of `ClassEmbedder`
 SHOWN = 4  # names that a message lists
+MOST_DIGITS = 9  # of a class's number
 
 
 def imagenet_names() -> list[tuple[str, ...]]:
@@ -133,13 +134,16 @@ class Classes:
         Raises:
             UserError: one gives no class, or several.
         """
-        return [label for word in words for label in self._labels(word)]
+        found = [label for word in words for label in self._labels(word)]
+        if not found:
+            raise UserError("no class is named; give names or numbers")
+        return found
 
     def _labels(self, word: str) -> Iterator[int]:
         key = _key(word)
-        numbers = re.fullmatch(r"(\d+)(?: ?- ?(\d+))?", word.strip())
+        numbers = re.fullmatch(r"(-?\d+)(?: ?- ?(\d+))?", word.strip())
         if numbers:
-            yield from self._range(word, int(numbers[1]), int(numbers[2] or numbers[1]))
+            yield from self._range(word, numbers[1], numbers[2] or numbers[1])
         elif key in self.labels:
             yield self.labels[key]
         elif "," in word:
@@ -147,10 +151,14 @@ class Classes:
         else:
             yield self._partly(word)
 
-    def _range(self, word: str, low: int, high: int) -> range:
-        if not low <= high < self.count:
-            raise UserError(f'class "{word}": the classes of "{self.model}" are 0 to {self.count - 1}')
-        return range(low, high + 1)
+    def _range(self, word: str, first: str, last: str) -> range:
+        long = max(len(first), len(last)) > MOST_DIGITS
+        if long or not 0 <= int(first) < self.count or not int(last) < self.count:
+            which, last_class = word[: 3 * MOST_DIGITS], self.count - 1
+            raise UserError(f'class "{which}": the classes of "{self.model}" are 0 to {last_class}')
+        if int(first) > int(last):
+            raise UserError(f'classes "{word}": a range goes from the smaller number to the larger')
+        return range(int(first), int(last) + 1)
 
     def _partly(self, word: str) -> int:
         """The class of which `word` is some of the words."""

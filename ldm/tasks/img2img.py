@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser, positive_int
+from ldm.cli import Parser, picture_side
 from ldm.model_files import ModelFiles, PictureSize
 from ldm.tasks.input_files import PICTURES, file_input, named_files, unchanged
 from ldm.tasks.task import Inputs, Settings
@@ -61,8 +61,8 @@ class ImageToImage(TextTask):
         )
         self.prompt_options(parser)
         self.sampler_options(parser, steps=50, scale=5.0)
-        parser.add_argument("--H", type=positive_int, metavar="PIXELS", help="height (default: the picture's own)")
-        parser.add_argument("--W", type=positive_int, metavar="PIXELS", help="width (default: the picture's own)")
+        parser.add_argument("--H", type=picture_side, metavar="PIXELS", help="height (default: the picture's own)")
+        parser.add_argument("--W", type=picture_side, metavar="PIXELS", help="width (default: the picture's own)")
 
     def settings(self, args: argparse.Namespace, files: ModelFiles, config: Mapping[str, Any]) -> Settings:
         """Sampler, negative prompt, strength and size."""

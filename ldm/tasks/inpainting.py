@@ -78,7 +78,7 @@ class Inpainting(Restoration):
     def settings(self, args: argparse.Namespace, files: ModelFiles, config: Mapping[str, Any]) -> Settings:
         """Sampler, feather and tiles."""
         check_condition(files.name, config, "masked_image", "an in-painting")
-        PictureSize.of(config).check("--tile", args.tile)
+        self.check_tile(PictureSize.of(config), args.tile)
         return {**self.sampler_settings(args, config), "feather": args.feather, "tile": args.tile}
 
     def inputs(self, args: argparse.Namespace, files: ModelFiles) -> list[Inputs]:

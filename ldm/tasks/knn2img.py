@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser, non_negative_int, positive_int
+from ldm.cli import Parser, non_negative_int, picture_side, positive_int
 from ldm.model_files import CONFIGS_ELSEWHERE, WEIGHTS, ModelFiles, PictureSize, find_model, locate, read_config
 from ldm.retrieval import MAX_NEIGHBOURS
 from ldm.retrieval.folders import DATABASE_NAMES, find_database
@@ -71,7 +71,7 @@ class RetrievalToImage(Task):
         self.sampler_options(parser, steps=50, scale=5.0)
         for option, side in (("--H", "height"), ("--W", "width")):
             help = f"{side} (default: the model's own, of the published one 768)"
-            parser.add_argument(option, type=positive_int, metavar="PIXELS", help=help)
+            parser.add_argument(option, type=picture_side, metavar="PIXELS", help=help)
         parser.add_argument(
             "--clip_type",
             default="ViT-L/14",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,17 +67,22 @@ def read_label_map(path: Path, palette: Mapping[str, int] | None = None) -> np.n
         UserError: the file is missing or is no picture, or a colour has no label.
     """
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as file:
-            file.load()
-            coloured = file.mode not in NUMBERS or (file.mode == "P" and palette is not None)
-            pixels = np.asarray(file.convert("RGB") if coloured else file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what Pillow reads all the same
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)
+        if image.mode == "LA":  # what is transparent has a number too
+            image = image.getchannel("L")
+        coloured = image.mode not in NUMBERS or (image.mode == "P" and palette is not None)
+        pixels = np.asarray(image.convert("RGB") if coloured else image)
     except FileNotFoundError:
         raise UserError(f'there is no map "{path}"; check the path') from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f'cannot read the map "{path}": {error}; give a PNG of labels') from None
+    except Exception as error:  # Pillow's readers raise anything on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f'cannot read the map "{path}": {reason}; give a PNG of labels') from None
     if not coloured:
         return pixels.astype(np.int64)
     if palette is None:

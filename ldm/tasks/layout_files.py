@@ -107,6 +107,8 @@ def _resolve_box(number: int, box: Any, size: Sequence[float], names: Sequence[s
 
 def _class_number(which: str, label: Any, names: Sequence[str]) -> int:
     if isinstance(label, int) and not isinstance(label, bool):
+        if label < 0:
+            raise UserError(f"{which}: classes are counted from 0")
         return label
     if not isinstance(label, str):
         raise UserError(f"{which}: a label is a class's name, or its number")

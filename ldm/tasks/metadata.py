@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.cli import MAX_SEED, PRECISIONS
 from ldm.model_files import ModelFiles
 from ldm.util import UserError
 
@@ -47,7 +48,7 @@ class Origin:
         own = {**inputs, "seed": seed, "index": place.index}
         run = {"task": self.task, "model": self.model, "precision": self.precision, "version": self.version}
         record = {**asdict(self), "inputs": dict(inputs), "seed": seed, "place": asdict(place)}
-        return {**own, **self.settings, **run, KEY: json.dumps(record, ensure_ascii=False)}
+        return {**own, **self.settings, **run, KEY: json.dumps(record)}
 
     def sheet_text(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The text chunks of the sheet of all pictures: each thing that they were drawn from once, line by line."""
@@ -93,6 +94,10 @@ class Record:
                 raise TypeError("wrong types")
             if not 0 <= place.position < place.batch:
                 raise ValueError("its place is not in its batch")
+            if not 0 <= seed <= MAX_SEED:
+                raise ValueError(f"its seed is not between 0 and {MAX_SEED}")
+            if origin.precision not in PRECISIONS:
+                raise ValueError(f'its precision is "{origin.precision}"')
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f'what "{path}" says of its drawing is damaged: {error}') from None
         return cls(origin, inputs, seed, place)

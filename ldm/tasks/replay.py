@@ -67,7 +67,7 @@ def replay(record: Record, path: Path, load: Callable[[Origin], Any]) -> Compari
         load: gives the model for an origin, ready to sample.
 
     Raises:
-        UserError: an input is missing or has changed.
+        UserError: an input is missing or has changed, or the record is damaged.
     """
     import numpy as np
     from tqdm import tqdm
@@ -78,11 +78,15 @@ def replay(record: Record, path: Path, load: Callable[[Origin], Any]) -> Compari
 
     task, settings = find_task(record.origin.task), dict(record.origin.settings)
     model = load(record.origin)
-    loaded = task.load(record.inputs, settings)
-    # Copies fill the batch, because the size of a batch decides the last bits of its results.
-    batch = [Picture(0, record.seed, record.inputs, loaded)] * record.place.batch
-    with prepared(model), tqdm(desc=path.name, unit="step", total=task.steps(settings, loaded)) as progress:
-        again = draw_batch(task, model, batch, settings, progress)[record.place.position]
+    try:
+        loaded = task.load(record.inputs, settings)
+        # Copies fill the batch, because the size of a batch decides the last bits of its results.
+        batch = [Picture(0, record.seed, record.inputs, loaded)] * record.place.batch
+        with prepared(model), tqdm(desc=path.name, unit="step", total=task.steps(settings, loaded)) as progress:
+            again = draw_batch(task, model, batch, settings, progress)[record.place.position]
+    except (KeyError, TypeError, ValueError) as error:  # something that the task wrote is missing or is something else
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f'what "{path}" says of its drawing is damaged, or needs another version: {reason}') from error
     before = np.asarray(open_picture(path))
     if before.shape != again.shape:
         return Comparison(path, again, before.shape, 0, 0)

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.model_files import PictureSize
 from ldm.tasks.task import Inputs, Settings, Task
+from ldm.util import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +27,19 @@ class Restoration(Task):
     def sheet_columns(self, args: argparse.Namespace) -> int:
         """Two pictures and their results in a row."""
         return 2
+
+    @staticmethod
+    def check_tile(size: PictureSize, tile: int) -> int:
+        """`tile`, if a model of that size can draw in such tiles.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if 0 < tile < 2 * size.multiple:  # the network's smallest map has to have more than one value
+            raise UserError(
+                f"--tile {tile} is too small for this model; give {2 * size.multiple} or more, or 0 for none"
+            )
+        return size.check("--tile", tile)
 
     @staticmethod
     def sample(model: Any, conditioning: Tensor, settings: Settings, noise: PictureNoise, progress: tqdm) -> Tensor:

@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,8 +72,11 @@ def run(task: Task, args: argparse.Namespace) -> None:
     saver = Saver(task, args, outdir, origin, inputs)
     try:
         draw_all(task, model, batches(task, pictures, settings, size, failures), settings, len(inputs), saver.save)
-    finally:
-        saver.finish(time.monotonic() - started)
+    except BaseException:
+        with suppress(UserError):  # what stopped the drawing is what is told
+            saver.finish(time.monotonic() - started)
+        raise
+    saver.finish(time.monotonic() - started)
     if failures:
         raise UserError(f"{len(failures)} of {len(inputs)} could not be drawn; see above")
 
@@ -123,9 +127,16 @@ def draw_all(
 
     from ldm.inference import prepared
 
-    with prepared(model), tqdm(desc="drawing", unit="step") as progress:
+    with ExitStack() as preparation, tqdm(desc="drawing", unit="step") as progress:
         done = steps = 0
+        prepared_for = None
         for batch in groups:
+            # Weights are packed as suits the first batch, and that decides the last bits of those after it.
+            alike = len(batch), task.kind(batch[0].loaded)
+            if alike != prepared_for:
+                preparation.close()
+                preparation.enter_context(prepared(model))
+                prepared_for = alike
             steps += task.steps(settings, batch[0].loaded)
             done += len(batch)
             progress.total = round(steps * count / done)  # as if the rest were like these
@@ -174,15 +185,18 @@ class Saver:
             self.rows.append([shrink(panel, SHEET_SIDE) for panel in (*self.task.panels(picture.loaded), image)])
 
     def finish(self, seconds: float) -> None:
-        """Say where the pictures are, and write the sheet."""
+        """Write the sheet, and say where the pictures are."""
         from ldm.images import make_sheet, save_png
 
         if not self.paths:
             return
-        where = str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} to {self.paths[-1].name}"
-        say(f"{len(self.paths)} pictures in {seconds:.1f} s: {where}")
         path = self.task.sheet_path(self.outdir, self.args, self.inputs)
+        try:
+            if path is not None:
+                sheet = make_sheet(self.rows, self.task.sheet_columns(self.args))
+                save_png(sheet, path, self.origin.sheet_text(self.inputs))
+        finally:
+            where = str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} to {self.paths[-1].name}"
+            say(f"{len(self.paths)} pictures in {seconds:.1f} s: {where}")
         if path is not None:
-            sheet = make_sheet(self.rows, self.task.sheet_columns(self.args))
-            save_png(sheet, path, self.origin.sheet_text(self.inputs))
             say(f"grid: {path}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser, positive_int
+from ldm.cli import Parser, picture_side, positive_int
 from ldm.model_files import ModelFiles, PictureSize, downloaded_model, locate
 from ldm.tasks.input_files import file_input, named_files, unchanged
 from ldm.tasks.label_maps import read_label_map, read_palette, resize_nearest
@@ -59,8 +59,8 @@ class SemanticToImage(Task):
             "--n_samples", type=positive_int, default=1, metavar="N", help="pictures a map (default: %(default)s)"
         )
         self.sampler_options(parser, steps=50)
-        parser.add_argument("--H", type=positive_int, metavar="PIXELS", help="height (default: the map's own)")
-        parser.add_argument("--W", type=positive_int, metavar="PIXELS", help="width (default: the map's own)")
+        parser.add_argument("--H", type=picture_side, metavar="PIXELS", help="height (default: the map's own)")
+        parser.add_argument("--W", type=picture_side, metavar="PIXELS", help="width (default: the map's own)")
 
     def choose_model(self, args: argparse.Namespace) -> ModelFiles:
         """Of the two published models the larger one, where both were downloaded."""

@@ -58,7 +58,7 @@ class SuperResolution(Restoration):
         """Sampler and tiles."""
         check_condition(files.name, config, "LR_image", "a super-resolution")
         size = PictureSize.of(config)
-        tile = max(size.height, size.width) if args.tile is None else size.check("--tile", args.tile)
+        tile = max(size.height, size.width) if args.tile is None else self.check_tile(size, args.tile)
         return {**self.sampler_settings(args, config), "factor": enlargement(files.name, config), "tile": tile}
 
     def inputs(self, args: argparse.Namespace, files: ModelFiles) -> list[Inputs]:

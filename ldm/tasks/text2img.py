@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser, positive_int
+from ldm.cli import Parser, picture_side, positive_int
 from ldm.model_files import ModelFiles, PictureSize, check_text_model
 from ldm.tasks.task import Inputs, Settings, Task
 from ldm.util import UserError
@@ -102,8 +102,8 @@ class TextToImage(TextTask):
         """Those of the published script keep their names and defaults."""
         self.prompt_options(parser)
         self.sampler_options(parser, steps=200, scale=5.0)
-        parser.add_argument("--H", type=positive_int, metavar="PIXELS", help="height (default: the model's own)")
-        parser.add_argument("--W", type=positive_int, metavar="PIXELS", help="width (default: the model's own)")
+        parser.add_argument("--H", type=picture_side, metavar="PIXELS", help="height (default: the model's own)")
+        parser.add_argument("--W", type=picture_side, metavar="PIXELS", help="width (default: the model's own)")
 
     def settings(self, args: argparse.Namespace, files: ModelFiles, config: Mapping[str, Any]) -> Settings:
         """Sampler, negative prompt and size."""

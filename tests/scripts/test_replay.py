@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -62,6 +64,35 @@ def test_a_bad_picture_is_one_line(replay, tmp_path, capsys, make, message):
     assert replay([str(tmp_path / "x.png")]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": {}}, "damaged"),
+        ({"inputs": {}}, "damaged"),
+        ({"seed": 2**70}, "its seed is not between"),
+        ({"precision": "int9"}, 'its precision is "int9"'),
+    ],
+    ids=str,
+)
+def test_a_changed_record_is_one_line(replay, drawn, tmp_path, capsys, change, message):
+    with Image.open(drawn / "samples/0000.png") as file:
+        record = json.loads(file.text["ldm"])
+    with_text(tmp_path / "x.png", json.dumps({**record, **change}))
+    assert replay([str(tmp_path / "x.png")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_a_bad_picture_does_not_stop_the_others(replay, drawn, tmp_path, capsys, caplog):
+    Image.new("RGB", (2, 2)).save(tmp_path / "plain.png")
+    good = str(drawn / "samples/0003.png")
+    assert replay([str(tmp_path / "plain.png"), good, str(tmp_path / "none.png")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [f"{good}: identical"]
+    assert "2 of 3 could not be drawn again" in printed.err
+    assert "does not say how it was drawn" in caplog.text and "there is no picture" in caplog.text
 
 
 def with_text(path, text):

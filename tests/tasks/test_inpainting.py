@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 import struct
 import subprocess
@@ -258,6 +260,7 @@ OPTIONS = {
     "empty folder": (["--indir", "{tmp}"], "holds no .png, .jpg"),
     "outdir": (["--indir", "{in}", "--outdir", "{in}"], "is drawn from; name another"),
     "tile": (["--indir", "{in}", "--tile", "9"], "--tile 9 is not a multiple of 4"),
+    "small tile": (["--indir", "{in}", "--tile", "4"], "--tile 4 is too small for this model; give 8 or more"),
     "steps": (["--indir", "{in}", "--steps", "101"], "more than the model's 100"),
     "eta": (["--indir", "{in}", "--plms", "--eta", "1"], "--plms is deterministic"),
     "text model": (["--indir", "{in}", "--model", "emoji64"], 'draws from "caption"'),
@@ -283,6 +286,21 @@ def test_pictures_that_differ_in_their_suffix_get_results_of_their_own(fill, fol
     assert fill("--skip_grid") == 0
     for name, seed in (("x.png.png", 0), ("x.webp.png", 1)):
         assert_kept(pixels(tmp_path / "out" / name), np.asarray(picture(seed=seed)))
+
+
+def test_a_name_that_is_no_text_does_no_harm(fill, folder, tmp_path):
+    """File systems take any bytes; a PNG's text does not."""
+    name = os.fsdecode(b"p\xff")
+    try:
+        picture().save(folder / f"{name}.png")
+    except OSError:
+        pytest.skip("this file system takes text only")
+    half().save(folder / f"{name}_mask.png")
+    assert fill("--skip_grid") == 0
+    (result,) = (tmp_path / "out").iterdir()
+    with Image.open(result) as file:
+        assert result.name == f"{name}.png" and file.text["image"].endswith("p\\udcff.png")
+        assert json.loads(file.text["ldm"])["inputs"]["image"].endswith(f"{name}.png")
 
 
 def test_results_take_the_place_of_earlier_ones(fill, folder, tmp_path):

@@ -166,6 +166,7 @@ def test_a_layout_that_is_none_is_told(layout, message):
         ("[]", "is empty"),
         (json.dumps({"boxes": [DOG]}), "give --labels FILE, or numbers"),
         (json.dumps({"boxes": [{"label": 299, "box": [0, 0, 1, 1]}]}), "classes go from 0 to 298"),
+        (json.dumps({"boxes": [{"label": -1, "box": [0, 0, 1, 1]}]}), "classes are counted from 0"),
         (json.dumps({"boxes": 4 * [{"label": 1, "box": [0, 0, 1, 1]}]}), "give at most 3"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from tiny_models import write_model
 
 from ldm import inference
+from ldm.modules.packing import has_stand_ins
 from ldm.tasks.run import command_of
 from ldm.tasks.text2img import TextToImage
 from ldm.util import UserError
@@ -116,6 +118,42 @@ def test_a_full_disk_keeps_what_is_finished(model, tmp_path, monkeypatch, capsys
     assert command_of(TextToImage())(options) == 2
     assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
     assert sorted(os.listdir(tmp_path / "samples")) == ["0000.png", "0001.png"]
+
+
+def test_of_two_errors_the_first_is_told(model, tmp_path, monkeypatch, capsys):
+    """On a full disk the sheet cannot be written either."""
+    saved = Image.Image.save
+    room = iter([True])
+
+    def save(self, path, **options):
+        if not next(room, False):
+            raise OSError(28, "No space left on device")
+        saved(self, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    options = ["--model", str(model), "--ddim_steps", "2", "--outdir", str(tmp_path), "--batch_size", "1"]
+    assert command_of(TextToImage())(options) == 2
+    assert "0001.png" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_batch_is_drawn_as_if_it_were_the_first(draw, monkeypatch):
+    """Weights are packed as suits a batch; the last bits of a smaller one must not tell what came before it."""
+    prepared, entered = inference.prepared, []
+
+    @contextmanager
+    def counted(model):
+        entered.append(has_stand_ins(model))
+        with prepared(model):
+            yield
+
+    monkeypatch.setattr(inference, "prepared", counted)
+    draw("five", "--n_samples", 5, "--batch_size", 2, "--seed", 1)
+    assert entered.count(False) == 2, "once for the two pairs, once for the one that is left"
+
+
+def test_numbers_beyond_all_bounds_are_told(draw, caplog):
+    draw("huge", "--n_samples", 1, "--scale", 1e30, "--seed", 1)
+    assert "lower the guidance scale" in caplog.text
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -118,6 +118,23 @@ def test_every_picture_of_numbers_holds_labels(tmp_path, mode):
     assert read_label_map(path).tolist() == labels.tolist()
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_map_is_turned_as_its_camera_noted(tmp_path, orientation):
+    labels = np.arange(6).reshape(2, 3)
+    turned = {1: labels, 2: labels[:, ::-1], 3: labels[::-1, ::-1], 4: labels[::-1], 5: labels.T}
+    turned |= {6: np.rot90(labels, -1), 7: labels[::-1, ::-1].T, 8: np.rot90(labels)}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(labels.astype(np.uint8)).save(tmp_path / "x.png", exif=exif)
+    assert read_label_map(tmp_path / "x.png").tolist() == turned[orientation].tolist()
+
+
+def test_transparency_beside_numbers_does_not_count(tmp_path):
+    values = np.stack([np.arange(6).reshape(2, 3), np.full((2, 3), 7)], axis=-1).astype(np.uint8)
+    Image.fromarray(values, "LA").save(tmp_path / "x.png")
+    assert read_label_map(tmp_path / "x.png").tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [("p.txt", "#87CEEB 3 sky\n\n#102030 5 dark water\n"), ("p.json", json.dumps({"#87ceeb": 3, "#102030": 5}))],
