@@ -81,7 +81,7 @@ def test_a_line_of_the_log_stands_alone_beside_a_progress_bar(monkeypatch):
 
 def test_results_go_to_any_terminal():
     """What its encoding lacks is written as an escape."""
-    code = "from ldm import cli; cli.command(lambda argv: cli.say('3 × 4'))()"
+    code = "from ldm import cli; cli.command(lambda argv: cli.say('3 \\xd7 4'))()"
     command = [sys.executable, "-X", "utf8=0", "-c", code]
     done = subprocess.run(command, env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}, capture_output=True)
     assert done.returncode == 0 and done.stdout.strip() == rb"3 \xd7 4"

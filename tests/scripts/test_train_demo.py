@@ -97,7 +97,7 @@ def test_the_chain_hands_each_result_to_the_next_command(train_demo, commands, t
 
 def test_the_model_of_all_drawings_grows_its_first_stage_step_by_step(train_demo, commands, tmp_path):
     train_demo.train_and_draw(train_demo.FULL, tmp_path)
-    crops, whole, f8, ldm = (options.parse(command[1:]) for command in commands[:4])
+    crops, whole, f8, decoder, ldm = (options.parse(command[1:]) for command in commands[:5])
     assert whole.base[0] == crops.base[0]
 
     def checkpoint(name):
@@ -105,8 +105,9 @@ def test_the_model_of_all_drawings_grows_its_first_stage_step_by_step(train_demo
 
     assert whole.overrides == [f"model.params.ckpt_path={checkpoint('crops')}"]
     assert f8.overrides == [f"model.params.ckpt_path={checkpoint('whole')}"]
-    assert ldm.overrides == [f"model.params.first_stage_config.params.ckpt_path={checkpoint('f8')}"]
-    assert all(Path(config).is_file() for chosen in (crops, whole, f8, ldm) for config in chosen.base)
+    assert decoder.overrides == [f"model.params.ckpt_path={checkpoint('f8')}"]
+    assert ldm.overrides == [f"model.params.first_stage_config.params.ckpt_path={checkpoint('decoder')}"]
+    assert all(Path(config).is_file() for chosen in (crops, whole, f8, decoder, ldm) for config in chosen.base)
 
 
 def test_a_stage_that_fails_stops_the_chain(train_demo, monkeypatch, tmp_path, capsys):
