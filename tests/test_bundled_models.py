@@ -54,16 +54,16 @@ def test_pictures_are_restored_better_than_by_a_simple_method(load_script, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("script", "folder", "error"), [("inpaint", "inpainting_examples", 40), ("superres", "superres_examples", 15)]
+    ("script", "folder", "error"), [("inpaint", "inpainting_examples", 40), ("superres", "superres_examples", 12)]
 )
 def test_the_commands_take_them_for_the_drawings_among_the_examples(
     load_script, repo_root, tmp_path, capsys, script, folder, error
 ):
-    """Without --model, far from the repository's root; `error` is the largest mean difference, in levels of 255."""
+    """Without --model, far from the repository's root; `error` is the largest mean difference of all, of 255."""
     pictures = repo_root / "data" / folder / "drawings"
     options = ["--indir", str(pictures), "--outdir", str(tmp_path), "--steps", "20", "--seed", "1"]
     assert load_script(script).main(options) == 0
-    drawings = load_drawings(64)
+    drawings, errors = load_drawings(64), []
     for name, colour in EXAMPLES.items():
         index = drawings.cldr_names.index(name.replace("_", " "))
         original = to_uint8(compose(drawings.rgba[index], colour)).astype(float)
@@ -73,4 +73,6 @@ def test_the_commands_take_them_for_the_drawings_among_the_examples(
         if script == "inpaint":
             with Image.open(pictures / f"{name}_mask.png") as file:
                 mask = np.asarray(file) > 0
-        assert difference[~mask].max(initial=0) <= 1 and difference[mask].mean() < error, name
+        assert difference[~mask].max(initial=0) <= 1, name
+        errors.append(difference[mask].mean())
+    assert np.mean(errors) < error, errors
