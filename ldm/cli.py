@@ -55,7 +55,8 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Seq
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it when it ends)
             return 1
         except OSError as error:
-            return _fail(f"error: {_cut(error.filename)}: {error.strerror or error}", 2)
+            reason = " ".join(str(error.strerror or error).split())  # some libraries tell it in several lines
+            return _fail(f"error: {_cut(error.filename)}: {reason}", 2)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

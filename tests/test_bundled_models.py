@@ -59,7 +59,7 @@ def test_pictures_are_restored_better_than_by_a_simple_method(load_script, tmp_p
 def test_the_commands_take_them_for_the_drawings_among_the_examples(
     load_script, repo_root, tmp_path, capsys, script, folder, error
 ):
-    """Without --model, far from the repository's root; `error` is the largest mean difference of all, of 255."""
+    """Without --model, far from the repository's root; `error`: at most, on average and with a quarter more of each."""
     pictures = repo_root / "data" / folder / "drawings"
     options = ["--indir", str(pictures), "--outdir", str(tmp_path), "--steps", "20", "--seed", "1"]
     assert load_script(script).main(options) == 0
@@ -75,4 +75,4 @@ def test_the_commands_take_them_for_the_drawings_among_the_examples(
                 mask = np.asarray(file) > 0
         assert difference[~mask].max(initial=0) <= 1, name
         errors.append(difference[mask].mean())
-    assert np.mean(errors) < error, errors
+    assert max(errors) < 1.25 * error and np.mean(errors) < error, errors
