@@ -78,7 +78,7 @@ class Curve:
 def make_parser() -> Parser:
     """The options."""
     parser = Parser(description="Train a text-to-image model of emoji from nothing, then draw with it.")
-    parser.add_argument("--full", action="store_true", help="all the drawings instead of sixteen: hours on two cores")
+    parser.add_argument("--full", action="store_true", help="all the drawings instead of eight: hours on two cores")
     parser.add_argument("--logdir", default="logs/train-demo", metavar="DIR", help="default: %(default)s")
     return parser
 
