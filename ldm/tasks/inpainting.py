@@ -39,7 +39,7 @@ class Inpainting(Restoration):
     """Fill the masked parts of pictures; the rest comes back unchanged, bit for bit."""
 
     name = "inpaint"
-    example = "python scripts/inpaint.py --indir data/inpainting_examples --outdir outputs/inpainting_results --seed 1"
+    example = "python scripts/inpaint.py --indir data/inpainting_examples/drawings --seed 1"
     outdir = "outputs/inpainting_results"
     published, bundled = "inpainting_big", "emoji64-inpaint"
 

@@ -36,7 +36,7 @@ class SuperResolution(Restoration):
     """Enlarge pictures, drawing the details that they lack; the model decides how many times."""
 
     name = "superres"
-    example = "python scripts/superres.py --indir data/superres_examples --outdir outputs/superres --seed 1"
+    example = "python scripts/superres.py --indir data/superres_examples/drawings --seed 1"
     outdir = "outputs/superres"
     published, bundled = "bsr_sr", "emoji64-superres"
 
