@@ -37,7 +37,7 @@ def test_text_becomes_the_drawing_asked_for(load_script, tmp_path):
     rows = json.loads((tmp_path / "scores.json").read_text())["scores"]
     first_stage, seen, never_shown, background = (row["value"] for row in rows)
     assert first_stage >= 26  # dB, of all pairs never shown
-    assert min(seen, never_shown) >= 40  # per cent; chance is a tenth of one
+    assert min(seen, never_shown) >= 80  # per cent; chance is a tenth of one
     assert background >= 95
 
 
@@ -54,12 +54,13 @@ def test_pictures_are_restored_better_than_by_a_simple_method(load_script, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("script", "folder", "error"), [("inpaint", "inpainting_examples", 40), ("superres", "superres_examples", 12)]
+    ("script", "folder", "average", "worst"),
+    [("inpaint", "inpainting_examples", 36, 46), ("superres", "superres_examples", 12, 12)],
 )
 def test_the_commands_take_them_for_the_drawings_among_the_examples(
-    load_script, repo_root, tmp_path, capsys, script, folder, error
+    load_script, repo_root, tmp_path, capsys, script, folder, average, worst
 ):
-    """Without --model, far from the repository's root; `error`: at most, on average and with a quarter more of each."""
+    """Without --model, far from the repository's root; `average` and `worst`: bounds of the error, of 255 levels."""
     pictures = repo_root / "data" / folder / "drawings"
     options = ["--indir", str(pictures), "--outdir", str(tmp_path), "--steps", "20", "--seed", "1"]
     assert load_script(script).main(options) == 0
@@ -75,4 +76,4 @@ def test_the_commands_take_them_for_the_drawings_among_the_examples(
                 mask = np.asarray(file) > 0
         assert difference[~mask].max(initial=0) <= 1, name
         errors.append(difference[mask].mean())
-    assert max(errors) < 1.25 * error and np.mean(errors) < error, errors
+    assert np.mean(errors) < average and max(errors) < worst, errors

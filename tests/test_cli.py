@@ -26,6 +26,7 @@ from ldm.util import UserError
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory"),
         (MemoryError(), 2, "error: out of memory"),
         (OSError(36, "File name too long", "x" * 300), 2, 'error: "xxx'),
+        (OSError(5, "some libraries\n  tell it in lines", "x"), 2, 'error: "x": some libraries tell it in lines'),
         (BrokenPipeError(), 1, ""),
     ],
 )

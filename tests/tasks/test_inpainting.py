@@ -340,8 +340,14 @@ def test_the_published_options_keep_their_defaults():
 PHOTOGRAPHS = "python scripts/inpaint.py --indir data/inpainting_examples --outdir outputs/inpainting_results --seed 1"
 
 
-@pytest.mark.parametrize("line", [TASK.example, PHOTOGRAPHS])
-def test_the_examples_work_as_typed(repo_root, model, tmp_path, monkeypatch, line):
+@pytest.mark.parametrize(
+    ("line", "pictures"),
+    [
+        (TASK.example, ["alarm_clock", "octopus", "penguin", "pineapple", "strawberry", "sunflower"]),
+        (PHOTOGRAPHS, ["astronaut", "chelsea", "coffee", "rocket"]),
+    ],
+)
+def test_the_examples_work_as_typed(repo_root, model, tmp_path, monkeypatch, line, pictures):
     """With a tiny model in the place of the real one, on small copies of the pictures."""
     monkeypatch.chdir(tmp_path)
     script, *options = shlex.split(line)[1:]
@@ -354,8 +360,7 @@ def test_the_examples_work_as_typed(repo_root, model, tmp_path, monkeypatch, lin
     done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     results = sorted(path.name for path in (tmp_path / "outputs/inpainting_results").iterdir())
-    pictures = {path.stem.removesuffix("_mask") for path in (tmp_path / folder).iterdir()}
-    assert len(pictures) >= 4 and results == sorted(f"{name}.png" for name in {*pictures, "grid-0000"})
+    assert results == sorted(f"{name}.png" for name in [*pictures, "grid-0000"])
 
 
 def test_torch_is_not_imported_before_the_options_are_right(repo_root, model):
