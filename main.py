@@ -9,30 +9,24 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from ldm.cli import command
+from ldm.cli.command import command
+from ldm.config.targets import MAIN_NAMES
 from ldm.training import options
 
 # Public names that configurations give as `target: main.NAME`. They live in ldm.training, so that running this
 # file as a program and importing it as a module give the same classes.
-_HOMES = {
-    "DataModuleFromConfig": "ldm.training.data",
-    "WrappedDataset": "ldm.training.data",
-    "CUDACallback": "ldm.training.callbacks",
-    "ImageLogger": "ldm.training.callbacks",
-    "SetupCallback": "ldm.training.callbacks",
-}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in MAIN_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(MAIN_NAMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *MAIN_NAMES])
 
 
 @command

@@ -9,9 +9,9 @@ import diffusers
 import torch
 from torch import nn
 
+from ldm.config.instantiate import instantiate_from_config
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.util import instantiate_from_config
 
 LATENT_CHANNELS = 4
 TEXT_LEVELS = (True, True, True, False)  # which levels attend to the text

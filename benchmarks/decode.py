@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
 from benchmarks.options import make_parser
-from ldm.cli import command
+from ldm.cli.command import command
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; mistakes are told before
     import torch

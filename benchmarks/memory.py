@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command, positive_int
-from ldm.files import atomic_path
-from ldm.model_files import PictureSize, locate, read_config
+from ldm.cli.command import Parser, command
+from ldm.cli.options import positive_int
+from ldm.config.assets import locate
+from ldm.config.model_config import ImageSize, read_config
+from ldm.io.files import atomic_path
 
 if TYPE_CHECKING:
     import torch
@@ -116,9 +118,9 @@ def _count(config: dict[str, Any], height: int, width: int, pictures: int, dtype
     import torch
 
     from benchmarks.timing import default_dtype
-    from ldm.inference import for_inference, skip_init
-    from ldm.modules.attention import kept_contexts
-    from ldm.util import instantiate_from_config
+    from ldm.config.instantiate import instantiate_from_config
+    from ldm.modules.attention import cached_contexts
+    from ldm.pipelines.loading import for_inference, skip_init
 
     with skip_init(), default_dtype(dtype):  # fake weights cannot be cast afterwards
         model = instantiate_from_config(for_inference(config))
@@ -132,7 +134,7 @@ def _count(config: dict[str, Any], height: int, width: int, pictures: int, dtype
         tokens = torch.zeros(pictures, transformer.max_seq_len, dtype=torch.int64)
         told, away = (transformer(tokens, return_embeddings=True) for _ in range(2))
     peaks["text encoder"] = memory.peak
-    with memory.watching(), kept_contexts(model.model):
+    with memory.watching(), cached_contexts(model.model):
         x = torch.empty(pictures, model.channels, height // model.downsampling, width // model.downsampling)
         for _ in range(2):  # in the second, the keys of the context are there
             x = guided_step(model, x, told, away)
@@ -162,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     args = make_parser().parse_args(argv)
     config = read_config(locate(args.config))
-    size = PictureSize.of(config)
+    size = ImageSize.of(config)
     size.check("--H", args.H)
     size.check("--W", args.W)
 

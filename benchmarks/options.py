@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ldm.cli import Parser, positive_int
+from ldm.cli.command import Parser
+from ldm.cli.options import positive_int
 
 PRECISIONS = ("float32", "bfloat16")
 

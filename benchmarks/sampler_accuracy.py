@@ -28,9 +28,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command, finite_float, model_options, positive_int, seed
-from ldm.model_files import PictureSize, check_steps, check_text_model, find_model, named_model, read_config
-from ldm.util import UserError
+from ldm.cli.command import Parser, command
+from ldm.cli.options import finite_float, model_options, positive_int, seed
+from ldm.config.model_config import ImageSize, check_steps, check_text_model, read_config
+from ldm.config.model_files import find_model, named_model
+from ldm.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +111,7 @@ def read_prompts(path: str | None, n: int) -> list[str]:
 
 def solve(model: Any, task: Task, scale: float, sampler: str, grid: str, steps: int) -> Tensor:
     """Latents (B, C, h, w) by one sampler."""
-    from ldm.inference import make_sampler
+    from ldm.pipelines.sampling import make_sampler
 
     latents, _ = make_sampler(sampler, model).sample(
         S=steps,
@@ -177,13 +179,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_text_model(files.name, config)
     check_steps(config, BASELINE[2])
     prompts = read_prompts(args.from_file, args.n)
-    size = PictureSize.of(config)
+    size = ImageSize.of(config)
 
     import torch
 
-    from ldm.files import atomic_path
-    from ldm.inference import choose_device, load_model
-    from ldm.precision import choose_precision
+    from ldm.io.files import atomic_path
+    from ldm.modules.precision import choose_precision
+    from ldm.pipelines.loading import choose_device, load_model
 
     device = choose_device(args.device)
     model = load_model(files.config, files.checkpoint, device, choose_precision(args.precision, device))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
 from benchmarks.options import make_parser
-from ldm.cli import command, positive_int
+from ldm.cli.command import command
+from ldm.cli.options import positive_int
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; mistakes are told before
     import torch
@@ -30,7 +31,7 @@ def ours(
     """A run as `ldm.inference.text_to_images` makes it, weights prepared and unprepared within."""
     from benchmarks import architectures as nets
     from benchmarks.timing import default_dtype
-    from ldm.inference import make_sampler, prepared
+    from ldm.pipelines.sampling import make_sampler, prepared
 
     with default_dtype(dtype), device:
         model = nets.latent_diffusion(size).eval().requires_grad_(False)

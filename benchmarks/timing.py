@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.files import atomic_path
-from ldm.inference import choose_device
+from ldm.io.files import atomic_path
 from ldm.modules.packing import packed_weights
+from ldm.pipelines.loading import choose_device
 
 PREPARED = "ldm, as sampling runs it"
 CPU_FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
 from benchmarks.options import make_parser
-from ldm.cli import command
+from ldm.cli.command import command
 
 if TYPE_CHECKING:  # torch and diffusers take seconds to import; mistakes are told before
     import torch
@@ -32,14 +32,14 @@ def contestants(
 
     from benchmarks import architectures as nets
     from benchmarks.timing import PREPARED, default_dtype, networks_to_compare
-    from ldm.modules.attention import kept_contexts
+    from ldm.modules.attention import cached_contexts
     from ldm.modules.packing import packed_weights
 
     with default_dtype(dtype), device:
         ours, theirs = nets.text_unet(size), nets.diffusers_text_unet(size)
     networks = networks_to_compare(ours, theirs)
     prepared.enter_context(packed_weights(networks[PREPARED]))
-    prepared.enter_context(kept_contexts(networks[PREPARED]))
+    prepared.enter_context(cached_contexts(networks[PREPARED]))
     x = torch.randn(BATCH, nets.LATENT_CHANNELS, size.latent, size.latent, device=device).to(dtype)
     t, context = torch.tensor([500] * BATCH, device=device), torch.randn(BATCH, *size.context, device=device).to(dtype)
     return {name: lambda network=network: network(x, t, context) for name, network in networks.items()}

@@ -1,206 +1,70 @@
-"""Building objects from configurations, and the error that means "you can mend this"."""
+"""Published helper names; most are re-exported from their homes."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ldm import targets
+from ldm.config.instantiate import get_obj_from_str, instantiate_from_config
 
 T = TypeVar("T")
 
-# Values of `cond_stage_config` that name a role instead of a class to build.
-SPECIAL_CONFIGS = ("__is_first_stage__", "__is_unconditional__")
+__all__ = [
+    "count_params",
+    "default",
+    "exists",
+    "get_obj_from_str",
+    "instantiate_from_config",
+    "isimage",
+    "ismap",
+    "log_txt_as_img",  # noqa: F822
+    "mean_flat",  # noqa: F822
+]
+
+# Importing these homes imports torch, which commands do only after they have checked their options.
+_LAZY = {"log_txt_as_img": "ldm.io.grids", "mean_flat": "ldm.modules.diffusionmodules.util"}
 
 
-class UserError(Exception):
-    """A mistake in what the user gave: one line that says what, where and what to do.
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
 
-    Commands print it without a traceback and exit with status 2.
-    """
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is for want of memory: Python's own, torch's on a GPU, or in its allocator's words on the CPU."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return any(words in str(error) for words in ("allocate memory", "Storage size calculation overflowed"))
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`' (did you mean "x"?)'` for the closest of `known`, or the empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f' (did you mean "{close[0]}"?)' if close else ""
-
-
-def get_obj_from_str(string: str, reload: bool = False) -> Any:
-    """The class that a dotted `target:` names, e.g. `"ldm.models.autoencoder.VQModel"`.
-
-    Raises:
-        UserError: `ldm.targets` does not allow it, in which case nothing was imported or it is no class of the
-            package named; or the module or the name in it does not exist.
-    """
-    _check_target(string, targets.refusal(string))
-    module_name, _, name = string.rpartition(".")
-    module = _import_module(module_name, string)
-    if reload:
-        module = importlib.reload(module)
-    try:
-        found = getattr(module, name)
-    except AttributeError:
-        hint = did_you_mean(name, (n for n in dir(module) if not n.startswith("_")))
-        raise UserError(f'target "{string}": {module_name} has no "{name}"{hint}') from None
-    _check_target(string, targets.object_refusal(string, found))
-    return found
-
-
-def _check_target(target: Any, refusal: str | None) -> None:
-    if refusal is not None:
-        raise UserError(f"target {targets.shown(target)} {refusal}")
-
-
-def _import_module(module_name: str, target: str) -> Any:
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if missing != module_name and not module_name.startswith(missing + "."):
-            raise  # the module exists; something that it needs does not
-        parent, _, leaf = missing.rpartition(".")
-        hint = did_you_mean(leaf, _submodules(parent)) if parent else ""
-        raise UserError(f'target "{target}": there is no module "{missing}"{hint}') from None
-
-
-def _submodules(package: str) -> list[str]:
-    import pkgutil
-
-    try:
-        path = importlib.import_module(package).__path__
-    except (ImportError, AttributeError):
-        return []
-    return [module.name for module in pkgutil.iter_modules(path)]
-
-
-def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> Any:
-    """Build `config["target"](**config["params"], **extra)`.
-
-    The two role names in `SPECIAL_CONFIGS` build nothing and give None.
-
-    Raises:
-        UserError: no `target`, one that is refused or unknown, an unknown parameter, a missing one, or text where
-            a number belongs or the other way round.
-    """
-    if isinstance(config, str) and config in SPECIAL_CONFIGS:
-        return None
-    if not isinstance(config, Mapping) or "target" not in config:
-        raise UserError(f'a configuration to build needs a "target" key, got: {_shorten(config)}')
-    target = config["target"]
-    cls = get_obj_from_str(target)
-    params = config.get("params")
-    if not isinstance(params, Mapping | None):
-        raise UserError(f'{target}: "params" must hold names and values, got: {_shorten(params)}')
-    params = {**(params or {}), **extra}
-    _check_params(cls, target, params)
-    try:
-        return cls(**params)
-    except TypeError as error:
-        # A base class's constructor misses what nobody gave.
-        if "__init__() missing" in str(error) and inspect.isclass(cls):
-            raise UserError(f"{target}: {error}") from error
-        raise
-
-
-def _check_params(cls: Callable[..., Any], target: str, params: Mapping[str, Any]) -> None:
-    accepted, required, open_ended = _parameters(cls)
-    for key, value in params.items():
-        if not isinstance(key, str) or not (open_ended or key in accepted):
-            raise UserError(f'{target} has no parameter "{key}"{did_you_mean(str(key), accepted)}')
-        wanted = _wanted_instead(accepted.get(key), value)
-        if wanted is not None:
-            raise UserError(f'{target} needs {wanted} as "{key}", got: {_shorten(repr(value))}')
-    missing = [name for name in required if name not in params]
-    if missing:
-        raise UserError(f"{target} needs the parameter{'s'[: len(missing) > 1]} {', '.join(missing)}")
-
-
-def _wanted_instead(annotation: Any, value: Any) -> str | None:
-    """What a parameter annotated as a number, text or mapping needs instead of `value`; None where that may do.
-
-    YAML makes text of `"5"` and a number of `5`, which is easily mistaken. Only what YAML can hold is judged, and
-    not whether a number is whole: the classes know better.
-    """
-    kinds = set(annotation.split(" | ")) - {"None"} if isinstance(annotation, str) else set()
-    if not kinds or value is None:
-        return None
-    if kinds <= {"int", "float", "bool"} and isinstance(value, str | list | Mapping):
-        return "true or false" if kinds == {"bool"} else "a number"
-    if all(kind.startswith("Mapping[") for kind in kinds) and isinstance(value, str | int | float | list):
-        return "names and values"
-    return "text" if kinds == {"str"} and isinstance(value, int | float | list | Mapping) else None
-
-
-def _parameters(cls: Callable[..., Any]) -> tuple[dict[str, Any], list[str], bool]:
-    """Names accepted, with their annotations, names required, and whether anything else is accepted too.
-
-    A constructor that hands `**kwargs` to its base class accepts what the base class accepts.
-    """
-    constructors = [cls]
-    if inspect.isclass(cls):
-        constructors = [c.__init__ for c in inspect.getmro(cls)[:-1] if "__init__" in vars(c)]
-    accepted: dict[str, Any] = {}
-    required: list[str] = []
-    for constructor in constructors:
-        try:
-            parameters = inspect.signature(constructor).parameters.values()
-        except (TypeError, ValueError):
-            return accepted, required, True
-        named = [p for p in parameters if p.name != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        accepted = {p.name: p.annotation for p in named} | accepted
-        # What a base class requires may be given by the derived one; only the first constructor is called from here.
-        if constructor is constructors[0]:
-            required = [p.name for p in named if p.default is p.empty]
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return accepted, required, False
-    return accepted, required, True
-
-
-def _shorten(value: Any, limit: int = 80) -> str:
-    text = str(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def exists(x: Any) -> bool:
-    """Whether `x` is not None."""
+    """Return whether `x` is not None."""
     return x is not None
 
 
 def default(value: T | None, fallback: T | Callable[[], T]) -> T:
-    """`value`, or when it is None `fallback` (called if it is a function)."""
+    """Return `value`, or `fallback` if it is None; a function is called."""
     if value is not None:
         return value
     return fallback() if inspect.isfunction(fallback) else fallback
 
 
+def ismap(x: Any) -> bool:
+    """Return whether `x` is a tensor (B, C, H, W) with more than three channels."""
+    return _is_tensor(x) and x.dim() == 4 and x.shape[1] > 3
+
+
+def isimage(x: Any) -> bool:
+    """Return whether `x` is a tensor (B, C, H, W) with one or three channels."""
+    return _is_tensor(x) and x.dim() == 4 and x.shape[1] in (1, 3)
+
+
+def _is_tensor(x: Any) -> bool:
+    return hasattr(x, "dim") and hasattr(x, "shape")
+
+
 def count_params(model: Any, verbose: bool = False) -> int:
-    """The number of parameters of a module; `verbose` logs it."""
+    """Return the number of parameters of a module, and log it if `verbose`."""
     total = sum(p.numel() for p in model.parameters())
     if verbose:
         import logging
 
         logging.getLogger(__name__).info("%s has %.2f M parameters", type(model).__name__, total * 1e-6)
     return total
-
-
-def disabled_train(self: Any, mode: bool = True) -> Any:
-    """Stands in for `train` on a frozen module, which must stay in evaluation mode."""
-    return self
-
-
-def freeze(module: Any) -> Any:
-    """Put a module in evaluation mode for good, with no gradients for its parameters."""
-    module.eval().requires_grad_(False)
-    module.train = disabled_train.__get__(module)
-    return module

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command
-from ldm.files import atomic_path
-from ldm.util import UserError
+from ldm.cli.command import Parser, command
+from ldm.errors import UserError
+from ldm.io.files import atomic_path
 
 if TYPE_CHECKING:  # numpy, PIL and what the data sets need take seconds to import; mistakes are told before
     import numpy as np

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command
-from ldm.util import UserError, did_you_mean
+from ldm.cli.command import Parser, command
+from ldm.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from parity_replay import Result
@@ -83,7 +83,7 @@ def write_json(path: str, results: Iterable[Result], seconds: float) -> None:
     """All results, and what they were computed with."""
     import torch
 
-    from ldm.files import atomic_path
+    from ldm.io.files import atomic_path
 
     rows: list[dict[str, Any]] = [
         {**asdict(r), "error": r.error if r.error < float("inf") else None, "passed": r.passed} for r in results

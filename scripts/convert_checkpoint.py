@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command
-from ldm.files import sha256
-from ldm.util import UserError
+from ldm.cli.command import Parser, command
+from ldm.errors import UserError
+from ldm.io.files import sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
 
 def choose(weights: Mapping[str, Tensor], kind: str | None, source: Path) -> tuple[dict[str, Tensor], str]:
     """The weights asked for, and which they are."""
-    from ldm.checkpoint import choose_weights, ema_names
+    from ldm.io.checkpoint.loading import choose_weights, ema_names
 
     if kind is None and ema_names(weights):
         raise UserError(
@@ -69,7 +69,7 @@ def without_strays(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Averages of a loss's weights stay: a model that finds an average missing starts all of them anew.
     """
-    from ldm.checkpoint import STRAY_PREFIXES
+    from ldm.io.checkpoint.loading import STRAY_PREFIXES
 
     strays = [name for name in weights if name.startswith(STRAY_PREFIXES)]
     if strays:
@@ -82,7 +82,7 @@ def in_half(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`weights` in float16, save single numbers, what has no dot in its name, and schedules, also of models within."""
     import torch
 
-    from ldm.checkpoint import cast
+    from ldm.io.checkpoint.writing import cast
     from ldm.modules.diffusionmodules.schedule import TABLE_NAMES
 
     def is_weight(name: str, value: Tensor) -> bool:
@@ -117,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     source, target = Path(args.source), Path(args.target)
     check_target(source, target, args.overwrite)
 
-    from ldm.checkpoint import read_checkpoint, read_state_dict, save_checkpoint, save_safetensors
+    from ldm.io.checkpoint.reading import read_checkpoint, read_state_dict
+    from ldm.io.checkpoint.writing import save_checkpoint, save_safetensors
 
     weights, kind = choose(read_state_dict(source), args.weights, source)
     weights = without_strays(weights)

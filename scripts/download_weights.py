@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command
-from ldm.downloads import CATALOGUE, GROUPS, HOME, Download, Places, chosen, obtain_all
-from ldm.transfer import check_link
+from ldm.cli.command import Parser, command
+from ldm.io.download import check_link
+from ldm.io.published_weights import CATALOGUE, GROUPS, HOME, Destinations, Download, chosen, obtain_all
 
 
 def make_parser() -> Parser:
@@ -34,7 +34,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def listing(downloads: Sequence[Download], places: Places, base_url: str | None) -> str:
+def listing(downloads: Sequence[Download], places: Destinations, base_url: str | None) -> str:
     """A table of `downloads`: name, group, size, state, target and link."""
     rows = [("name", "group", "size", "state", "goes to", "from")]
     for download in downloads:
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    usual = Places()
-    places = Places(Path(args.models_dir or usual.models), Path(args.data_dir or usual.data))
+    usual = Destinations()
+    places = Destinations(Path(args.models_dir or usual.models), Path(args.data_dir or usual.data))
     if args.base_url:
         check_link(args.base_url)
     downloads = chosen(args.names) if args.names else list(CATALOGUE)

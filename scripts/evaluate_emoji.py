@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command, finite_float, model_options, positive_int, seed
-from ldm.model_files import PictureSize, check_steps, check_text_model, find_model, named_model, read_config
+from ldm.cli.command import Parser, command
+from ldm.cli.options import finite_float, model_options, positive_int, seed
+from ldm.config.model_config import ImageSize, check_steps, check_text_model, read_config
+from ldm.config.model_files import find_model, named_model
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ldm.data.emoji import Drawings, EmojiValidation
-    from ldm.inference import SamplerSettings
+    from ldm.pipelines.sampling import SamplerSettings
 
 DEFAULT_MODEL = "emoji64"
 CELLS = 8  # pictures are compared as CELLS × CELLS mean colours
@@ -151,7 +153,7 @@ def draw(
     import torch
     from tqdm import tqdm
 
-    from ldm.inference import text_to_images
+    from ldm.pipelines.sampling import text_to_images
 
     chosen = np.random.RandomState(args.seed).permutation(len(dataset))[: args.n]
     items = [dataset[int(i)] for i in chosen]
@@ -206,7 +208,8 @@ def captioned_grid(*groups: Samples) -> np.ndarray:
     """The first pictures of each group, enlarged, each above its caption: (H, W, 3) uint8."""
     import numpy as np
 
-    from ldm.images import log_txt_as_img, make_grid, to_uint8
+    from ldm.io.grids import log_txt_as_img, make_grid
+    from ldm.io.pixels import to_uint8
 
     cells = []
     for samples in groups:
@@ -224,13 +227,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = read_config(files.config)
     check_text_model(files.name, config)
     check_steps(config, args.steps)
-    size = PictureSize.of(config)
+    size = ImageSize.of(config)
 
     from ldm.data.emoji import EmojiValidation
-    from ldm.files import atomic_path
-    from ldm.images import save_png
-    from ldm.inference import SamplerSettings, choose_device, load_model, prepared
-    from ldm.precision import choose_precision
+    from ldm.io.files import atomic_path
+    from ldm.io.images import save_png
+    from ldm.modules.precision import choose_precision
+    from ldm.pipelines.loading import choose_device, load_model
+    from ldm.pipelines.sampling import SamplerSettings, prepared
 
     unseen_pairs, seen_pairs = (EmojiValidation(size.height, split=split) for split in ("held_out", "seen"))
     device = choose_device(args.device)

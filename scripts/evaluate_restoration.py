@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command, model_options, non_negative_float, positive_int, seed
-from ldm.model_files import ModelFiles, PictureSize, check_steps, find_model, named_model, read_config
-from ldm.util import UserError
+from ldm.cli.command import Parser, command
+from ldm.cli.options import model_options, non_negative_float, positive_int, seed
+from ldm.config.model_config import ImageSize, check_steps, read_config
+from ldm.config.model_files import ModelFiles, find_model, named_model
+from ldm.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,13 +74,13 @@ def inpainting_problem(args: argparse.Namespace, files: ModelFiles, config: Mapp
     """Held-out drawings with the fixed masks of validation; the masked pixels count."""
     import numpy as np
 
-    from ldm.images import to_uint8
-    from ldm.tasks.inpainting import Holed, Inpainting
+    from ldm.io.pixels import to_uint8
+    from ldm.tasks.inpainting import Inpainting, MaskedImage
 
     items = chosen_items(args, "ldm.data.inpainting.MaskedPictures", {"fixed": True}, config)
     originals = np.stack([to_uint8(item["image"]) for item in items])
     masks = np.stack([item["mask"][..., 0] > 0 for item in items])
-    loaded = [Holed(image, mask) for image, mask in zip(originals, masks, strict=True)]
+    loaded = [MaskedImage(image, mask) for image, mask in zip(originals, masks, strict=True)]
     rivals = {"mean colour of the rest": np.stack([mean_filling(each) for each in loaded])}
     telea = telea_filling()
     if telea is not None:
@@ -91,7 +93,7 @@ def superresolution_problem(args: argparse.Namespace, files: ModelFiles, config:
     """Held-out drawings, made smaller by bicubic interpolation; every pixel counts."""
     import numpy as np
 
-    from ldm.images import to_uint8
+    from ldm.io.pixels import to_uint8
     from ldm.tasks.superresolution import Small, SuperResolution, enlargement
 
     factor, task = enlargement(files.name, config), SuperResolution()
@@ -120,9 +122,9 @@ def chosen_items(
     """`args.n` items of the wrapped pairs that are never shown in training; the seed decides which."""
     import numpy as np
 
-    from ldm.util import instantiate_from_config
+    from ldm.config.instantiate import instantiate_from_config
 
-    source = {"target": "ldm.data.emoji.EmojiValidation", "params": {"size": PictureSize.of(config).height}}
+    source = {"target": "ldm.data.emoji.EmojiValidation", "params": {"size": ImageSize.of(config).height}}
     dataset = instantiate_from_config({"target": wrapper, "params": {"dataset": source, **params}})
     chosen = np.random.RandomState(args.seed % 2**32).permutation(len(dataset))[: args.n]
     return [dataset[int(i)] for i in chosen]
@@ -155,7 +157,7 @@ def restore(model: Any, problem: Problem, args: argparse.Namespace) -> np.ndarra
     import numpy as np
     from tqdm import tqdm
 
-    from ldm.inference import prepared
+    from ldm.pipelines.sampling import prepared
     from ldm.tasks.run import SEED_RANGE, Picture, draw_batch
 
     pictures = [Picture(i, (args.seed + i) % SEED_RANGE, {}, each) for i, each in enumerate(problem.loaded)]
@@ -185,7 +187,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def sheet(problem: Problem, methods: Mapping[str, np.ndarray]) -> np.ndarray:
     """A row for each of the first pictures: what is given, what each method makes of it, the original."""
-    from ldm.images import make_sheet
+    from ldm.io.grids import make_sheet
 
     panels = [problem.task.panels(each) for each in problem.loaded[:SHOWN]]
     results = [[pictures[i] for pictures in methods.values()] for i in range(len(panels))]
@@ -208,10 +210,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             '("LR_image")'
         )
 
-    from ldm.files import atomic_path
-    from ldm.images import save_png
-    from ldm.inference import choose_device, load_model
-    from ldm.precision import choose_precision
+    from ldm.io.files import atomic_path
+    from ldm.io.images import save_png
+    from ldm.modules.precision import choose_precision
+    from ldm.pipelines.loading import choose_device, load_model
 
     problem = PROBLEMS[key](args, files, config)
     device = choose_device(args.device)

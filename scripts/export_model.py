@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command, target_options
-from ldm.files import sha256
-from ldm.model_files import WEIGHTS, read_config, trained_config
-from ldm.util import UserError
+from ldm.cli.command import Parser, command
+from ldm.cli.options import target_options
+from ldm.config.model_config import read_config
+from ldm.config.model_files import WEIGHTS, trained_config
+from ldm.errors import UserError
+from ldm.io.files import sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +66,8 @@ def find_config(ckpt: Path, config: str | None) -> Path:
 
 def choose(weights: Mapping[str, Tensor], ema: bool | None, source: Path) -> tuple[dict[str, Tensor], str]:
     """The weights to write under their live names, and which they are: "ema" or "live"; an export says so itself."""
-    from ldm.checkpoint import choose_weights, ema_names, read_checkpoint
+    from ldm.io.checkpoint.loading import choose_weights, ema_names
+    from ldm.io.checkpoint.reading import read_checkpoint
 
     kind = "ema" if ema or (ema is None and ema_names(weights)) else "live"
     exported = read_checkpoint(source).get("metadata") or {}
@@ -79,7 +82,7 @@ def with_decoder(weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]
     """
     import torch
 
-    from ldm.checkpoint import read_state_dict
+    from ldm.io.checkpoint.reading import read_state_dict
 
     stage = {f"first_stage_model.{name}": value for name, value in read_state_dict(file).items()}
     encodes = ("first_stage_model.encoder.", "first_stage_model.quant_conv.")
@@ -98,8 +101,9 @@ def without_first_stage(state_dict: Mapping[str, Tensor], file: str) -> dict[str
     """
     import torch
 
-    from ldm.checkpoint import part_of, read_state_dict
-    from ldm.model_files import locate
+    from ldm.config.assets import locate
+    from ldm.io.checkpoint.loading import part_of
+    from ldm.io.checkpoint.reading import read_state_dict
 
     shared = part_of(read_state_dict(locate(file)), "first_stage_model.")
     stages = ("first_stage_model.", "cond_stage_model.")  # where the conditioning stage is the first stage
@@ -121,7 +125,7 @@ def convert(model: Any, dtype: str) -> dict[str, Tensor]:
     """The model's state dict with its parameters in `dtype`; tables such as the noise schedule keep theirs."""
     import torch
 
-    from ldm.checkpoint import cast
+    from ldm.io.checkpoint.writing import cast
 
     state_dict = model.state_dict()
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -141,9 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from omegaconf import OmegaConf
 
-    from ldm.checkpoint import read_state_dict, save_safetensors, training_step
-    from ldm.files import atomic_path
-    from ldm.inference import build_model, for_inference
+    from ldm.io.checkpoint.reading import read_state_dict, training_step
+    from ldm.io.checkpoint.writing import save_safetensors
+    from ldm.io.files import atomic_path
+    from ldm.pipelines.loading import build_model, for_inference
 
     step = training_step(source) or "unknown"
     weights, kind = choose(read_state_dict(source), args.ema, source)

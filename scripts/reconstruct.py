@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command, model_options, picture_side, positive_int, say
-from ldm.files import check_writable
-from ldm.model_files import FIRST_STAGES, MODELS, PictureSize, find_model, named_model, read_config
-from ldm.util import UserError
+from ldm.cli.command import Parser, command, say
+from ldm.cli.options import image_side, model_options, positive_int
+from ldm.config.model_config import ImageSize, read_config
+from ldm.config.model_files import FIRST_STAGES, MODELS, find_model, named_model
+from ldm.errors import UserError
+from ldm.io.files import check_writable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +71,7 @@ def make_parser() -> Parser:
     parser.add_argument("--indir", metavar="DIR", help="take all pictures in this folder and below")
     parser.add_argument("--outdir", metavar="DIR", default="outputs/reconstruct", help="default: %(default)s")
     parser.add_argument(
-        "--size", type=picture_side, metavar="PIXELS", help="take the centred square, resized (default: whole pictures)"
+        "--size", type=image_side, metavar="PIXELS", help="take the centred square, resized (default: whole pictures)"
     )
     parser.add_argument(
         "--batch_size",
@@ -89,7 +91,8 @@ def read_file(path: Path, size: int | None) -> np.ndarray:
     Raises:
         UserError: it cannot be read, or is smaller.
     """
-    from ldm.images import load_image, to_uint8
+    from ldm.io.images import load_image
+    from ldm.io.pixels import to_uint8
 
     pixels = to_uint8(load_image(path, size))[0]
     if min(pixels.shape[:2]) < SMALLEST:
@@ -103,13 +106,13 @@ def find_files(files: Sequence[str], indir: str | None, size: int | None) -> lis
     Raises:
         UserError: the folder is missing or holds no picture.
     """
-    from ldm.data.pictures import pictures_below
+    from ldm.data.image_files import images_below
 
     found = [(Path(file), Path(file).name) for file in files]
     if indir is not None:
         if not Path(indir).is_dir():
             raise UserError(f'there is no folder "{indir}"; check --indir')
-        inside = [name for name in pictures_below(Path(indir)) if not name.endswith(".npy")]
+        inside = [name for name in images_below(Path(indir)) if not name.endswith(".npy")]
         if not inside:
             raise UserError(f'there is no picture in "{indir}"; give --indir a folder with PNG, JPEG or WebP files')
         found += [(Path(indir, name), name) for name in inside]
@@ -145,7 +148,7 @@ def check_outputs(sources: Sequence[Source], outdir: Path) -> None:
 def drawings(size: int) -> list[Source]:
     """Some of the emoji drawings, on backgrounds that the bundled model was never shown them on."""
     from ldm.data.emoji import EmojiValidation
-    from ldm.images import to_uint8
+    from ldm.io.pixels import to_uint8
 
     pairs = EmojiValidation(size)
     chosen = [pairs[index * len(pairs) // DRAWINGS] for index in range(DRAWINGS)]
@@ -189,7 +192,7 @@ def reconstruct(model: Autoencoder, pictures: Sequence[np.ndarray], factor: int)
     import numpy as np
     import torch
 
-    from ldm.images import to_batch
+    from ldm.io.pixels import to_batch
     from ldm.models.autoencoder import AutoencoderKL
 
     padded = [np.pad(p, (*((0, more) for more in padding(p.shape, factor)), (0, 0)), "reflect") for p in pictures]
@@ -236,7 +239,7 @@ def sheet(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     import numpy as np
     from PIL import Image
 
-    from ldm.images import make_grid
+    from ldm.io.grids import make_grid
 
     side = max(min(CELL, side) for pixels, _ in pairs for side in pixels.shape[:2])
     columns = min(COLUMNS, len(pairs))
@@ -276,7 +279,8 @@ def run(args: argparse.Namespace, model: Autoencoder, sources: Sequence[Source],
     """Reconstruct all sources and write the pictures and the sheet; gives the scores of those that could be read."""
     from tqdm import tqdm
 
-    from ldm.images import save_png, to_uint8
+    from ldm.io.images import save_png
+    from ldm.io.pixels import to_uint8
     from ldm.modules.packing import packed_weights
 
     lpips = None if args.no_psim else prepare_lpips(model.device)
@@ -310,12 +314,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         check_writable(Path(args.json).parent, "--json")
     if not sources:
-        own = PictureSize.of(config).height if "unet_config" in config["params"] else DRAWING_SIZE
+        own = ImageSize.of(config).height if "unet_config" in config["params"] else DRAWING_SIZE
         sources = drawings(args.size or min(own, DRAWING_SIZE))
 
-    from ldm.files import atomic_path
-    from ldm.inference import choose_device, load_first_stage
-    from ldm.precision import choose_precision
+    from ldm.io.files import atomic_path
+    from ldm.modules.precision import choose_precision
+    from ldm.pipelines.loading import choose_device, load_first_stage
 
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)

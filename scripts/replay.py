@@ -14,11 +14,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command, model_options, say
-from ldm.files import check_writable
+from ldm.cli.command import Parser, command, say
+from ldm.cli.options import model_options
+from ldm.errors import UserError
+from ldm.io.files import check_writable
 from ldm.tasks.metadata import Origin, Record
 from ldm.tasks.replay import model_of, replay
-from ldm.util import UserError
 
 logger = logging.getLogger("ldm")
 
@@ -66,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.outdir:
         check_writable(Path(args.outdir), "--outdir")
 
-    from ldm.images import save_png
-    from ldm.inference import choose_device, load_model
-    from ldm.precision import choose_precision
+    from ldm.io.images import save_png
+    from ldm.modules.precision import choose_precision
+    from ldm.pipelines.loading import choose_device, load_model
 
     device = choose_device(args.device)
 

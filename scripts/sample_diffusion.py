@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import command
+from ldm.cli.command import command
 from ldm.tasks.bulk import run
 from ldm.tasks.sample_diffusion import SampleDiffusion
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
-from ldm.cli import Parser, command, positive_int
+from ldm.cli.command import Parser, command
+from ldm.cli.options import positive_int
 from ldm.retrieval import MAX_NEIGHBOURS
 from ldm.retrieval.folders import DATABASES, SEARCHERS, find_database, index_folder
 

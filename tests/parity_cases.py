@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.util import instantiate_from_config
+from ldm.config.instantiate import instantiate_from_config
 
 PARITY = Path(__file__).parent / "parity"
 

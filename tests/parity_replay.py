@@ -16,12 +16,12 @@ import torch
 from parity_cases import PARITY, Case, build, load_case, relative_error, weights_module
 from torch import Tensor, nn
 
-from ldm import lr_scheduler
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.diffusionmodules import schedule
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.modules.ema import LitEma
+from ldm.training import lr_scheduler
 
 Outputs = dict[str, Any]
 Runner = Callable[[Case], Outputs]

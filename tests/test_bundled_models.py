@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.emoji import compose, load_drawings
-from ldm.images import to_uint8
+from ldm.io.pixels import to_uint8
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,10 @@ from omegaconf import OmegaConf
 from tiny_models import text_config
 
 import main
+from ldm.config.instantiate import get_obj_from_str
+from ldm.errors import UserError
 from ldm.training import configuration, options
 from ldm.training.run import parse_gpus
-from ldm.util import UserError, get_obj_from_str
 
 QUIET = ["--enable_progress_bar", "false", "--enable_model_summary", "false"]
 DDCONFIG = text_config()["params"]["first_stage_config"]["params"]["ddconfig"]

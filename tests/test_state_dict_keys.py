@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from parity_cases import PARITY
 
-from ldm.util import instantiate_from_config
+from ldm.config.instantiate import instantiate_from_config
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from ldm.util import instantiate_from_config
+from ldm.config.instantiate import instantiate_from_config
 
 VOCAB = Path(__file__).parents[1] / "data" / "emoji" / "vocab.txt"
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NoReturn
 
 from torch.utils.data import Dataset
 
-from ldm.util import UserError
+from ldm.errors import UserError
 
 
 class AbsentDataset(Dataset):

@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.util import UserError, did_you_mean
+from ldm.config.assets import ROOT
+from ldm.errors import UserError, did_you_mean
 
-DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "data" / "emoji"
+DEFAULT_ROOT = ROOT / "data" / "emoji"
 SIZES = (64, 128)
 SHEET_COLUMNS = 40
 

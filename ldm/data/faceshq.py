@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ldm.data.pictures import ListedPictures, fit_square, to_image
+from ldm.data.image_files import ListedPictures, fit_square, to_image
 
 
 class FacesBase(ListedPictures):

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ldm.data.pictures import PictureFiles, fit_square, pictures_below, to_image
+from ldm.config.assets import locate
+from ldm.data.image_files import PictureFiles, fit_square, images_below, to_image
 from ldm.data.superresolution import SuperResolution
-from ldm.model_files import locate
-from ldm.util import UserError, did_you_mean
+from ldm.errors import UserError, did_you_mean
 
 SYNSET = re.compile(r"n\d{8}")
 # Files of "n01440764 tench, Tinca tinca" lines: the published name, and Kaggle's.
@@ -57,7 +57,7 @@ class ImageNetBase(PictureFiles):
         self.random_crop = config.get("random_crop", self.crops_at_random)
         self.process_images = process_images
         folder = self._folder(data_root)
-        names = [name for name in pictures_below(folder) if SYNSET.fullmatch(name.partition("/")[0])]
+        names = [name for name in images_below(folder) if SYNSET.fullmatch(name.partition("/")[0])]
         if not names:
             raise UserError(f'{type(self).__name__}: the synset folders in "{folder}" hold no pictures')
         synsets = sorted({name.partition("/")[0] for name in names})

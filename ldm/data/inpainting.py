@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
-from ldm.data.pictures import plain_entries
-from ldm.util import instantiate_from_config
+from ldm.config.instantiate import instantiate_from_config
+from ldm.data.image_files import plain_entries
 
 LARGEST_SHARE = 0.6  # of a picture that a mask covers
 STROKES, BOXES = (1, 5), (1, 4)  # numbers of each, the second excluded

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.data.pictures import ListedPictures, crop_square, pil_method, to_image
+from ldm.data.image_files import ListedPictures, crop_square, pil_method, to_image
 
 
 class LSUNBase(ListedPictures):

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from ldm.data.absent import AbsentDataset
-from ldm.data.pictures import ListedPictures, crop_square, resize_smaller_side, to_image
+from ldm.data.image_files import ListedPictures, crop_square, resize_smaller_side, to_image
 from ldm.data.superresolution import SuperResolution
 
 

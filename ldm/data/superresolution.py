@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.data.pictures import (
+from ldm.config.instantiate import instantiate_from_config
+from ldm.data.image_files import (
     PIL_METHODS,
     PictureFiles,
     crop_square,
@@ -24,9 +25,9 @@ from ldm.data.pictures import (
     resize_smaller_side,
     to_image,
 )
+from ldm.errors import UserError, did_you_mean
 from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light
 from ldm.modules.image_degradation.ops import RESIZE_METHODS, from_pixels, resize, to_pixels
-from ldm.util import UserError, did_you_mean, instantiate_from_config
 
 BSR = {"bsrgan": degradation_fn_bsr, "bsrgan_light": degradation_fn_bsr_light}
 DEGRADATIONS = (

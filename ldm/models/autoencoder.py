@@ -18,15 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import LoadReport, load_weights, part_of, read_state_dict
-from ldm.images import batch_images, in_random_colours
-from ldm.model_files import locate
+from ldm.config.assets import locate
+from ldm.config.instantiate import instantiate_from_config
+from ldm.errors import UserError, did_you_mean
+from ldm.io.checkpoint.loading import LoadReport, load_weights, part_of
+from ldm.io.checkpoint.reading import read_state_dict
+from ldm.io.pixels import batch_images, in_random_colours
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.losses.contperceptual import DummyLoss
 from ldm.modules.quantize import VectorQuantizer2 as VectorQuantizer
-from ldm.util import UserError, did_you_mean, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 

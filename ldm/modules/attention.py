@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from ldm.errors import UserError
 from ldm.modules.attend import attend
+from ldm.modules.cached import Cached
 from ldm.modules.diffusionmodules.util import checkpoint as run_checkpointed
 from ldm.modules.diffusionmodules.util import zero_module
-from ldm.modules.kept import Kept
-from ldm.util import UserError
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
@@ -64,7 +64,7 @@ class FeedForward(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of `x` to `context`, or to itself (arXiv:1706.03762; arXiv:2112.10752, section 3.3).
 
-    Keys and values depend on the context alone. `kept_contexts` makes the layer compute them once for each context.
+    Keys and values depend on the context alone. `cached_contexts` makes the layer compute them once for each context.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
-        self.kept: Kept[tuple[Tensor, Tensor]] | None = None
+        self.kept: Cached[tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Attend.
@@ -112,7 +112,7 @@ class CrossAttention(nn.Module):
 
 
 @contextmanager
-def kept_contexts(module: nn.Module) -> Iterator[None]:
+def cached_contexts(module: nn.Module) -> Iterator[None]:
     """Run with every `CrossAttention` in `module` computing its keys and values once for the same context.
 
     A sampling run attends to one context at every step. The same context is the same tensor, not written to
@@ -121,7 +121,7 @@ def kept_contexts(module: nn.Module) -> Iterator[None]:
     """
     layers = [layer for layer in module.modules() if isinstance(layer, CrossAttention) and layer.kept is None]
     for layer in layers:
-        layer.kept = Kept()
+        layer.kept = Cached()
     try:
         yield
     finally:
@@ -130,7 +130,7 @@ def kept_contexts(module: nn.Module) -> Iterator[None]:
 
 
 def keeps_contexts(module: nn.Module) -> bool:
-    """Whether `module` runs within `kept_contexts`."""
+    """Whether `module` runs within `cached_contexts`."""
     return any(isinstance(part, CrossAttention) and part.kept is not None for part in module.modules())
 
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ldm.errors import UserError
 from ldm.modules.attention import keeps_contexts
 from ldm.modules.packing import has_stand_ins
-from ldm.util import UserError
 
 
 class LitEma(nn.Module):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.util import UserError
+from ldm.errors import UserError
 
 # The distances are computed for as many positions at once as keep their table under this many numbers.
 MAX_DISTANCES = 2**24

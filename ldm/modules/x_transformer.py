@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import UserError
 from ldm.modules.attend import attend
 from ldm.modules.attention import FeedForward
-from ldm.util import UserError
 
 
 class AbsolutePositionalEmbedding(nn.Module):

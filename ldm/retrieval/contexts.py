@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.errors import UserError
 from ldm.modules.encoders.clip import FrozenCLIPTextEmbedder
 from ldm.retrieval.conditioning import retrieval_conditioning
 from ldm.retrieval.searcher import open_searcher
-from ldm.util import UserError
 
 # Prompts that are searched for together: one pass over the database serves them all.
 QUERIES_AT_ONCE = 256

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
-from ldm.targets import shown
-from ldm.util import UserError, did_you_mean
+from ldm.config.targets import shown
+from ldm.errors import UserError, did_you_mean
 
 # What each array of a file holds for one vector, beside the N of its shape.
 ROW_SHAPES: dict[str, tuple[int | None, ...]] = {"embedding": (None,), "img_id": (), "patch_coords": (4,)}

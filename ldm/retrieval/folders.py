@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm.model_files import locate
-from ldm.util import UserError, did_you_mean
+from ldm.config.assets import locate
+from ldm.errors import UserError, did_you_mean
 
 DATABASES = Path("data/rdm/retrieval_databases")
 SEARCHERS = Path("data/rdm/searchers")

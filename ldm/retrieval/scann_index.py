@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ldm.files import atomic_folder
+from ldm.errors import UserError
+from ldm.io.files import atomic_folder
 from ldm.retrieval.folders import INDEX_MARK
-from ldm.util import UserError
 
 # Below the first nothing is approximate, below the second every vector is looked at, by its hash.
 EXACT_BELOW = 20_000

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.errors import UserError
 from ldm.retrieval.database import CHUNK_ROWS, Database, chunks, normalised, read_database
 from ldm.retrieval.folders import find_database, find_index
 from ldm.retrieval.scann_index import ScannIndex, import_scann
-from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser, say
-from ldm.files import atomic_path, check_writable
-from ldm.model_files import ModelFiles, locate
+from ldm.cli.command import Parser, say
+from ldm.config.assets import locate
+from ldm.config.model_files import ModelFiles
+from ldm.errors import UserError
+from ldm.io.files import atomic_path, check_writable
 from ldm.tasks.metadata import Origin, Place, Record
 from ldm.tasks.run import SEED_RANGE, Picture, batches, draw_all, open_model
 from ldm.tasks.sample_diffusion import OWN_FOLDER, SampleDiffusion
 from ldm.tasks.task import Inputs, Settings
-from ldm.util import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -176,7 +177,7 @@ class Job:
         check_writable(base, "--logdir" if recorded is None else "--continue")
         args.seed = secrets.randbelow(2**32) if args.seed is None else args.seed
 
-        from ldm.checkpoint import training_step
+        from ldm.io.checkpoint.reading import training_step
 
         step = training_step(files.checkpoint)
         if recorded is not None and recorded["global_step"] != step:
@@ -223,7 +224,7 @@ def _new_folder(parent: Path) -> Path:
 
 def _draw(task: SampleDiffusion, job: Job, missing: Sequence[int]) -> None:
     """Draw the samples that are missing."""
-    from ldm.images import save_png
+    from ldm.io.images import save_png
 
     args, files, place, wanted, count = job.args, job.files, job.place, set(missing), len(job.inputs)
     if args.overrides:  # the run keeps the configuration with the values that were given
@@ -266,8 +267,9 @@ def _join(place: Run, inputs: Sequence[Inputs], seed: int, changed: bool) -> Non
     """
     import numpy as np
 
-    from ldm.images import make_sheet, open_picture, save_png
-    from ldm.npz import Rows, write_npz
+    from ldm.io.grids import make_sheet
+    from ldm.io.images import open_image, save_png
+    from ldm.io.npz import Rows, write_npz
 
     count = len(inputs)
     paths = [place.sample(i) for i in range(count)]
@@ -282,7 +284,7 @@ def _join(place: Run, inputs: Sequence[Inputs], seed: int, changed: bool) -> Non
     arrays["seeds"] = Rows.of(np.array([(seed + i) % SEED_RANGE for i in range(count)], np.int64))
     write_npz(target, arrays)
     say(f"array: {target}")
-    first = [[np.asarray(open_picture(path))] for path in paths[:SHEET_SAMPLES]]
+    first = [[np.asarray(open_image(path))] for path in paths[:SHEET_SAMPLES]]
     origin = Record.read(paths[0]).origin
     save_png(make_sheet(first, SHEET_COLUMNS), sheet, origin.sheet_text(inputs[:SHEET_SAMPLES]))
     say(f"grid: {sheet}")

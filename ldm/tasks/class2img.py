@@ -6,11 +6,13 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from ldm.cli import Parser, positive_int
-from ldm.model_files import ModelFiles, read_config
+from ldm.cli.command import Parser
+from ldm.cli.options import positive_int
+from ldm.config.model_config import read_config
+from ldm.config.model_files import ModelFiles
+from ldm.errors import UserError
 from ldm.tasks.classes import Classes, ClassTask
 from ldm.tasks.task import Inputs, Settings
-from ldm.util import UserError
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "cin256-v2": ("25", "187", "448", "992"),

@@ -13,17 +13,17 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser
-from ldm.model_files import TEXT_KEYS, PictureSize
+from ldm.cli.command import Parser
+from ldm.config.model_config import TEXT_KEYS, ImageSize
+from ldm.errors import UserError, did_you_mean
 from ldm.tasks.task import Inputs, Settings, Task
-from ldm.util import UserError, did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
     from tqdm import tqdm
 
     from ldm.models.diffusion.conditioning import Conditioning
-    from ldm.noise import PictureNoise
+    from ldm.models.diffusion.noise import SeededNoise
 
 DEFAULT_CLASSES = 1000  # of `ClassEmbedder`
 SHOWN = 4  # names that a message lists
@@ -213,15 +213,15 @@ class ClassTask(Task):
 
     def size(self, config: Mapping[str, Any]) -> Settings:
         """The model's own height and width in pixels."""
-        size = PictureSize.of(config)
+        size = ImageSize.of(config)
         return {"height": size.height, "width": size.width}
 
     def draw(
-        self, model: Any, batch: Sequence[Any], settings: Settings, noise: PictureNoise, progress: tqdm
+        self, model: Any, batch: Sequence[Any], settings: Settings, noise: SeededNoise, progress: tqdm
     ) -> Sequence[np.ndarray]:
         """One picture for each class, or for each entry of nothing."""
-        from ldm.images import to_uint8
-        from ldm.inference import SamplerSettings, decode, sample_latents
+        from ldm.io.pixels import to_uint8
+        from ldm.pipelines.sampling import SamplerSettings, decode, sample_latents
 
         sampling, factor = SamplerSettings.of(settings), getattr(model, "downsampling", 1)
         shape = (len(batch), model.channels, settings["height"] // factor, settings["width"] // factor)

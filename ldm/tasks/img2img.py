@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser, picture_side
-from ldm.model_files import ModelFiles, PictureSize
+from ldm.cli.command import Parser
+from ldm.cli.options import image_side
+from ldm.config.model_config import ImageSize
+from ldm.config.model_files import ModelFiles
 from ldm.tasks.input_files import PICTURES, file_input, named_files, unchanged
 from ldm.tasks.task import Inputs, Settings
 from ldm.tasks.text2img import TextTask
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from tqdm import tqdm
 
-    from ldm.noise import PictureNoise
+    from ldm.models.diffusion.noise import SeededNoise
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,13 @@ class ImageToImage(TextTask):
         )
         self.prompt_options(parser)
         self.sampler_options(parser, steps=50, scale=5.0)
-        parser.add_argument("--H", type=picture_side, metavar="PIXELS", help="height (default: the picture's own)")
-        parser.add_argument("--W", type=picture_side, metavar="PIXELS", help="width (default: the picture's own)")
+        parser.add_argument("--H", type=image_side, metavar="PIXELS", help="height (default: the picture's own)")
+        parser.add_argument("--W", type=image_side, metavar="PIXELS", help="width (default: the picture's own)")
 
     def settings(self, args: argparse.Namespace, files: ModelFiles, config: Mapping[str, Any]) -> Settings:
         """Sampler, negative prompt, strength and size."""
         settings = self.prompt_settings(args, files, config)
-        multiple = PictureSize.of(config).multiple
+        multiple = ImageSize.of(config).multiple
         return {**settings, "strength": args.strength, "height": args.H, "width": args.W, "multiple": multiple}
 
     def inputs(self, args: argparse.Namespace, files: ModelFiles) -> list[Inputs]:
@@ -81,9 +83,10 @@ class ImageToImage(TextTask):
         import numpy as np
         from PIL import Image, ImageOps
 
-        from ldm.images import chosen_size, open_picture, pad_to_multiple
+        from ldm.io.images import open_image
+        from ldm.io.pixels import chosen_size, pad_to_multiple
 
-        picture = open_picture(unchanged("image", inputs))
+        picture = open_image(unchanged("image", inputs))
         own = (picture.height, picture.width)
         height, width = chosen_size(own, settings["height"], settings["width"])
         if (height, width) != own:
@@ -100,11 +103,11 @@ class ImageToImage(TextTask):
         return math.ceil(round(settings["steps"] * settings["strength"], 6))
 
     def draw(
-        self, model: Any, batch: Sequence[Start], settings: Settings, noise: PictureNoise, progress: tqdm
+        self, model: Any, batch: Sequence[Start], settings: Settings, noise: SeededNoise, progress: tqdm
     ) -> Sequence[np.ndarray]:
         """One picture for each."""
-        from ldm.images import to_batch, to_uint8
-        from ldm.inference import SamplerSettings, decode, encode, sample_latents, text_conditioning
+        from ldm.io.pixels import to_batch, to_uint8
+        from ldm.pipelines.sampling import SamplerSettings, decode, encode, sample_latents, text_conditioning
 
         sampling = SamplerSettings.of(settings)
         latents = encode(model, to_batch([each.padded for each in batch]))

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser, non_negative_int, positive_int
-from ldm.model_files import ModelFiles, PictureSize, check_condition
-from ldm.tasks.input_files import PICTURES, check_apart, file_input, pictures_in, result_names, unchanged
+from ldm.cli.command import Parser
+from ldm.cli.options import non_negative_int, positive_int
+from ldm.config.model_config import ImageSize, check_condition
+from ldm.config.model_files import ModelFiles
+from ldm.errors import UserError
+from ldm.tasks.input_files import PICTURES, check_apart, file_input, images_in, result_names, unchanged
 from ldm.tasks.restoration import Restoration
 from ldm.tasks.task import Inputs, Settings
-from ldm.util import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     from tqdm import tqdm
 
-    from ldm.noise import PictureNoise
+    from ldm.models.diffusion.noise import SeededNoise
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ SUFFIX = "_mask"  # of a mask's name, after that of its picture
 
 
 @dataclass(frozen=True)
-class Holed:
+class MaskedImage:
     """A picture with a part to fill: (H, W, 3) uint8, and (H, W) bool, true where it is filled."""
 
     image: np.ndarray
@@ -78,7 +80,7 @@ class Inpainting(Restoration):
     def settings(self, args: argparse.Namespace, files: ModelFiles, config: Mapping[str, Any]) -> Settings:
         """Sampler, feather and tiles."""
         check_condition(files.name, config, "masked_image", "an in-painting")
-        self.check_tile(PictureSize.of(config), args.tile)
+        self.check_tile(ImageSize.of(config), args.tile)
         return {**self.sampler_settings(args, config), "feather": args.feather, "tile": args.tile}
 
     def inputs(self, args: argparse.Namespace, files: ModelFiles) -> list[Inputs]:
@@ -100,25 +102,25 @@ class Inpainting(Restoration):
         """The results of a picture."""
         return args.n_samples
 
-    def load(self, inputs: Inputs, settings: Settings) -> Holed:
+    def load(self, inputs: Inputs, settings: Settings) -> MaskedImage:
         """Read the picture and its mask."""
         if inputs["image"] is None:
             raise UserError(f'the mask "{inputs["mask"]}" has no picture beside it; put it there or remove the mask')
         mask = None if inputs["mask"] is None else unchanged("mask", inputs)
-        return read_holed(unchanged("image", inputs), mask)
+        return read_masked_image(unchanged("image", inputs), mask)
 
-    def kind(self, loaded: Holed) -> Any:
+    def kind(self, loaded: MaskedImage) -> Any:
         """Pictures of one size go together."""
         return loaded.mask.shape
 
     def draw(
-        self, model: Any, batch: Sequence[Holed], settings: Settings, noise: PictureNoise, progress: tqdm
+        self, model: Any, batch: Sequence[MaskedImage], settings: Settings, noise: SeededNoise, progress: tqdm
     ) -> Sequence[np.ndarray]:
         """Each picture with its masked part filled."""
         import torch
 
-        from ldm.images import pad_to_multiple, to_batch, to_uint8
-        from ldm.inference import decode
+        from ldm.io.pixels import pad_to_multiple, to_batch, to_uint8
+        from ldm.pipelines.sampling import decode
 
         multiple = model.downsampling * model.model.diffusion_model.downsampling
         image = to_batch([pad_to_multiple(each.image, multiple) for each in batch]).to(model.device, model.dtype)
@@ -130,7 +132,7 @@ class Inpainting(Restoration):
         filled = to_uint8(decode(model, latents, settings["tile"] // model.downsampling or None))
         return [blend(each, filling, settings["feather"]) for each, filling in zip(batch, filled, strict=True)]
 
-    def panels(self, loaded: Holed) -> list[np.ndarray]:
+    def panels(self, loaded: MaskedImage) -> list[np.ndarray]:
         """The picture with white where it was filled."""
         import numpy as np
 
@@ -148,7 +150,7 @@ def find_pairs(args: argparse.Namespace) -> list[tuple[Path | None, Path | None]
     if args.image is None:
         if args.mask is not None:
             raise UserError("--mask belongs to --image; leave it out with --indir")
-        return pair_up(pictures_in(Path(args.indir)))
+        return pair_up(images_in(Path(args.indir)))
     image = Path(args.image)
     if args.mask is not None:
         return [(image, Path(args.mask))]
@@ -171,7 +173,7 @@ def pair_up(pictures: Sequence[Path]) -> list[tuple[Path | None, Path | None]]:
     return [*pairs, *((None, mask) for mask in masks if mask.stem not in used)]
 
 
-def read_holed(image: Path, mask: Path | None) -> Holed:
+def read_masked_image(image: Path, mask: Path | None) -> MaskedImage:
     """A picture and what to fill of it: where `mask` is white, half or more, or else where the picture is transparent.
 
     Raises:
@@ -179,17 +181,17 @@ def read_holed(image: Path, mask: Path | None) -> Holed:
     """
     import numpy as np
 
-    from ldm.images import open_picture
+    from ldm.io.images import open_image
 
     if mask is None:
-        rgba = np.asarray(open_picture(image, keep_alpha=True))
+        rgba = np.asarray(open_image(image, keep_alpha=True))
         if rgba.shape[-1] != 4:
             stem = Path(image).stem
             raise UserError(f'"{image}" has no mask: put {stem}{SUFFIX}.png beside it, white where it is to be filled')
-        holed, where = Holed(rgba[..., :3], rgba[..., 3] < 128), f'"{image}" is transparent nowhere'
+        holed, where = MaskedImage(rgba[..., :3], rgba[..., 3] < 128), f'"{image}" is transparent nowhere'
     else:
-        picture = np.asarray(open_picture(image))
-        holed, where = Holed(picture, read_mask(mask)), f'the mask "{mask}" is black everywhere'
+        picture = np.asarray(open_image(image))
+        holed, where = MaskedImage(picture, read_mask(mask)), f'the mask "{mask}" is black everywhere'
         (height, width), (h, w) = picture.shape[:2], holed.mask.shape
         if (height, width) != (h, w):
             raise UserError(
@@ -207,15 +209,15 @@ def read_mask(path: str) -> np.ndarray:
     import numpy as np
     from PIL import Image
 
-    from ldm.images import open_picture
+    from ldm.io.images import open_image
 
-    picture = open_picture(path, keep_alpha=True)
+    picture = open_image(path, keep_alpha=True)
     if picture.mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
     return np.asarray(picture.convert("L")) >= 128
 
 
-def blend(holed: Holed, filling: np.ndarray, feather: int) -> np.ndarray:
+def blend(holed: MaskedImage, filling: np.ndarray, feather: int) -> np.ndarray:
     """The picture with `filling` (at least H × W) where its mask is; what is not masked keeps its values."""
     import numpy as np
 

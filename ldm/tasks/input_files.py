@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.files import sha256
-from ldm.model_files import locate
+from ldm.config.assets import locate
+from ldm.errors import UserError
+from ldm.io.files import sha256
 from ldm.tasks.task import Inputs
-from ldm.util import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -28,7 +28,7 @@ def named_files(option: str, names: Sequence[str], suffixes: Sequence[str]) -> l
     return found
 
 
-def pictures_in(folder: Path, option: str = "--indir") -> list[Path]:
+def images_in(folder: Path, option: str = "--indir") -> list[Path]:
     """The picture files that lie in `folder`, by name.
 
     Raises:

@@ -8,19 +8,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser, non_negative_int, picture_side, positive_int
-from ldm.model_files import CONFIGS_ELSEWHERE, WEIGHTS, ModelFiles, PictureSize, find_model, locate, read_config
+from ldm.cli.command import Parser
+from ldm.cli.options import image_side, non_negative_int, positive_int
+from ldm.config.assets import locate
+from ldm.config.model_config import ImageSize, read_config
+from ldm.config.model_files import CONFIGS_ELSEWHERE, WEIGHTS, ModelFiles, find_model
+from ldm.errors import UserError
 from ldm.retrieval import MAX_NEIGHBOURS
 from ldm.retrieval.folders import DATABASE_NAMES, find_database
 from ldm.tasks.task import Inputs, Settings, Task
 from ldm.tasks.text2img import check_text, read_lines
-from ldm.util import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     from tqdm import tqdm
 
-    from ldm.noise import PictureNoise
+    from ldm.models.diffusion.noise import SeededNoise
     from ldm.retrieval.contexts import Context, Contexts
 
 logger = logging.getLogger(__name__)
@@ -71,7 +74,7 @@ class RetrievalToImage(Task):
         self.sampler_options(parser, steps=50, scale=5.0)
         for option, side in (("--H", "height"), ("--W", "width")):
             help = f"{side} (default: the model's own, of the published one 768)"
-            parser.add_argument(option, type=picture_side, metavar="PIXELS", help=help)
+            parser.add_argument(option, type=image_side, metavar="PIXELS", help=help)
         parser.add_argument(
             "--clip_type",
             default="ViT-L/14",
@@ -122,7 +125,7 @@ class RetrievalToImage(Task):
         """Sampler, size, CLIP, and for neighbours their number and database."""
         context_width(files.name, config)
         check_text("--prompt", args.prompt)
-        size = PictureSize.of(config)
+        size = ImageSize.of(config)
         height, width = size.check("--H", args.H or size.height), size.check("--W", args.W or size.width)
         settings = {"height": height, "width": width, "clip_type": args.clip_type}
         if args.use_neighbors:
@@ -193,13 +196,13 @@ class RetrievalToImage(Task):
         return context
 
     def draw(
-        self, model: Any, batch: Sequence[Context], settings: Settings, noise: PictureNoise, progress: tqdm
+        self, model: Any, batch: Sequence[Context], settings: Settings, noise: SeededNoise, progress: tqdm
     ) -> Sequence[np.ndarray]:
         """One picture for each context."""
         import torch
 
-        from ldm.images import to_uint8
-        from ldm.inference import SamplerSettings, decode, sample_latents
+        from ldm.io.pixels import to_uint8
+        from ldm.pipelines.sampling import SamplerSettings, decode, sample_latents
         from ldm.retrieval.conditioning import unconditional_conditioning
 
         sampling = SamplerSettings.of(settings)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.util import UserError
+from ldm.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,19 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser, positive_int
-from ldm.model_files import ModelFiles, PictureSize, locate
+from ldm.cli.command import Parser
+from ldm.cli.options import positive_int
+from ldm.config.assets import locate
+from ldm.config.model_config import ImageSize
+from ldm.config.model_files import ModelFiles
+from ldm.errors import UserError
 from ldm.tasks.input_files import named_files
 from ldm.tasks.layout_files import read_labels, read_layouts, resolve
 from ldm.tasks.task import Inputs, Settings, Task
-from ldm.util import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
     from tqdm import tqdm
 
-    from ldm.noise import PictureNoise
+    from ldm.models.diffusion.noise import SeededNoise
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ class LayoutToImage(Task):
         if args.scale != 1 and not params.get("cond_dropout"):
             logger.warning("this model was not trained for guidance: it has seen few layouts without boxes")
         self.names = read_labels(locate(args.labels)) if args.labels else list(params.get("class_names") or ())
-        size = PictureSize.of(config)
+        size = ImageSize.of(config)
         tokens = {"vocabulary": reader["vocab_size"], "tokens": reader.get("max_seq_len", 77)}
         return {**self.sampler_settings(args, config), **tokens, "height": size.height, "width": size.width}
 
@@ -104,7 +107,8 @@ class LayoutToImage(Task):
         if "mistake" in inputs:
             raise UserError(inputs["mistake"])
 
-        from ldm.images import draw_boxes, to_uint8
+        from ldm.io.grids import draw_boxes
+        from ldm.io.pixels import to_uint8
         from ldm.modules.encoders.layout import Box, LayoutTokens
 
         boxes = inputs["boxes"]
@@ -120,14 +124,14 @@ class LayoutToImage(Task):
         return Layout(tokens, to_uint8(drawing))
 
     def draw(
-        self, model: Any, batch: Sequence[Layout], settings: Settings, noise: PictureNoise, progress: tqdm
+        self, model: Any, batch: Sequence[Layout], settings: Settings, noise: SeededNoise, progress: tqdm
     ) -> Sequence[np.ndarray]:
         """One picture for each layout."""
         import torch
 
-        from ldm.images import to_uint8
-        from ldm.inference import SamplerSettings, decode, sample_latents
+        from ldm.io.pixels import to_uint8
         from ldm.modules.encoders.layout import LayoutTokens
+        from ldm.pipelines.sampling import SamplerSettings, decode, sample_latents
 
         sampling = SamplerSettings.of(settings)
         tokens = torch.stack([each.tokens for each in batch]).to(model.device)

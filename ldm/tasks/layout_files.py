@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.util import UserError, did_you_mean
+from ldm.errors import UserError, did_you_mean
 
 SHAPE = '{"boxes": [{"label": "Dog", "box": [left, top, right, bottom]}]}'
 

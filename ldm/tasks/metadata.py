@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import MAX_SEED, PRECISIONS
-from ldm.model_files import ModelFiles
-from ldm.util import UserError
+from ldm.cli.options import MAX_SEED, PRECISIONS
+from ldm.config.model_files import ModelFiles
+from ldm.errors import UserError
 
 KEY = "ldm"  # the text chunk that holds everything
 

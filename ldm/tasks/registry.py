@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 
+from ldm.errors import UserError, did_you_mean
 from ldm.tasks.task import Task
-from ldm.util import UserError, did_you_mean
 
 TASKS = {
     "knn2img": "ldm.tasks.knn2img.RetrievalToImage",

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.model_files import ModelFiles, find_model, locate
+from ldm.config.assets import locate
+from ldm.config.model_files import ModelFiles, find_model
+from ldm.errors import UserError
 from ldm.tasks.metadata import Origin, Record
 from ldm.tasks.registry import find_task
-from ldm.util import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,8 +73,8 @@ def replay(record: Record, path: Path, load: Callable[[Origin], Any]) -> Compari
     import numpy as np
     from tqdm import tqdm
 
-    from ldm.images import open_picture
-    from ldm.inference import prepared
+    from ldm.io.images import open_image
+    from ldm.pipelines.sampling import prepared
     from ldm.tasks.run import Picture, draw_batch
 
     task, settings = find_task(record.origin.task), dict(record.origin.settings)
@@ -87,7 +88,7 @@ def replay(record: Record, path: Path, load: Callable[[Origin], Any]) -> Compari
     except (KeyError, TypeError, ValueError) as error:  # something that the task wrote is missing or is something else
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f'what "{path}" says of its drawing is damaged, or needs another version: {reason}') from error
-    before = np.asarray(open_picture(path))
+    before = np.asarray(open_image(path))
     if before.shape != again.shape:
         return Comparison(path, again, before.shape, 0, 0)
     difference = np.abs(before.astype(int) - again).max(axis=-1)

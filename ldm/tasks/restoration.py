@@ -6,15 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.model_files import PictureSize
+from ldm.config.model_config import ImageSize
+from ldm.errors import UserError
 from ldm.tasks.task import Inputs, Settings, Task
-from ldm.util import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
     from tqdm import tqdm
 
-    from ldm.noise import PictureNoise
+    from ldm.models.diffusion.noise import SeededNoise
 
 
 class Restoration(Task):
@@ -29,7 +29,7 @@ class Restoration(Task):
         return 2
 
     @staticmethod
-    def check_tile(size: PictureSize, tile: int) -> int:
+    def check_tile(size: ImageSize, tile: int) -> int:
         """`tile`, if a model of that size can draw in such tiles.
 
         Raises:
@@ -42,10 +42,10 @@ class Restoration(Task):
         return size.check("--tile", tile)
 
     @staticmethod
-    def sample(model: Any, conditioning: Tensor, settings: Settings, noise: PictureNoise, progress: tqdm) -> Tensor:
+    def sample(model: Any, conditioning: Tensor, settings: Settings, noise: SeededNoise, progress: tqdm) -> Tensor:
         """The latents, as large as the `(N, C, h, w)` that they are drawn from."""
-        from ldm.inference import SamplerSettings, sample_latents
-        from ldm.tiles import TiledDenoiser
+        from ldm.modules.tiles import TiledDenoiser
+        from ldm.pipelines.sampling import SamplerSettings, sample_latents
 
         tile = settings["tile"] // model.downsampling
         denoiser = TiledDenoiser(model, tile, tile // 4) if tile else model

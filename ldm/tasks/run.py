@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import command, say
-from ldm.files import check_writable
-from ldm.model_files import ModelFiles, read_config
+from ldm.cli.command import command, say
+from ldm.config.model_config import read_config
+from ldm.config.model_files import ModelFiles
+from ldm.errors import UserError
+from ldm.io.files import check_writable
 from ldm.tasks.metadata import Origin, Place
 from ldm.tasks.task import Inputs, Settings, Task
-from ldm.util import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,8 +86,8 @@ def open_model(
     args: argparse.Namespace, files: ModelFiles, task: Task, settings: Settings, config: Mapping[str, Any]
 ) -> tuple[Any, Origin]:
     """The model, on its device and in its precision, and what pictures say of where they come from."""
-    from ldm.inference import choose_device, load_model
-    from ldm.precision import choose_precision
+    from ldm.modules.precision import choose_precision
+    from ldm.pipelines.loading import choose_device, load_model
 
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
@@ -125,7 +126,7 @@ def draw_all(
     """Draw batch after batch, saving each picture as soon as its batch is done."""
     from tqdm import tqdm
 
-    from ldm.inference import prepared
+    from ldm.pipelines.sampling import prepared
 
     with ExitStack() as preparation, tqdm(desc="drawing", unit="step") as progress:
         done = steps = 0
@@ -153,9 +154,9 @@ def draw_batch(
     """The pictures of one batch, each with the noise of its own seed."""
     import torch
 
-    from ldm.noise import PictureNoise
+    from ldm.models.diffusion.noise import SeededNoise
 
-    noise = PictureNoise([picture.seed for picture in batch], model.device)
+    noise = SeededNoise([picture.seed for picture in batch], model.device)
     with torch.no_grad():
         return task.draw(model, [picture.loaded for picture in batch], settings, noise, progress)
 
@@ -166,7 +167,7 @@ class Saver:
     def __init__(
         self, task: Task, args: argparse.Namespace, outdir: Path, origin: Origin, inputs: Sequence[Inputs]
     ) -> None:
-        from ldm.images import next_index
+        from ldm.io.images import next_index
 
         self.task, self.args, self.origin, self.inputs = task, args, origin, inputs
         self.outdir = outdir
@@ -176,7 +177,8 @@ class Saver:
 
     def save(self, picture: Picture, image: np.ndarray, place: Place) -> None:
         """Write one picture."""
-        from ldm.images import save_png, shrink
+        from ldm.io.grids import shrink
+        from ldm.io.images import save_png
 
         path = self.task.path(self.outdir, picture.inputs, self.first + picture.index)
         save_png(image, path, self.origin.text(picture.inputs, picture.seed, place))
@@ -186,7 +188,8 @@ class Saver:
 
     def finish(self, seconds: float) -> None:
         """Write the sheet, and say where the pictures are."""
-        from ldm.images import make_sheet, save_png
+        from ldm.io.grids import make_sheet
+        from ldm.io.images import save_png
 
         if not self.paths:
             return

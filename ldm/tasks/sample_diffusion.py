@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import Parser, finite_float, model_options, non_negative_float, positive_int, seed
-from ldm.model_files import ModelFiles, available_models, check_steps, find_model, locate, read_config
+from ldm.cli.command import Parser
+from ldm.cli.options import finite_float, model_options, non_negative_float, positive_int, seed
+from ldm.config.assets import locate
+from ldm.config.model_config import check_steps, read_config
+from ldm.config.model_files import ModelFiles, available_models, find_model
+from ldm.errors import UserError
 from ldm.tasks.classes import Classes, ClassTask
 from ldm.tasks.task import Inputs, Settings
-from ldm.util import UserError
 
 OWN_FOLDER = "none"  # of --logdir: the samples go to the model's folder
 

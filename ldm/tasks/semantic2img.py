@@ -7,18 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser, picture_side, positive_int
-from ldm.model_files import ModelFiles, PictureSize, downloaded_model, locate
+from ldm.cli.command import Parser
+from ldm.cli.options import image_side, positive_int
+from ldm.config.assets import locate
+from ldm.config.model_config import ImageSize
+from ldm.config.model_files import ModelFiles, downloaded_model
+from ldm.errors import UserError
 from ldm.tasks.input_files import file_input, named_files, unchanged
 from ldm.tasks.label_maps import read_label_map, read_palette, resize_nearest
 from ldm.tasks.task import Inputs, Settings, Task
-from ldm.util import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     from tqdm import tqdm
 
-    from ldm.noise import PictureNoise
+    from ldm.models.diffusion.noise import SeededNoise
 
 KEY = "segmentation"  # of maps in a batch, and in the configuration of a model that reads them
 MAPS = (".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -59,8 +62,8 @@ class SemanticToImage(Task):
             "--n_samples", type=positive_int, default=1, metavar="N", help="pictures a map (default: %(default)s)"
         )
         self.sampler_options(parser, steps=50)
-        parser.add_argument("--H", type=picture_side, metavar="PIXELS", help="height (default: the map's own)")
-        parser.add_argument("--W", type=picture_side, metavar="PIXELS", help="width (default: the map's own)")
+        parser.add_argument("--H", type=image_side, metavar="PIXELS", help="height (default: the map's own)")
+        parser.add_argument("--W", type=image_side, metavar="PIXELS", help="width (default: the map's own)")
 
     def choose_model(self, args: argparse.Namespace) -> ModelFiles:
         """Of the two published models the larger one, where both were downloaded."""
@@ -82,7 +85,7 @@ class SemanticToImage(Task):
             "palette": read_palette(locate(args.palette)) if args.palette else None,
             "height": args.H,
             "width": args.W,
-            "multiple": PictureSize.of(config).multiple,
+            "multiple": ImageSize.of(config).multiple,
         }
 
     def inputs(self, args: argparse.Namespace, files: ModelFiles) -> list[Inputs]:
@@ -92,7 +95,7 @@ class SemanticToImage(Task):
 
     def load(self, inputs: Inputs, settings: Settings) -> LabelMap:
         """Read the map, in the size asked for."""
-        from ldm.images import chosen_size, pad_to_multiple
+        from ldm.io.pixels import chosen_size, pad_to_multiple
 
         path = unchanged("map", inputs)
         labels = read_label_map(path, settings["palette"])
@@ -108,14 +111,14 @@ class SemanticToImage(Task):
         return loaded.drawing.shape
 
     def draw(
-        self, model: Any, batch: Sequence[LabelMap], settings: Settings, noise: PictureNoise, progress: tqdm
+        self, model: Any, batch: Sequence[LabelMap], settings: Settings, noise: SeededNoise, progress: tqdm
     ) -> Sequence[np.ndarray]:
         """One picture for each map; the network runs over all of a large one, as published."""
         import numpy as np
         import torch
 
-        from ldm.images import to_uint8
-        from ldm.inference import SamplerSettings, decode, sample_latents
+        from ldm.io.pixels import to_uint8
+        from ldm.pipelines.sampling import SamplerSettings, decode, sample_latents
 
         labels = torch.from_numpy(np.stack([each.padded for each in batch]))
         one_hot = torch.zeros(len(batch), settings["labels"], *labels.shape[1:]).scatter_(1, labels[:, None], 1.0)
@@ -136,7 +139,7 @@ def colours_of_labels(count: int, palette: Mapping[str, int] | None) -> np.ndarr
     """A colour for each label, (count, 3) uint8: the palette's, and random ones, the same each time, otherwise."""
     import torch
 
-    from ldm.images import in_random_colours, to_uint8
+    from ldm.io.pixels import in_random_colours, to_uint8
 
     colours = to_uint8(in_random_colours(torch.eye(count)[None, :, :, None]))[0, :, 0]
     for colour, label in (palette or {}).items():

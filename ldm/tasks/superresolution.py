@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser, non_negative_int
-from ldm.model_files import ModelFiles, PictureSize, check_condition
-from ldm.tasks.input_files import check_apart, file_input, pictures_in, result_names, unchanged
+from ldm.cli.command import Parser
+from ldm.cli.options import non_negative_int
+from ldm.config.model_config import ImageSize, check_condition
+from ldm.config.model_files import ModelFiles
+from ldm.errors import UserError
+from ldm.tasks.input_files import check_apart, file_input, images_in, result_names, unchanged
 from ldm.tasks.restoration import Restoration
 from ldm.tasks.task import Inputs, Settings
-from ldm.util import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     from tqdm import tqdm
 
-    from ldm.noise import PictureNoise
+    from ldm.models.diffusion.noise import SeededNoise
 
 DECODED_AT_ONCE = 128  # side in latents; larger maps are decoded in tiles of it
 
@@ -57,13 +59,13 @@ class SuperResolution(Restoration):
     def settings(self, args: argparse.Namespace, files: ModelFiles, config: Mapping[str, Any]) -> Settings:
         """Sampler and tiles."""
         check_condition(files.name, config, "LR_image", "a super-resolution")
-        size = PictureSize.of(config)
+        size = ImageSize.of(config)
         tile = max(size.height, size.width) if args.tile is None else self.check_tile(size, args.tile)
         return {**self.sampler_settings(args, config), "factor": enlargement(files.name, config), "tile": tile}
 
     def inputs(self, args: argparse.Namespace, files: ModelFiles) -> list[Inputs]:
         """Each picture."""
-        pictures = pictures_in(Path(args.indir)) if args.image is None else [Path(args.image)]
+        pictures = images_in(Path(args.indir)) if args.image is None else [Path(args.image)]
         check_apart(args.outdir, pictures)
         return [
             {**file_input("image", path), "name": name}
@@ -74,20 +76,20 @@ class SuperResolution(Restoration):
         """Read the picture."""
         import numpy as np
 
-        from ldm.images import open_picture
+        from ldm.io.images import open_image
 
-        return Small(np.asarray(open_picture(unchanged("image", inputs))), settings["factor"])
+        return Small(np.asarray(open_image(unchanged("image", inputs))), settings["factor"])
 
     def kind(self, loaded: Small) -> Any:
         """Pictures of one size go together."""
         return loaded.image.shape
 
     def draw(
-        self, model: Any, batch: Sequence[Small], settings: Settings, noise: PictureNoise, progress: tqdm
+        self, model: Any, batch: Sequence[Small], settings: Settings, noise: SeededNoise, progress: tqdm
     ) -> Sequence[np.ndarray]:
         """Each picture, enlarged."""
-        from ldm.images import pad_to_multiple, to_batch, to_uint8
-        from ldm.inference import decode
+        from ldm.io.pixels import pad_to_multiple, to_batch, to_uint8
+        from ldm.pipelines.sampling import decode
 
         factor = settings["factor"]
         multiple = model.downsampling * model.model.diffusion_model.downsampling // factor
@@ -121,4 +123,4 @@ def enlargement(name: str, config: Mapping[str, Any]) -> int:
             "its cond_stage_config must be torch.nn.Identity or torch.nn.PixelUnshuffle"
         )
     pixels = 1 if target == "torch.nn.Identity" else int(stage["params"]["downscale_factor"])
-    return PictureSize.of(config).factor // pixels
+    return ImageSize.of(config).factor // pixels

@@ -13,15 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ldm.cli import Parser, finite_float, model_options, non_negative_float, positive_int, run_options
-from ldm.model_files import ModelFiles, available_models, check_steps, downloaded_model, find_model, named_model
-from ldm.util import UserError
+from ldm.cli.command import Parser
+from ldm.cli.options import finite_float, model_options, non_negative_float, positive_int, run_options
+from ldm.config.model_config import check_steps
+from ldm.config.model_files import ModelFiles, available_models, downloaded_model, find_model, named_model
+from ldm.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     from tqdm import tqdm
 
-    from ldm.noise import PictureNoise
+    from ldm.models.diffusion.noise import SeededNoise
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +123,7 @@ class Task(ABC):
 
     @abstractmethod
     def draw(
-        self, model: Any, batch: Sequence[Any], settings: Settings, noise: PictureNoise, progress: tqdm
+        self, model: Any, batch: Sequence[Any], settings: Settings, noise: SeededNoise, progress: tqdm
     ) -> Sequence[np.ndarray]:
         """The pictures of a batch of loaded inputs, each `(H, W, 3)` uint8."""
 
@@ -137,7 +139,7 @@ class Task(ABC):
 
     def sheet_path(self, outdir: Path, args: argparse.Namespace, inputs: Sequence[Inputs]) -> Path | None:
         """Where the sheet of all pictures goes; None for no sheet."""
-        from ldm.images import next_index
+        from ldm.io.images import next_index
 
         return None if args.skip_grid else outdir / f"grid-{next_index(outdir, 'grid-'):04}.png"
 

@@ -9,16 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser, picture_side, positive_int
-from ldm.model_files import ModelFiles, PictureSize, check_text_model
+from ldm.cli.command import Parser
+from ldm.cli.options import image_side, positive_int
+from ldm.config.model_config import ImageSize, check_text_model
+from ldm.config.model_files import ModelFiles
+from ldm.errors import UserError
 from ldm.tasks.task import Inputs, Settings, Task
-from ldm.util import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     from tqdm import tqdm
 
-    from ldm.noise import PictureNoise
+    from ldm.models.diffusion.noise import SeededNoise
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class TextTask(Task):
 
     def begin(self, model: Any, settings: Settings, inputs: Sequence[Inputs]) -> None:
         """Name the words that the model does not know."""
-        from ldm.inference import unknown_words
+        from ldm.pipelines.sampling import unknown_words
 
         unknown = unknown_words(model, [*(each["prompt"] for each in inputs), settings["negative_prompt"]])
         if unknown:
@@ -102,13 +104,13 @@ class TextToImage(TextTask):
         """Those of the published script keep their names and defaults."""
         self.prompt_options(parser)
         self.sampler_options(parser, steps=200, scale=5.0)
-        parser.add_argument("--H", type=picture_side, metavar="PIXELS", help="height (default: the model's own)")
-        parser.add_argument("--W", type=picture_side, metavar="PIXELS", help="width (default: the model's own)")
+        parser.add_argument("--H", type=image_side, metavar="PIXELS", help="height (default: the model's own)")
+        parser.add_argument("--W", type=image_side, metavar="PIXELS", help="width (default: the model's own)")
 
     def settings(self, args: argparse.Namespace, files: ModelFiles, config: Mapping[str, Any]) -> Settings:
         """Sampler, negative prompt and size."""
         settings = self.prompt_settings(args, files, config)
-        size = PictureSize.of(config)
+        size = ImageSize.of(config)
         height, width = size.check("--H", args.H or size.height), size.check("--W", args.W or size.width)
         return {**settings, "height": height, "width": width}
 
@@ -118,11 +120,11 @@ class TextToImage(TextTask):
         return [{"prompt": prompt} for prompt in prompts for _ in range(args.n_iter * args.n_samples)]
 
     def draw(
-        self, model: Any, batch: Sequence[Any], settings: Settings, noise: PictureNoise, progress: tqdm
+        self, model: Any, batch: Sequence[Any], settings: Settings, noise: SeededNoise, progress: tqdm
     ) -> Sequence[np.ndarray]:
         """One picture for each prompt."""
-        from ldm.images import to_uint8
-        from ldm.inference import SamplerSettings, text_to_images
+        from ldm.io.pixels import to_uint8
+        from ldm.pipelines.sampling import SamplerSettings, text_to_images
 
         prompts = [each["prompt"] for each in batch]
         latent = settings["height"] // model.downsampling, settings["width"] // model.downsampling

@@ -14,13 +14,14 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
+from ldm.config.instantiate import get_obj_from_str, instantiate_from_config
+from ldm.errors import UserError
 from ldm.training.callbacks import ProgressBar, SetupCallback
 from ldm.training.configuration import Plan
 from ldm.training.data import DataModuleFromConfig
 from ldm.training.last_checkpoint import LastCheckpoint
 from ldm.training.modules import ManualOptimization, lightning_module
 from ldm.training.storage import SafeCheckpointIO, check_resumable
-from ldm.util import UserError, get_obj_from_str, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 

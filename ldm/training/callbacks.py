@@ -18,7 +18,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
-from ldm.images import make_grid, save_png
+from ldm.io.grids import make_grid
+from ldm.io.images import save_png
 
 logger = logging.getLogger(__name__)
 

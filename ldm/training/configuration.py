@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ldm.errors import UserError, did_you_mean
 from ldm.training.options import trainer_arguments
-from ldm.util import UserError, did_you_mean
 
 SECTIONS = ("model", "data", "lightning")
 LIGHTNING_SECTIONS = ("trainer", "logger", "modelcheckpoint", "callbacks")

@@ -11,8 +11,9 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import Dataset, IterableDataset
 
+from ldm.config.instantiate import instantiate_from_config
+from ldm.errors import UserError, did_you_mean
 from ldm.training.loader import ResumableLoader, ShareRecords, narrow, seed_worker
-from ldm.util import UserError, did_you_mean, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
-from ldm.checkpoint import read_checkpoint, save_whole
-from ldm.images import batch_entry, batch_images
+from ldm.errors import UserError
+from ldm.io.checkpoint.reading import read_checkpoint
+from ldm.io.checkpoint.writing import save_whole
+from ldm.io.pixels import batch_entry, batch_images
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import CONDITIONING_KEY, LATENT_KEY, LatentDiffusion
 from ldm.training.data import DataModuleFromConfig
-from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldm.config.instantiate import instantiate_from_config
+from ldm.errors import UserError
 from ldm.training.optimizers import fused
 from ldm.training.rng import rng_state, set_rng_state
-from ldm.util import UserError, instantiate_from_config
 
 RNG_KEY = "rng"
 

@@ -11,8 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import Parser, seed, target_options
-from ldm.util import UserError, did_you_mean
+from ldm.cli.command import Parser
+from ldm.cli.options import seed, target_options
+from ldm.errors import UserError, did_you_mean
 
 # Trainer arguments with a section of their own in the configuration.
 CONFIGURED_ELSEWHERE = frozenset({"logger", "callbacks", "plugins"})

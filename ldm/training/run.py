@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import OmegaConf
 
-from ldm.allocator import keep_freed_memory
-from ldm.precision import choose_training_precision
+from ldm.errors import UserError
+from ldm.modules.precision import choose_training_precision
+from ldm.training.allocator import keep_freed_memory
 from ldm.training.configuration import START_TIME_VARIABLE, Plan
-from ldm.util import UserError
 
 if TYPE_CHECKING:
     from ldm.training.assembly import Parts

@@ -10,9 +10,10 @@ from typing import Any
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from ldm.checkpoint import read_checkpoint, read_state_dict, save_whole
-from ldm.targets import shown
-from ldm.util import UserError
+from ldm.config.targets import shown
+from ldm.errors import UserError
+from ldm.io.checkpoint.reading import read_checkpoint, read_state_dict
+from ldm.io.checkpoint.writing import save_whole
 
 # What a checkpoint holds besides weights when a run can continue from it.
 TRAINING_STATE = {"optimizer_states": list, "lr_schedulers": list, "loops": dict, "global_step": int}

@@ -84,7 +84,7 @@ def test_the_table_and_the_file_say_the_same(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_published_model_draws_512_x_1024_in_8_gb(repo_root):
-    from ldm.model_files import read_config
+    from ldm.config.model_config import read_config
 
     config = read_config(repo_root / "configs/latent-diffusion/txt2img-1p4B-eval.yaml")
     peaks = count(config, 512, 1024, 1, torch.bfloat16)

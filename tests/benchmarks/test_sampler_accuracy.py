@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import write_model
 
-from ldm.inference import load_model
+from ldm.pipelines.loading import load_model
 
 
 @pytest.fixture(scope="module")

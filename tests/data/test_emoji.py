@@ -26,7 +26,7 @@ from ldm.data.emoji import (
     load_drawings,
     split_sheet,
 )
-from ldm.util import UserError
+from ldm.errors import UserError
 
 COUNT = 1366
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from pictures_on_disk import values, write
+from images_on_disk import values, write
 
+from ldm.config.instantiate import get_obj_from_str
 from ldm.data import faceshq
-from ldm.util import UserError, get_obj_from_str
+from ldm.errors import UserError
 
 
 def test_published_arrays_and_lists(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from pictures_on_disk import values, write
+from images_on_disk import values, write
 from torch.utils.data import default_collate
 
 from ldm.data.imagenet import (
@@ -15,7 +15,7 @@ from ldm.data.imagenet import (
     ImageNetValidation,
     parse_indices,
 )
-from ldm.util import UserError
+from ldm.errors import UserError
 
 SYNSETS = ["n01440764", "n01443537", "n02084071", "n03000001"]
 

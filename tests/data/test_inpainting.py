@@ -9,7 +9,7 @@ import torch
 from ldm.data.emoji import EmojiValidation
 from ldm.data.inpainting import LARGEST_SHARE, MaskedPictures, masked, random_mask
 from ldm.data.superresolution import SmallerPictures
-from ldm.util import UserError
+from ldm.errors import UserError
 
 SOURCE = {"target": "ldm.data.emoji.EmojiValidation", "params": {"size": 64, "names": ["rocket", "fox"]}}
 

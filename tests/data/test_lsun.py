@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from pictures_on_disk import values, write
+from images_on_disk import values, write
 from PIL import Image
 
+from ldm.config.instantiate import instantiate_from_config
 from ldm.data import lsun
-from ldm.util import UserError, instantiate_from_config
+from ldm.errors import UserError
 
 
 @pytest.fixture

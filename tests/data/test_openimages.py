@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from pictures_on_disk import values, write
+from images_on_disk import values, write
 
 from ldm.data import landscapes, openimages
 from ldm.data.previews import pytorch_dataset
-from ldm.util import UserError
+from ldm.errors import UserError
 
 
 @pytest.fixture

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from pictures_on_disk import values, write
+from images_on_disk import values, write
 from PIL import Image
 from tiny_models import randomise, text_config
 from torch.utils.data import default_collate
 
-from ldm.data.pictures import PictureFiles
+from ldm.config.instantiate import instantiate_from_config
+from ldm.data.image_files import PictureFiles
 from ldm.data.superresolution import DEGRADATIONS, SuperResolution
+from ldm.errors import UserError
 from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light
-from ldm.util import UserError, instantiate_from_config
 
 WHOLE = {"size": 32, "min_crop_f": 1.0, "random_crop": False}
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from parity_replay import assert_replayed
 
+from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel, VQModelInterface
-from ldm.util import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 DDCONFIG = {

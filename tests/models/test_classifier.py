@@ -12,13 +12,13 @@ from tiny_models import text_config, write_model
 from torch.nn.functional import cross_entropy
 
 import main
-from ldm.checkpoint import read_state_dict
+from ldm.errors import UserError
+from ldm.io.checkpoint.reading import read_state_dict
 from ldm.models.diffusion.classifier import ClassifierGuidance, NoisyLatentImageClassifier
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, UNetModel
 from ldm.modules.diffusionmodules.schedule import diffusion_tables, extract_into_tensor, make_beta_schedule
 from ldm.training.modules import lightning_module
-from ldm.util import UserError
 
 TARGET = "ldm.models.diffusion.classifier.NoisyLatentImageClassifier"
 

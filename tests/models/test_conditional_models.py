@@ -8,10 +8,10 @@ from parity_cases import assert_close
 from tiny_models import randomise, text_config
 from torch import nn
 
+from ldm.config.instantiate import instantiate_from_config
 from ldm.models.diffusion import preview
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.util import instantiate_from_config
 
 SHAPE = (3, 8, 8)
 SCALE = 3.0

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.errors import UserError
 from ldm.models.diffusion import conditioning as c
-from ldm.util import UserError
 
 A, B = torch.zeros(2, 3), torch.ones(2, 3)
 

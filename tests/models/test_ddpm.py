@@ -8,11 +8,13 @@ from parity_cases import assert_close, relative_error
 from parity_replay import assert_replayed, grad_norm
 from tiny_models import layout_config, randomise, text_config
 
-from ldm.images import draw_boxes, in_random_colours
+from ldm.config.instantiate import instantiate_from_config
+from ldm.errors import UserError
+from ldm.io.grids import draw_boxes
+from ldm.io.pixels import in_random_colours
 from ldm.models.diffusion.ddpm import LATENT_KEY
 from ldm.modules.diffusionmodules.parameterization import interpret, training_target
 from ldm.modules.encoders.layout import Box
-from ldm.util import UserError, instantiate_from_config
 
 
 def text_model(**params):

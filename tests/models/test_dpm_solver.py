@@ -10,9 +10,9 @@ import torch
 from closed_forms import Gaussian
 from parity_cases import assert_close, relative_error
 
+from ldm.errors import UserError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.util import UserError
 
 SHAPE = (1, 3, 3)
 X_T = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, *SHAPE)

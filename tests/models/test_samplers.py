@@ -11,12 +11,12 @@ from closed_forms import Gaussian, Told
 from parity_cases import assert_close, build, load_case
 from parity_replay import PUBLISHED, SHAPE, assert_replayed
 
+from ldm.errors import UserError
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import SamplingOptions
-from ldm.util import UserError
 
 
 def model_of(name):

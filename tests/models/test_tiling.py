@@ -9,8 +9,8 @@ import torch
 from parity_cases import assert_close, build, load_case
 from parity_replay import SPLIT, assert_replayed
 
+from ldm.errors import UserError
 from ldm.models.diffusion.tiling import border_distance, tile_weights, tiled
-from ldm.util import UserError
 
 
 def test_decoding_is_the_recorded_one():

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.functional import gelu
 
+from ldm.errors import UserError
 from ldm.modules.attention import (
     GEGLU,
     BasicTransformerBlock,
@@ -18,10 +19,9 @@ from ldm.modules.attention import (
     LinearAttention,
     SpatialSelfAttention,
     SpatialTransformer,
-    kept_contexts,
+    cached_contexts,
 )
 from ldm.modules.diffusionmodules.unet_blocks import AttentionBlock, QKVAttention, QKVAttentionLegacy
-from ldm.util import UserError
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -194,7 +194,7 @@ def test_keys_and_values_of_one_context_are_computed_once():
     with torch.no_grad():
         expected = [layer(x, context, mask) for x in inputs]
         calls.clear()
-        with kept_contexts(layer):
+        with cached_contexts(layer):
             outputs = [layer(x, context, mask) for x in inputs]
     assert calls == ["k", "v"]
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True)), "the same bits"
@@ -205,7 +205,7 @@ def test_another_context_gets_its_own_keys_and_values():
     layer = CrossAttention(query_dim=16, context_dim=10, heads=2, dim_head=4)
     twin = copy.deepcopy(layer)
     x, context, other = torch.randn(2, 5, 16), torch.randn(2, 7, 10), torch.randn(2, 3, 10)
-    with kept_contexts(layer):
+    with cached_contexts(layer):
         layer(x, context)
         assert torch.equal(layer(x, other), twin(x, other))
         layer(x, context)
@@ -217,7 +217,7 @@ def test_another_context_gets_its_own_keys_and_values():
 @torch.no_grad()
 def test_self_attention_is_never_kept():
     layer, x = CrossAttention(query_dim=16, heads=2, dim_head=4), torch.randn(2, 5, 16)
-    with kept_contexts(layer):
+    with cached_contexts(layer):
         first = layer(x)
         x.neg_()
         assert not torch.equal(layer(x), first)
@@ -226,10 +226,10 @@ def test_self_attention_is_never_kept():
 def test_nothing_is_kept_with_gradients_or_outside():
     layer, x = CrossAttention(query_dim=16, context_dim=10, heads=2, dim_head=4), torch.randn(2, 5, 16)
     context = torch.randn(2, 7, 10, requires_grad=True)
-    with kept_contexts(nn.ModuleList([layer])):
+    with cached_contexts(nn.ModuleList([layer])):
         for _ in range(2):
             layer(x, context).sum().backward()
-        with kept_contexts(layer):
+        with cached_contexts(layer):
             pass
         assert layer.kept is not None, "the outer one still holds"
     assert layer.kept is None

@@ -15,10 +15,11 @@ from hostile_files import Calls
 from parity_cases import assert_close
 from tiny_models import text_config, write_clip, write_model
 
-from ldm.inference import load_model
+from ldm.config.instantiate import get_obj_from_str, instantiate_from_config
+from ldm.errors import UserError
 from ldm.modules.encoders import clip
 from ldm.modules.encoders.modules import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
-from ldm.util import UserError, get_obj_from_str, instantiate_from_config
+from ldm.pipelines.loading import load_model
 
 CAPTIONS = ["a cat", "dog", "cats and cats and dogs"]
 

@@ -7,9 +7,9 @@ import torch
 from parity_replay import assert_replayed
 from torch import nn
 
-from ldm.modules.attention import CrossAttention, kept_contexts
+from ldm.errors import UserError
+from ldm.modules.attention import CrossAttention, cached_contexts
 from ldm.modules.ema import LitEma
-from ldm.util import UserError
 
 
 def test_updates_are_the_recorded_ones():
@@ -50,9 +50,9 @@ def test_swapping_copies_nothing_and_restores_even_after_an_error():
 def test_weights_whose_keys_are_kept_are_not_swapped():
     model = CrossAttention(4, 4, heads=1, dim_head=4)
     ema, weight = LitEma(model), model.to_k.weight.data_ptr()
-    with kept_contexts(model), pytest.raises(UserError, match="prepared for sampling"), ema.swapped(model):
+    with cached_contexts(model), pytest.raises(UserError, match="prepared for sampling"), ema.swapped(model):
         pass
-    with ema.swapped(model), kept_contexts(model):
+    with ema.swapped(model), cached_contexts(model):
         assert model.to_k.weight.data_ptr() != weight
     assert model.to_k.weight.data_ptr() == weight
 

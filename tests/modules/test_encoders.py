@@ -11,6 +11,8 @@ import torch
 from parity_cases import PARITY, build, load_case
 from parity_replay import assert_replayed
 
+from ldm.config.instantiate import instantiate_from_config
+from ldm.errors import UserError
 from ldm.modules.encoders.modules import (
     AbstractEncoder,
     BERTEmbedder,
@@ -19,7 +21,6 @@ from ldm.modules.encoders.modules import (
     IdentityEncoder,
     SpatialRescaler,
 )
-from ldm.util import UserError, instantiate_from_config
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "##s", "dog", "!", ",", "face"]
 MODULES = "ldm.modules.encoders.modules"
@@ -138,7 +139,7 @@ def test_relative_vocabularies_are_found_here_then_in_the_repository(vocab, tmp_
     monkeypatch.chdir(vocab)
     assert BERTTokenizer(version="vocab.txt")("a")[0, 1] == 5
     monkeypatch.chdir(elsewhere)
-    monkeypatch.setattr("ldm.modules.encoders.modules.REPOSITORY", vocab)
+    monkeypatch.setattr("ldm.config.assets.ROOT", vocab)
     assert BERTTokenizer(version="vocab.txt")("a")[0, 1] == 5
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ldm.errors import UserError
 from ldm.modules.encoders.layout import Box, LayoutTokens
-from ldm.util import UserError
 
 PUBLISHED = LayoutTokens(8192)  # the vocabulary of the published layout model, which reads 92 tokens
 

@@ -12,6 +12,7 @@ from parity_cases import PARITY, build, load_case, weights_module
 from parity_replay import adversarial_step, assert_replayed, grad_norm
 from torch import nn
 
+from ldm.errors import UserError
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses import LPIPSWithDiscriminator
 from ldm.modules.losses.adversarial import (
@@ -26,7 +27,6 @@ from ldm.modules.losses.contperceptual import DummyLoss
 from ldm.modules.losses.discriminator import ActNorm, NLayerDiscriminator, weights_init
 from ldm.modules.losses.lpips import LPIPS, VGG16Features
 from ldm.modules.losses.vqperceptual import VQLPIPSWithDiscriminator, measure_perplexity
-from ldm.util import UserError
 
 # No networks: what remains is arithmetic.
 BARE = {"perceptual_weight": 0.0, "disc_factor": 0.0}

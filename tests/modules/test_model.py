@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ldm.errors import UserError
 from ldm.modules.diffusionmodules.model import (
     AttnBlock,
     Decoder,
@@ -19,7 +20,6 @@ from ldm.modules.diffusionmodules.model import (
     make_attn,
     nonlinearity,
 )
-from ldm.util import UserError
 
 SMALL = {
     "ch": 32,

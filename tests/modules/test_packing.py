@@ -10,9 +10,9 @@ from parity_cases import assert_close
 from tiny_models import randomise, text_config
 from torch import nn
 
+from ldm.config.instantiate import instantiate_from_config
 from ldm.modules.diffusionmodules.util import GroupNorm32
 from ldm.modules.packing import packed_weights
-from ldm.util import instantiate_from_config
 
 pytestmark = [
     pytest.mark.usefixtures("seed"),

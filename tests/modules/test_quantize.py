@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from ldm.errors import UserError
 from ldm.modules import quantize
 from ldm.modules.quantize import VectorQuantizer2
-from ldm.util import UserError
 
 
 @pytest.fixture

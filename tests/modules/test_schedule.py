@@ -7,8 +7,8 @@ import pytest
 import torch
 from parity_replay import assert_replayed
 
+from ldm.errors import UserError
 from ldm.modules.diffusionmodules import schedule as s
-from ldm.util import UserError
 
 # The step counts for which the published grid had exactly S steps, all in range.
 PUBLISHED_WORKED = [S for S in range(1, 1000) if 1000 % S == 0]

@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 from parity_cases import PARITY, assert_close, build, load_case, relative_error, weights_module
 from parity_replay import assert_replayed
 
+from ldm.config.instantiate import instantiate_from_config
+from ldm.errors import UserError
 from ldm.modules.diffusionmodules.openaimodel import (
     AttentionBlock,
     AttentionPool2d,
@@ -21,7 +23,6 @@ from ldm.modules.diffusionmodules.openaimodel import (
     UNetModel,
     Upsample,
 )
-from ldm.util import UserError, instantiate_from_config
 
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 LSUN_BEDROOMS = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ldm.errors import UserError
 from ldm.modules.x_transformer import Decoder, Encoder, TransformerWrapper
-from ldm.util import UserError
 
 pytestmark = pytest.mark.usefixtures("seed")
 

@@ -10,8 +10,8 @@ import pytest
 from hostile_files import pickles
 from retrieval_files import vectors, write_database
 
+from ldm.errors import UserError
 from ldm.retrieval.database import normalised, read_database
-from ldm.util import UserError
 
 ROWS = vectors(5, 6)
 

@@ -11,9 +11,9 @@ import pytest
 from hostile_files import Calls
 from retrieval_files import neighbours_by_argsort, unit, vectors
 
+from ldm.errors import UserError
 from ldm.retrieval import scann_index
 from ldm.retrieval.scann_index import ScannIndex, check_replaceable, method
-from ldm.util import UserError
 
 
 @pytest.fixture

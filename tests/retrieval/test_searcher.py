@@ -11,11 +11,11 @@ import torch
 from retrieval_files import neighbours_by_argsort, vectors, write_database
 from torch.nn import functional as F
 
+from ldm.errors import UserError
 from ldm.retrieval import folders, searcher
 from ldm.retrieval.database import Database, read_database
 from ldm.retrieval.scann_index import ScannIndex
 from ldm.retrieval.searcher import Searcher, exact_candidates, open_searcher
-from ldm.util import UserError
 
 QUERIES = vectors(3, seed=9)
 
@@ -143,7 +143,7 @@ def test_an_index_of_another_database_is_told(database):
 def home(tmp_path, monkeypatch):
     """A working folder with the database birds, outside of the repository."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ldm.model_files.ROOT", tmp_path)
+    monkeypatch.setattr("ldm.config.assets.ROOT", tmp_path)
     write_database(folders.DATABASES / "birds", vectors(120))
     return tmp_path
 

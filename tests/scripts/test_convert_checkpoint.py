@@ -13,7 +13,8 @@ import torch
 from hostile_files import damaged, hostile
 from torch import nn
 
-from ldm.checkpoint import load_weights, read_checkpoint, read_state_dict
+from ldm.io.checkpoint.loading import load_weights
+from ldm.io.checkpoint.reading import read_checkpoint, read_state_dict
 from ldm.modules.ema import LitEma
 
 

@@ -87,7 +87,8 @@ def folder(tmp_path_factory):
 
 
 def test_noise_and_captions_follow_the_seed_alone(script, folder):
-    from ldm.inference import SamplerSettings, load_model
+    from ldm.pipelines.loading import load_model
+    from ldm.pipelines.sampling import SamplerSettings
 
     model = load_model(folder / "config.yaml", folder / "model.ckpt")
     dataset = EmojiValidation(16, split="seen")
@@ -114,7 +115,7 @@ def test_the_command_reports_its_four_scores(script, folder, tmp_path, monkeypat
 
 
 def test_the_first_stage_is_scored(script, folder):
-    from ldm.inference import load_model
+    from ldm.pipelines.loading import load_model
 
     model = load_model(folder / "config.yaml", folder / "model.ckpt")
     dataset = EmojiValidation(16, split="held_out")

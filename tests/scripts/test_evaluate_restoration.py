@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny_models import inpainting_config, superresolution_config, write_model
 
-from ldm.tasks.inpainting import Holed
+from ldm.tasks.inpainting import MaskedImage
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_the_mean_colour_is_of_what_is_known(evaluate):
     image = np.zeros((2, 2, 3), np.uint8)
     image[0] = [[10, 20, 30], [30, 40, 50]]
     mask = np.array([[False, False], [True, True]])
-    filled = evaluate.mean_filling(Holed(image, mask))
+    filled = evaluate.mean_filling(MaskedImage(image, mask))
     assert filled[1].tolist() == [[20, 30, 40]] * 2 and (filled[0] == image[0]).all()
 
 
@@ -76,7 +76,7 @@ def test_telea_fills_what_is_masked(evaluate):
     pytest.importorskip("cv2")
     image = np.full((16, 16, 3), 90, np.uint8)
     image[4:8, 4:8] = 0
-    filled = evaluate.telea_filling()(Holed(image, (image == 0).all(-1)))
+    filled = evaluate.telea_filling()(MaskedImage(image, (image == 0).all(-1)))
     assert (filled[image > 0] == 90).all() and np.abs(filled.astype(int) - 90).max() <= 2
 
 

@@ -9,9 +9,11 @@ import torch
 from omegaconf import OmegaConf
 from tiny_models import inpainting_config, randomise, text_config
 
-from ldm.checkpoint import read_checkpoint, read_state_dict
-from ldm.inference import SamplerSettings, load_model, text_to_images
-from ldm.util import UserError, instantiate_from_config
+from ldm.config.instantiate import instantiate_from_config
+from ldm.errors import UserError
+from ldm.io.checkpoint.reading import read_checkpoint, read_state_dict
+from ldm.pipelines.loading import load_model
+from ldm.pipelines.sampling import SamplerSettings, text_to_images
 
 
 @pytest.fixture(scope="module")

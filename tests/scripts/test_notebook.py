@@ -43,7 +43,7 @@ def test_it_is_a_notebook_of_format_4_without_results(notebook):
 def test_its_cells_draw_what_the_command_draws(notebook, load_script, tmp_path, monkeypatch, name, config, labels):
     """With the published model where its weights are, else with the bundled one; tiny ones in their place."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ldm.model_files.ROOT", tmp_path)
+    monkeypatch.setattr("ldm.config.assets.ROOT", tmp_path)
     write_model(tmp_path / "models" / "ldm" / name, config)
     result = run(notebook, monkeypatch)
     assert result["files"].name == name and result["labels"][: len(labels)] == labels

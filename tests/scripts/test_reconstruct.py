@@ -11,11 +11,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tiny_models import write_model
 
-from ldm.images import save_png
-from ldm.inference import load_first_stage, load_model
-from ldm.model_files import FIRST_STAGES, ROOT, named_model, read_config
+from ldm.config.assets import ROOT
+from ldm.config.instantiate import instantiate_from_config
+from ldm.config.model_config import read_config
+from ldm.config.model_files import FIRST_STAGES, named_model
+from ldm.errors import UserError
+from ldm.io.images import save_png
 from ldm.modules.losses import lpips
-from ldm.util import UserError, instantiate_from_config
+from ldm.pipelines.loading import load_first_stage, load_model
 
 PUBLISHED = sorted(folder.name for folder in (ROOT / FIRST_STAGES).iterdir())
 FACTORS = {name: int(name.partition("-f")[2].partition("-")[0]) for name in PUBLISHED}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from ldm.errors import UserError
 from ldm.tasks.text2img import TextToImage
 from ldm.training import options
-from ldm.util import UserError
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def script(load_script):
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ldm.model_files.ROOT", tmp_path)
+    monkeypatch.setattr("ldm.config.assets.ROOT", tmp_path)
     return tmp_path
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from ldm import targets
+from ldm.config import targets
+from ldm.config.instantiate import instantiate_from_config
+from ldm.errors import UserError
 from ldm.training.data import DataModuleFromConfig, WrappedDataset
-from ldm.util import UserError, instantiate_from_config
 
 
 class Numbers:

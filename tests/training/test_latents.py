@@ -6,10 +6,11 @@ import pytest
 import torch
 from tiny_models import inpainting_config, randomise, superresolution_config, text_config
 
+from ldm.config.instantiate import instantiate_from_config
+from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LATENT_KEY
 from ldm.training.data import DataModuleFromConfig
 from ldm.training.latents import cache_latents
-from ldm.util import UserError, instantiate_from_config
 
 NAMES = ["rocket", "fox"]
 

@@ -9,9 +9,9 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
+from ldm.errors import UserError
 from ldm.training.loader import ResumableLoader
 from ldm.training.modules import ManualOptimization, lightning_module
-from ldm.util import UserError
 
 SCHEDULE = {
     "target": "ldm.lr_scheduler.LambdaLinearScheduler",

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.errors import UserError
 from ldm.training.storage import SafeCheckpointIO, check_resumable
-from ldm.util import UserError
 
 MODEL = nn.Linear(1, 1)
 RUN = {

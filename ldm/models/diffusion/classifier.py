@@ -14,11 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.checkpoint import load_weights, read_state_dict
-from ldm.images import batch_entry, batch_images, in_random_colours, log_txt_as_img
-from ldm.model_files import locate, named_model, read_config
+from ldm.config.assets import locate
+from ldm.config.instantiate import instantiate_from_config
+from ldm.config.model_config import read_config
+from ldm.config.model_files import named_model
+from ldm.errors import UserError, did_you_mean
+from ldm.io.checkpoint.loading import load_weights
+from ldm.io.checkpoint.reading import read_state_dict
+from ldm.io.grids import log_txt_as_img
+from ldm.io.pixels import batch_entry, batch_images, in_random_colours
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor
-from ldm.util import UserError, did_you_mean, freeze, instantiate_from_config
+from ldm.modules.frozen import freeze
 
 # What a label is, by its entry of the batch, decides the network that tells it.
 NETWORKS = {

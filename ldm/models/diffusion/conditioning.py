@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.modules.kept import Kept
-from ldm.util import UserError, did_you_mean, instantiate_from_config
+from ldm.config.instantiate import instantiate_from_config
+from ldm.errors import UserError, did_you_mean
+from ldm.modules.cached import Cached
 
 Conditioning = torch.Tensor | list[Any] | dict[str, Any] | None
 
@@ -99,7 +100,7 @@ class Pairing:
     """
 
     def __init__(self) -> None:
-        self._kept: Kept[Conditioning] = Kept()
+        self._kept: Cached[Conditioning] = Cached()
 
     def __call__(self, unconditional: Conditioning, cond: Conditioning) -> Conditioning:
         """See `pair`."""

@@ -17,8 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ldm.checkpoint import load_weights, read_state_dict
-from ldm.images import batch_entry, batch_images
+from ldm.config.instantiate import instantiate_from_config
+from ldm.errors import UserError, did_you_mean
+from ldm.io.checkpoint.loading import load_weights
+from ldm.io.checkpoint.reading import read_state_dict
+from ldm.io.pixels import batch_entry, batch_images
 from ldm.models.diffusion import preview
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.conditioning import Conditioning, DiffusionWrapper, as_dict, map_tensors, slice_batch
@@ -37,7 +40,8 @@ from ldm.modules.diffusionmodules.schedule import (
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.layout import LayoutTokens
-from ldm.util import UserError, default, did_you_mean, freeze, instantiate_from_config
+from ldm.modules.frozen import freeze
+from ldm.util import default
 
 # Where a batch carries moments that the first stage computed earlier: (B, 2c, h, w), mean and log-variance.
 LATENT_KEY = "latent_moments"

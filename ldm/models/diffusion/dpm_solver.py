@@ -7,10 +7,10 @@ import math
 import numpy as np
 import torch
 
+from ldm.errors import UserError
 from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.sampler import GridSampler
 from ldm.modules.diffusionmodules.schedule import make_ddim_sampling_parameters
-from ldm.util import UserError
 
 FEW_STEPS = 15  # below so many the last step is of first order, for stability
 

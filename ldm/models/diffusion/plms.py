@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ldm.errors import UserError
 from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.diffusionmodules.parameterization import Prediction
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor
-from ldm.util import UserError
 
 # Adams-Bashforth weights by the number of earlier predictions, the newest first.
 WEIGHTS = {1: (3 / 2, -1 / 2), 2: (23 / 12, -16 / 12, 5 / 12), 3: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ldm.images import draw_boxes, in_random_colours, log_txt_as_img
+from ldm.io.grids import draw_boxes, log_txt_as_img
+from ldm.io.pixels import in_random_colours
 from ldm.models.autoencoder import VQModel
 from ldm.models.diffusion.conditioning import slice_batch
 

@@ -56,7 +56,7 @@ class SamplingOptions:
     unconditional_guidance_scale: float = 1.0
     unconditional_conditioning: Conditioning = None
     normals_sequence: Sequence[torch.Tensor] | None = None  # the step noises, in the order of use
-    draw: Callable[[Sequence[int]], torch.Tensor] | None = None  # gives noise of a shape, such as `PictureNoise`
+    noise_sampler: Callable[[Sequence[int]], torch.Tensor] | None = None  # returns noise of a shape, e.g. `SeededNoise`
     callback: Callable[[int], None] | None = None  # called with the number of the step, from 0
     img_callback: Callable[[torch.Tensor, int], None] | None = None  # with the estimate of x_start, too
     log_every_t: int = 100
@@ -116,7 +116,7 @@ class Sampler:
         self.options, self.timesteps, self.start = options, timesteps, start
         self.begin()
         if x_T is None:
-            x_T = self.drawn(shape) if start is None else self.noised(shape)
+            x_T = self.sample_noise(shape) if start is None else self.noised(shape)
         x = x_T.to(self.model.device)
         intermediates = {"x_inter": [x], "pred_x0": [x]}
         total = self.first + 1
@@ -150,7 +150,7 @@ class Sampler:
 
     def noised(self, shape: Sequence[int]) -> torch.Tensor:
         """The option `x0`, noised to the grid position that the run starts from."""
-        noise = self.drawn(shape)
+        noise = self.sample_noise(shape)
         return self.model.q_sample(self.options.x0.to(noise), self.steps_of(noise, self.first), noise)
 
     # -- what steps are made of ------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class Sampler:
         mask = self.options.mask
         if mask is None:
             return x
-        noise = None if self.options.draw is None else self.drawn(x.shape)
+        noise = None if self.options.noise_sampler is None else self.sample_noise(x.shape)
         known = self.model.q_sample(self.options.x0.to(x), self.steps_of(x, index), noise)
         mask = mask.to(x)
         return known * mask + (1.0 - mask) * x
@@ -193,12 +193,12 @@ class Sampler:
         """The estimate, snapped to the first stage's codebook when the run asks for it."""
         return self.model.first_stage_model.quantize(x_start)[0] if self.options.quantize_x0 else x_start
 
-    def drawn(self, shape: Sequence[int], repeat: bool = False) -> torch.Tensor:
+    def sample_noise(self, shape: Sequence[int], repeat: bool = False) -> torch.Tensor:
         """Fresh noise of `shape` (B, C, H, W) on the model's device; with `repeat`, the same for the whole batch."""
         device = self.model.device
-        if self.options.draw is None:
+        if self.options.noise_sampler is None:
             return noise_like(shape, device, repeat)
-        noise = self.options.draw((1, *shape[1:]) if repeat else tuple(shape)).to(device)
+        noise = self.options.noise_sampler((1, *shape[1:]) if repeat else tuple(shape)).to(device)
         return noise.expand(*shape)
 
     def noise(self, x: torch.Tensor, index: int) -> torch.Tensor:
@@ -207,7 +207,7 @@ class Sampler:
         if options.normals_sequence is not None:
             noise = options.normals_sequence[self.first - index].to(x)
         else:
-            noise = self.drawn(x.shape, options.repeat_noise)
+            noise = self.sample_noise(x.shape, options.repeat_noise)
         temperature = options.temperature
         if not isinstance(temperature, (int, float)):
             temperature = temperature[int(self.timesteps[index])]

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ldm.errors import UserError, did_you_mean
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.util import UserError, did_you_mean
 
 KEYS = (
     "ks", "stride", "vqf", "patch_distributed_vq", "tie_braker", "clip_min_weight", "clip_max_weight",

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.errors import UserError
 from ldm.modules.attention import LinearAttention, Normalize
 from ldm.modules.attention import SpatialSelfAttention as AttnBlock  # its published name here
-from ldm.util import UserError
 
 ATTENTION_TYPES = ("vanilla", "linear", "none")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import UserError
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.unet_blocks import (
     AttentionBlock,
@@ -25,7 +26,6 @@ from ldm.modules.diffusionmodules.unet_blocks import (
     pointwise,
 )
 from ldm.modules.diffusionmodules.util import conv_nd, normalization, timestep_embedding, zero_module
-from ldm.util import UserError
 
 __all__ = [
     "AttentionBlock",

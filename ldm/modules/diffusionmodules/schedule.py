@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from ldm.util import UserError, did_you_mean
+from ldm.errors import UserError, did_you_mean
 
 BETA_SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt")
 GRIDS = ("exact", "logsnr", "uniform", "quad")

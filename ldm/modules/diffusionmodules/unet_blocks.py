@@ -10,10 +10,10 @@ from abc import abstractmethod
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
+from ldm.errors import UserError
 from ldm.modules.attend import attend
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.util import avg_pool_nd, checkpoint, conv_nd, normalization, zero_module
-from ldm.util import UserError
 
 
 class TimestepBlock(nn.Module):

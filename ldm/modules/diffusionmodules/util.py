@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ldm.config.instantiate import instantiate_from_config
+
 # Compatibility names: the published code keeps the noise schedule's functions in this module.
 from ldm.modules.diffusionmodules.schedule import (
     betas_for_alpha_bar,
@@ -18,7 +20,6 @@ from ldm.modules.diffusionmodules.schedule import (
     make_ddim_timesteps,
     noise_like,
 )
-from ldm.util import instantiate_from_config
 
 __all__ = [
     "GroupNorm32",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.util import UserError, did_you_mean
+from ldm.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 

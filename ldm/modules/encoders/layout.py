@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from ldm.util import UserError
+from ldm.errors import UserError
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 Position = tuple[float, float, float, float]

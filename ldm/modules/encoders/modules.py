@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from ldm.config.assets import search_path
+from ldm.errors import UserError
 from ldm.modules.encoders.clip import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
-from ldm.util import UserError
 
 __all__ = [
     "AbstractEncoder",
@@ -32,8 +33,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 class AbstractEncoder(nn.Module):
@@ -177,7 +176,7 @@ def find_vocabulary(name: str) -> Path | None:
     Raises:
         UserError: `name` is written like a path and no such file exists.
     """
-    for folder in (Path(), REPOSITORY):
+    for folder in search_path():
         path = folder / Path(name).expanduser()
         path = path / "vocab.txt" if path.is_dir() else path
         if path.is_file():

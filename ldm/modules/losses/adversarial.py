@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.errors import UserError
 from ldm.modules.losses.discriminator import NLayerDiscriminator, weights_init
 from ldm.modules.losses.lpips import LPIPS
-from ldm.util import UserError
 
 
 def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:

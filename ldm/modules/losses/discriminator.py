@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ldm.util import UserError
+from ldm.errors import UserError
 
 
 def weights_init(module: nn.Module) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import read_state_dict
-from ldm.util import UserError
+from ldm.errors import UserError
+from ldm.io.checkpoint.reading import read_state_dict
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldm.errors import UserError
 from ldm.modules.losses.adversarial import (
     AdversarialLoss,
     adopt_weight,
@@ -16,7 +17,6 @@ from ldm.modules.losses.adversarial import (
     vanilla_d_loss,
 )
 from ldm.modules.losses.contperceptual import DummyLoss
-from ldm.util import UserError
 
 __all__ = [
     "DummyLoss",

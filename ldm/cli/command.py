@@ -1,0 +1,99 @@
+"""What a command is: its parser, its exit status, its log lines."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from ldm.config import targets
+from ldm.errors import UserError, did_you_mean, is_out_of_memory
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a mistake with one line, and guesses what was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `error: …` and exit with status 2."""
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            word = message.removeprefix(prefix).split("=")[0].split(" ")[0]
+            message += did_you_mean(word, self._option_string_actions)
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
+    """Make `main(argv)` return an exit status: its own, if it has one, else 0.
+
+    A user's mistake gives 2, with one line on stderr, and an interruption 130.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        _log_to_stderr()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # rather "\xd7" than no result where "×" cannot be written
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            with targets.allowing():  # what --allow-target adds ends with the command
+                return main(argv) or 0
+        except UserError as error:
+            return _fail(f"error: {error}", 2)
+        except KeyboardInterrupt:
+            return _fail("interrupted", 130)
+        except BrokenPipeError:  # whoever read the results has seen enough
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it when it ends)
+            return 1
+        except OSError as error:
+            reason = " ".join(str(error.strerror or error).split())  # some libraries tell it in several lines
+            return _fail(f"error: {_cut(error.filename)}: {reason}", 2)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return _fail("error: out of memory; use a smaller batch or smaller pictures", 2)
+
+    return wrapped
+
+
+def say(text: str) -> None:
+    """Give a result to whoever runs the command."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _cut(path: object, length: int = 200) -> str:
+    text = f'"{path}"' if path is not None else "reading or writing failed"
+    return text if len(text) <= length else f'{text[:length]}…"'
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stderr.write(f"{message}\n")
+    return status
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"
+
+
+class _Handler(logging.StreamHandler):
+    """Writes above a progress bar, not behind it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        bars = sys.modules.get("tqdm")
+        if bars is None:
+            return super().emit(record)
+        with bars.tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
+def _log_to_stderr() -> None:
+    handler = _Handler()
+    handler.setFormatter(_Formatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("ldm").setLevel(logging.INFO)

@@ -1,0 +1,38 @@
+"""Locate the files that this project ships (configurations, models, data), and the folder for downloads.
+
+In a checkout they lie in the repository. An installed package carries them in `ldm/assets`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+IS_CHECKOUT = (_PACKAGE.parent / "pyproject.toml").is_file() and (_PACKAGE.parent / "configs").is_dir()
+ROOT = _PACKAGE.parent if IS_CHECKOUT else _PACKAGE / "assets"
+
+
+def downloads_root() -> Path:
+    """Return the folder whose `models` and `data` receive downloads.
+
+    It is `LDM_HOME` if that environment variable is set, the repository in a checkout, and else a cache folder of the
+    user, `~/.cache/ldm`.
+    """
+    chosen = os.environ.get("LDM_HOME")
+    if chosen:
+        return Path(chosen).expanduser()
+    if IS_CHECKOUT:
+        return ROOT
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "ldm"
+
+
+def search_path() -> list[Path]:
+    """Return the folders in which a relative path is looked up, in order: working folder, downloads, shipped files."""
+    return list(dict.fromkeys([Path(), downloads_root(), ROOT]))
+
+
+def locate(path: str | Path) -> Path:
+    """Return the first existing file or folder called `path` on the search path, else `path` as given."""
+    return next((found for base in search_path() if (found := base / path).exists()), Path(path))

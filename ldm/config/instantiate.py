@@ -1,0 +1,151 @@
+"""Build the objects that a configuration describes: a `target:` and its `params:`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ldm.config import targets
+from ldm.errors import UserError, did_you_mean
+
+# Values of `cond_stage_config` that name a role instead of a class to build.
+SPECIAL_CONFIGS = ("__is_first_stage__", "__is_unconditional__")
+
+
+def get_obj_from_str(string: str, reload: bool = False) -> Any:
+    """The class that a dotted `target:` names, e.g. `"ldm.models.autoencoder.VQModel"`.
+
+    Raises:
+        UserError: `ldm.targets` does not allow it, in which case nothing was imported or it is no class of the
+            package named; or the module or the name in it does not exist.
+    """
+    string = targets.resolve(string)
+    _check_target(string, targets.refusal(string))
+    module_name, _, name = string.rpartition(".")
+    module = _import_module(module_name, string)
+    if reload:
+        module = importlib.reload(module)
+    try:
+        found = getattr(module, name)
+    except AttributeError:
+        hint = did_you_mean(name, (n for n in dir(module) if not n.startswith("_")))
+        raise UserError(f'target "{string}": {module_name} has no "{name}"{hint}') from None
+    _check_target(string, targets.object_refusal(string, found))
+    return found
+
+
+def _check_target(target: Any, refusal: str | None) -> None:
+    if refusal is not None:
+        raise UserError(f"target {targets.shown(target)} {refusal}")
+
+
+def _import_module(module_name: str, target: str) -> Any:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing != module_name and not module_name.startswith(missing + "."):
+            raise  # the module exists; something that it needs does not
+        parent, _, leaf = missing.rpartition(".")
+        hint = did_you_mean(leaf, _submodules(parent)) if parent else ""
+        raise UserError(f'target "{target}": there is no module "{missing}"{hint}') from None
+
+
+def _submodules(package: str) -> list[str]:
+    import pkgutil
+
+    try:
+        path = importlib.import_module(package).__path__
+    except (ImportError, AttributeError):
+        return []
+    return [module.name for module in pkgutil.iter_modules(path)]
+
+
+def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> Any:
+    """Build `config["target"](**config["params"], **extra)`.
+
+    The two role names in `SPECIAL_CONFIGS` build nothing and give None.
+
+    Raises:
+        UserError: no `target`, one that is refused or unknown, an unknown parameter, a missing one, or text where
+            a number belongs or the other way round.
+    """
+    if isinstance(config, str) and config in SPECIAL_CONFIGS:
+        return None
+    if not isinstance(config, Mapping) or "target" not in config:
+        raise UserError(f'a configuration to build needs a "target" key, got: {_shorten(config)}')
+    target = config["target"]
+    cls = get_obj_from_str(target)
+    params = config.get("params")
+    if not isinstance(params, Mapping | None):
+        raise UserError(f'{target}: "params" must hold names and values, got: {_shorten(params)}')
+    params = {**(params or {}), **extra}
+    _check_params(cls, target, params)
+    try:
+        return cls(**params)
+    except TypeError as error:
+        # A base class's constructor misses what nobody gave.
+        if "__init__() missing" in str(error) and inspect.isclass(cls):
+            raise UserError(f"{target}: {error}") from error
+        raise
+
+
+def _check_params(cls: Callable[..., Any], target: str, params: Mapping[str, Any]) -> None:
+    accepted, required, open_ended = _parameters(cls)
+    for key, value in params.items():
+        if not isinstance(key, str) or not (open_ended or key in accepted):
+            raise UserError(f'{target} has no parameter "{key}"{did_you_mean(str(key), accepted)}')
+        wanted = _wanted_instead(accepted.get(key), value)
+        if wanted is not None:
+            raise UserError(f'{target} needs {wanted} as "{key}", got: {_shorten(repr(value))}')
+    missing = [name for name in required if name not in params]
+    if missing:
+        raise UserError(f"{target} needs the parameter{'s'[: len(missing) > 1]} {', '.join(missing)}")
+
+
+def _wanted_instead(annotation: Any, value: Any) -> str | None:
+    """What a parameter annotated as a number, text or mapping needs instead of `value`; None where that may do.
+
+    YAML makes text of `"5"` and a number of `5`, which is easily mistaken. Only what YAML can hold is judged, and
+    not whether a number is whole: the classes know better.
+    """
+    kinds = set(annotation.split(" | ")) - {"None"} if isinstance(annotation, str) else set()
+    if not kinds or value is None:
+        return None
+    if kinds <= {"int", "float", "bool"} and isinstance(value, str | list | Mapping):
+        return "true or false" if kinds == {"bool"} else "a number"
+    if all(kind.startswith("Mapping[") for kind in kinds) and isinstance(value, str | int | float | list):
+        return "names and values"
+    return "text" if kinds == {"str"} and isinstance(value, int | float | list | Mapping) else None
+
+
+def _parameters(cls: Callable[..., Any]) -> tuple[dict[str, Any], list[str], bool]:
+    """Names accepted, with their annotations, names required, and whether anything else is accepted too.
+
+    A constructor that hands `**kwargs` to its base class accepts what the base class accepts.
+    """
+    constructors = [cls]
+    if inspect.isclass(cls):
+        constructors = [c.__init__ for c in inspect.getmro(cls)[:-1] if "__init__" in vars(c)]
+    accepted: dict[str, Any] = {}
+    required: list[str] = []
+    for constructor in constructors:
+        try:
+            parameters = inspect.signature(constructor).parameters.values()
+        except (TypeError, ValueError):
+            return accepted, required, True
+        named = [p for p in parameters if p.name != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        accepted = {p.name: p.annotation for p in named} | accepted
+        # What a base class requires may be given by the derived one; only the first constructor is called from here.
+        if constructor is constructors[0]:
+            required = [p.name for p in named if p.default is p.empty]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return accepted, required, False
+    return accepted, required, True
+
+
+def _shorten(value: Any, limit: int = 80) -> str:
+    text = str(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,92 @@
+"""Write weights: checkpoints of `torch.save` and safetensors files, whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.io.checkpoint.names import printable
+from ldm.io.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+
+def cast(name: str, value: Tensor, dtype: torch.dtype, remedy: str) -> Tensor:
+    """`value` in `dtype`.
+
+    Raises:
+        UserError: it holds numbers that are too large for it; `remedy` says what to do. What was infinite or no
+            number before is not `dtype`'s fault.
+    """
+    converted = value.detach().to(dtype)
+    if (value.isfinite() & ~converted.isfinite()).any():
+        raise UserError(f"{printable(name)} does not fit into {str(dtype).removeprefix('torch.')}; {remedy}")
+    return converted
+
+
+def save_checkpoint(
+    weights: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write weights as a checkpoint of `torch.save`, under `state_dict`, whole or not at all.
+
+    Args:
+        weights: a state dict.
+        path: the file; its folder is made when missing.
+        metadata: stored beside the weights; a "step" becomes Lightning's `global_step`.
+    """
+    rest = dict(metadata or {})
+    step = {"global_step": rest.pop("step")} if "step" in rest else {}
+    save_whole({"state_dict": dict(weights), **step, "metadata": rest}, path)
+
+
+def save_whole(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write `content` with `torch.save`, whole or not at all; the folder is made when missing.
+
+    Raises:
+        UserError: it cannot be written there, or the disk is full.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # how torch says that the disk is full
+            raise OSError(str(error).splitlines()[0]) from error
+
+
+def save_safetensors(
+    weights: nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write weights as one safetensors file, whole or not at all; tensors that share memory are written apart.
+
+    Args:
+        weights: a module or a state dict.
+        path: the file; its folder is made when missing.
+        metadata: stored as strings in the header.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    state_dict = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    seen: set[int] = set()
+    tensors = {}
+    for name, value in state_dict.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    strings = {str(key): str(value) for key, value in (metadata or {}).items()}
+    with atomic_path(path) as temporary:
+        temporary.touch()
+        usual = temporary.stat().st_mode
+        try:
+            save_file(tensors, temporary, {"format": "pt", **strings})
+        except SafetensorError as error:  # how safetensors says that the disk is full
+            raise OSError(str(error)) from error
+        temporary.chmod(usual)  # safetensors writes files that nobody else can read

@@ -1,0 +1,226 @@
+"""The published weights: what there is, where it goes, and getting it there. Needs no torch."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldm.config.assets import ROOT, downloads_root
+from ldm.config.model_files import WEIGHTS
+from ldm.errors import UserError, did_you_mean
+from ldm.io.archives import BadArchive, unpack_folders, unpack_weights
+from ldm.io.download import Part, check_link, fetch
+from ldm.io.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+HOME = "https://ommer-lab.com/files"
+HEIBOX = "https://heibox.uni-heidelberg.de/f"
+GROUPS = {
+    "first-stages": "the nine autoencoders",
+    "models": "every diffusion model whose configuration is in models/ldm",
+    "large": "the large checkpoints that come without an archive",
+    "retrieval": "databases and indices of retrieval-augmented diffusion",
+}
+_STYLES = (
+    "art_nouveau baroque expressionism impressionism post_impressionism realism renaissance romanticism surrealism "
+    "ukiyo_e"
+)
+ARTBENCH = tuple(f"artbench-{style}" for style in _STYLES.split())
+
+
+@dataclass(frozen=True)
+class Download:
+    """One published file.
+
+    Attributes:
+        name: what users call it.
+        group: one of `GROUPS`.
+        path: where it lies at `HOME`, and at a mirror of that.
+        folder: where it goes, from the repository's root; begins with `models` or `data`.
+        file: the name of the weights there; empty for an archive of folders.
+        folders: those folders.
+        link: where it is, if not at `HOME`.
+        gigabytes: what the publication says of its size.
+        sha256: what it must have, where that was published.
+    """
+
+    name: str
+    group: str
+    path: str
+    folder: str
+    file: str = "model.ckpt"
+    folders: tuple[str, ...] = ()
+    link: str | None = None
+    gigabytes: float | None = None
+    sha256: str | None = None
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether it has to be unpacked."""
+        return self.path.endswith(".zip")
+
+    def url(self, base_url: str | None = None) -> str:
+        """Its link, or that of its copy at a mirror of `HOME`."""
+        return f"{base_url.rstrip('/')}/{self.path}" if base_url else self.link or f"{HOME}/{self.path}"
+
+
+def _first_stage(name: str, link: str | None = None) -> Download:
+    folder = f"models/first_stage_models/{name}"
+    return Download(name, "first-stages", f"latent-diffusion/{name}.zip", folder, link=link)
+
+
+def _model(name: str, archive: str) -> Download:
+    return Download(name, "models", f"latent-diffusion/{archive}.zip", f"models/ldm/{name}")
+
+
+def _retrieval(name: str, archive: str, folder: str, folders: tuple[str, ...], size: float | None = None) -> Download:
+    return Download(name, "retrieval", f"rdm/{archive}.zip", f"data/rdm/{folder}", "", folders, gigabytes=size)
+
+
+CATALOGUE = (
+    _first_stage("kl-f4"),
+    _first_stage("kl-f8"),
+    _first_stage("kl-f16"),
+    _first_stage("kl-f32"),
+    _first_stage("vq-f4"),
+    _first_stage("vq-f4-noattn", f"{HEIBOX}/9c6681f64bb94338a069/?dl=1"),
+    _first_stage("vq-f8"),
+    _first_stage("vq-f8-n256"),
+    _first_stage("vq-f16", f"{HEIBOX}/0e42b04e2e904890a9b6/?dl=1"),
+    _model("celeba256", "celeba"),
+    _model("ffhq256", "ffhq"),
+    _model("lsun_churches256", "lsun_churches"),
+    _model("lsun_beds256", "lsun_bedrooms"),
+    _model("cin256", "cin"),
+    _model("text2img256", "text2img"),
+    _model("bsr_sr", "sr_bsr"),
+    _model("layout2img-openimages256", "layout2img_model"),
+    _model("semantic_synthesis256", "semantic_synthesis256"),
+    _model("semantic_synthesis512", "semantic_synthesis"),
+    Download(
+        "inpainting_big",
+        "models",
+        "latent-diffusion/inpainting_big/last.ckpt",
+        "models/ldm/inpainting_big",
+        "last.ckpt",
+        link=f"{HEIBOX}/4d9ac7ea40c64582b7c9/?dl=1",
+    ),
+    Download(
+        "text2img-large",
+        "large",
+        "latent-diffusion/nitro/txt2img-f8-large/model.ckpt",
+        "models/ldm/text2img-large",
+        gigabytes=5.7,
+    ),
+    Download("cin256-v2", "large", "latent-diffusion/nitro/cin/model.ckpt", "models/ldm/cin256-v2"),
+    Download("rdm768x768", "large", "rdm/model.ckpt", "models/rdm/rdm768x768"),
+    _retrieval("artbench-databases", "artbench_databases", "retrieval_databases", ARTBENCH),
+    _retrieval("openimages-database", "openimages_database", "retrieval_databases", ("openimages",), 11.0),
+    _retrieval("artbench-searchers", "artbench_searchers", "searchers", ARTBENCH),
+)
+
+
+def chosen(words: Sequence[str]) -> list[Download]:
+    """The downloads that `words`, names and groups, ask for, each once and in the catalogue's order.
+
+    Raises:
+        UserError: a word is neither.
+    """
+    names = {download.name for download in CATALOGUE}
+    for word in words:
+        if word not in {*names, *GROUPS}:
+            raise UserError(f'there is no download "{word}"{did_you_mean(word, [*GROUPS, *names])}; --list shows all')
+    return [download for download in CATALOGUE if {download.name, download.group} & {*words}]
+
+
+@dataclass(frozen=True)
+class Destinations:
+    """The folders that stand for the repository's `models` and `data`."""
+
+    models: Path = field(default_factory=lambda: downloads_root() / "models")
+    data: Path = field(default_factory=lambda: downloads_root() / "data")
+
+    def folder(self, download: Download) -> Path:
+        """Where a download goes."""
+        first, _, rest = download.folder.partition("/")
+        return {"models": self.models, "data": self.data}[first] / rest
+
+    def is_there(self, download: Download) -> bool:
+        """Whether it need not be fetched; an empty file, as other tools leave on failure, does not count."""
+        folder = self.folder(download)
+        if download.folders:
+            return all((folder / name).is_dir() for name in download.folders)
+        files = (folder / name for name in WEIGHTS)
+        return any(file.is_file() and file.stat().st_size for file in files)
+
+    def fetched(self, download: Download) -> Path:
+        """Where its file is fetched to."""
+        name = Path(download.path).name if download.is_archive else download.file
+        return self.folder(download) / name
+
+    def bytes_there(self, download: Download) -> int:
+        """How much of it an interrupted run has left."""
+        file = self.fetched(download)
+        return file.stat().st_size if download.is_archive and file.is_file() else Part(file).size
+
+
+def obtain(download: Download, places: Destinations, base_url: str | None = None) -> None:
+    """Fetch one download and unpack it, unless it is there.
+
+    Configurations in archives are passed over: those of this repository belong to its code. Where the weights go to
+    another place than the repository, its configuration goes there too, unless there is one.
+
+    Raises:
+        UserError: it cannot be had, is not what it should be, or cannot be written.
+    """
+    folder = places.folder(download)
+    if places.is_there(download):
+        logger.info("%s: is there already, in %s", download.name, folder)
+        return
+    url, fetched = check_link(download.url(base_url)), places.fetched(download)
+    if not (download.is_archive and fetched.is_file()):
+        logger.info("%s: fetching %s", download.name, url)
+        fetch(url, fetched, download.name, download.sha256)
+    if download.is_archive:
+        logger.info("%s: unpacking", download.name)
+        _unpack(download, fetched, folder)
+    _bring_config(download, folder)
+    logger.info("%s: done, in %s", download.name, folder)
+
+
+def _unpack(download: Download, archive: Path, folder: Path) -> None:
+    try:
+        if download.folders:
+            unpack_folders(archive, folder, download.folders)
+        else:
+            unpack_weights(archive, folder / download.file)
+    except BadArchive:
+        archive.unlink()
+        raise
+    archive.unlink()
+
+
+def _bring_config(download: Download, folder: Path) -> None:
+    shipped, target = ROOT / download.folder / "config.yaml", folder / "config.yaml"
+    if download.file and shipped.is_file() and not target.exists():
+        with atomic_path(target) as temporary:
+            shutil.copyfile(shipped, temporary)
+
+
+def obtain_all(downloads: Sequence[Download], places: Destinations, base_url: str | None = None) -> dict[str, str]:
+    """Obtain each of `downloads`, whatever becomes of the others; gives the reasons of those that failed, by name."""
+    failures = {}
+    for download in downloads:
+        try:
+            obtain(download, places, base_url)
+        except UserError as error:
+            failures[download.name] = str(error)
+            logger.error("%s: %s", download.name, error)
+        except KeyboardInterrupt:
+            logger.warning("%s: stopped; what has come stays, the same command goes on from there", download.name)
+            raise
+    return failures
