@@ -1,4 +1,4 @@
-# `make` alone lists what there is. PYTHON chooses the interpreter that .venv is made with, VENV where it goes.
+# `make` alone lists the verbs. PYTHON chooses the interpreter for .venv, VENV another folder than .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,37 +7,43 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 DEMO := --model emoji64 --from-file configs/emoji/prompts.txt --ddim_steps 50 --scale 3 --seed 1 --outdir outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-demo test smoke lint format data
+.PHONY: help setup demo train-demo test smoke lint format docs notebooks data
 
 help: ## list these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/.installed-test ## make .venv with everything that running and testing needs
 
-demo: $(VENV)/.installed ## draw pictures from text with the bundled model
+demo: $(VENV)/.installed ## generate images from text with the bundled model
 	@$(BIN)/python scripts/txt2img.py $(DEMO)
 
-train-demo: $(VENV)/.installed ## train a small model from nothing on the CPU, then draw with it
+train-demo: $(VENV)/.installed ## train a small model from scratch on the CPU, then sample from it
 	@$(BIN)/python scripts/train_demo.py
 
-test: lint ## style, then every test
+test: lint ## check the style, then run every test
 	$(BIN)/python -m pytest -q
 
-smoke: $(VENV)/.installed-test ## the tests that take seconds
+smoke: $(VENV)/.installed-test ## run the tests that take seconds
 	$(BIN)/python -m pytest -q -m "not slow"
 
-lint: $(VENV)/.installed-test ## check style
+lint: $(VENV)/.installed-test ## check the style
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-format: $(VENV)/.installed-test ## mend style
+format: $(VENV)/.installed-test ## correct the style
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-data: $(VENV)/.installed-data ## draw the emoji training data again
+docs: $(VENV)/.installed-docs ## build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+notebooks: $(VENV)/.installed-notebooks ## run the notebooks of docs/notebooks
+	$(BIN)/jupyter-execute docs/notebooks/*.ipynb
+
+data: $(VENV)/.installed-data ## build the emoji training data again
 	$(BIN)/python scripts/build_emoji_data.py
 
-# A stamp says what is installed, so that the second run starts at once.
+# A stamp states what is installed, so that later runs start at once.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e .
 	@touch $@
@@ -48,8 +54,8 @@ $(VENV)/.installed-%: $(VENV)/.installed
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: there is no $(PYTHON) here;" \
-		"name a Python 3.10 or newer: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-		echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); name a Python 3.10 or newer:" \
+		"name a Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); name a Python 3.11 or newer:" \
 		"make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

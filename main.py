@@ -1,20 +1,15 @@
-"""Train a model from YAML configurations: `python main.py --base CONFIG.yaml -t`."""
+"""Train a model from YAML configurations: the published name of `ldm train`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from ldm.cli.command import command
+from ldm.cli.train import main
 from ldm.config.targets import MAIN_NAMES
-from ldm.training import options
 
-# Public names that configurations give as `target: main.NAME`. They live in ldm.training, so that running this
-# file as a program and importing it as a module give the same classes.
+# Configurations name these classes as `target: main.NAME`. They are defined in ldm.training, so that the program and
+# the module `main` share the same classes.
 
 
 def __getattr__(name: str) -> Any:
@@ -27,22 +22,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *MAIN_NAMES])
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, refuse what cannot work, and train.
-
-    Raises:
-        UserError: anything that the user can mend; nothing has been written then.
-    """
-    chosen = options.parse(argv)
-    from ldm.training import configuration
-
-    plan = configuration.plan(chosen)
-    from ldm.training.run import run
-
-    run(plan)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bar
 
 from ldm.cli.command import Parser, command
 from ldm.cli.options import finite_float, model_options, positive_int, seed
-from ldm.config.model_config import ImageSize, check_steps, check_text_model, read_config
 from ldm.config.model_files import find_model, named_model
+from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -175,11 +175,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     args = make_parser().parse_args(argv)
     files = find_model(args.model, args.config, args.ckpt) or named_model(DEFAULT_MODEL)
-    config = read_config(files.config)
-    check_text_model(files.name, config)
-    check_steps(config, BASELINE[2])
+    info = ModelInfo.read(files)
+    info.check_reads_text()
+    info.check_steps(BASELINE[2])
     prompts = read_prompts(args.from_file, args.n)
-    size = ImageSize.of(config)
+    size = info.size
 
     import torch
 

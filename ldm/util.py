@@ -1,4 +1,4 @@
-"""Published helper names; most are re-exported from their homes."""
+"""Helpers with published names; most are defined in other modules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
     "mean_flat",  # noqa: F822
 ]
 
-# Importing these homes imports torch, which commands do only after they have checked their options.
+# These modules import torch, which commands do only after they have checked their options.
 _LAZY = {"log_txt_as_img": "ldm.io.grids", "mean_flat": "ldm.modules.diffusionmodules.util"}
 
 
@@ -40,7 +40,7 @@ def exists(x: Any) -> bool:
 
 
 def default(value: T | None, fallback: T | Callable[[], T]) -> T:
-    """Return `value`, or `fallback` if it is None; a function is called."""
+    """Return `value`, or `fallback` if it is None; a `fallback` that is a function is called."""
     if value is not None:
         return value
     return fallback() if inspect.isfunction(fallback) else fallback

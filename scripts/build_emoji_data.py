@@ -1,9 +1,9 @@
-"""Rebuild `data/emoji` from the Noto Color Emoji font: drawings, names, vocabulary, checksums.
+"""Build `data/emoji` from the font Noto Color Emoji: drawings, names, vocabulary, checksums.
 
     python scripts/build_emoji_data.py            # write data/emoji
-    python scripts/build_emoji_data.py --check    # rebuild in memory and compare with data/emoji
+    python scripts/build_emoji_data.py --check    # build in memory and compare with data/emoji
 
-Needs the extra `data` (the `emoji` package) and the font (Debian: fonts-noto-color-emoji).
+The script needs the extra `data` (the package `emoji`) and the font (Debian: fonts-noto-color-emoji).
 """
 
 from __future__ import annotations
@@ -18,33 +18,38 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+import _checkout  # noqa: F401 (imports the code beside this script)
 
-from ldm.cli.command import Parser, command
+from ldm.cli.command import Parser, command, example
+from ldm.config.distribution import install_hint
 from ldm.errors import UserError
 from ldm.io.files import atomic_path
 
-if TYPE_CHECKING:  # numpy, PIL and what the data sets need take seconds to import; mistakes are told before
+if TYPE_CHECKING:
     import numpy as np
     from PIL import ImageFont
 
-log = logging.getLogger("build_emoji_data")
+logger = logging.getLogger("ldm")
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-STRIKE = 109  # the font's only bitmap size; its glyphs are 136 x 128 pixels
+STRIKE = 109  # the only bitmap size of the font; its glyphs are 136 × 128 pixels
 GLYPH_WIDTH, GLYPH_HEIGHT = 136, 128
-# Newer Unicode tables name a few more drawings; stopping here gives the same data on every Python from 3.11.
+# Newer Unicode tables name more drawings. This limit makes the data the same on every Python from 3.11.
 LAST_EMOJI_VERSION = 14
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def single_emoji() -> dict[int, str]:
-    """Code point -> CLDR short name of every emoji that is one code point and has a Unicode name."""
+    """Return the CLDR short name of every emoji that is one code point and has a Unicode name, by code point.
+
+    Raises:
+        UserError: The package `emoji` is not installed.
+    """
     try:
         import emoji
     except ImportError:
-        raise UserError('rebuilding needs the "emoji" package: pip install -e ".[data]"') from None
+        raise UserError(f'rebuilding needs the package "emoji"; install it with {install_hint("data")}') from None
     names = {}
     for text, entry in emoji.EMOJI_DATA.items():
         if len(text) == 1 and entry["E"] <= LAST_EMOJI_VERSION and unicodedata.name(text, None):
@@ -53,9 +58,12 @@ def single_emoji() -> dict[int, str]:
 
 
 def render(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
-    """The drawing of one character, (128, 128, 4) uint8, exactly as stored in the font; None if it has none.
+    """Render one character with the exact pixels of the font, (128, 128, 4) uint8; None if it has no drawing.
 
-    No drawing touches the four columns at either side of its glyph, so that squaring the canvas cuts nothing off.
+    No drawing touches the four outer columns of its glyph on either side, so the square crop loses nothing.
+
+    Raises:
+        UserError: A drawing does; this is another font.
     """
     import numpy as np
     from PIL import Image, ImageDraw
@@ -68,16 +76,16 @@ def render(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
     margin = (GLYPH_WIDTH - GLYPH_HEIGHT) // 2
     pixels = np.array(canvas)
     if pixels[:, :margin, 3].any() or pixels[:, -margin:, 3].any():
-        raise UserError(f"the drawing of U+{ord(character):04X} is wider than 128 px: not the font this was made for")
+        raise UserError(f"the drawing of U+{ord(character):04X} exceeds 128 px; give --font Noto Color Emoji 2.042")
     pixels = pixels[:, margin:-margin]
     pixels[pixels[..., 3] == 0] = 0
     return pixels
 
 
 def halve(rgba: np.ndarray) -> np.ndarray:
-    """(N, 2S, 2S, 4) -> (N, S, S, 4) by averaging 2 x 2 pixels, each colour weighted by its alpha.
+    """Halve the sides of drawings (N, 2S, 2S, 4): means of 2 × 2 pixels, with colours weighted by their alpha.
 
-    Unweighted means would mix the black of invisible pixels into the edges. Integers keep it exact.
+    Unweighted means would mix the black of invisible pixels into the edges. Integers make the result exact.
     """
     import numpy as np
 
@@ -92,8 +100,12 @@ def halve(rgba: np.ndarray) -> np.ndarray:
     return out
 
 
-def draw_all(font_path: Path) -> tuple[list[tuple[int, str, str]], dict[int, np.ndarray]]:
-    """Names (code point, Unicode name, CLDR short name) and, by size, drawings (N, S, S, 4)."""
+def render_all(font_path: Path) -> tuple[list[tuple[int, str, str]], dict[int, np.ndarray]]:
+    """Return names (code point, Unicode name, CLDR short name) and, by size, drawings (N, S, S, 4).
+
+    Raises:
+        UserError: The font or the package `emoji` is missing.
+    """
     if not font_path.is_file():
         raise UserError(f'no font at "{font_path}"; install fonts-noto-color-emoji or give --font')
 
@@ -112,7 +124,7 @@ def draw_all(font_path: Path) -> tuple[list[tuple[int, str, str]], dict[int, np.
 
 
 def all_captions(names: list[tuple[int, str, str]]) -> Iterator[str]:
-    """Every caption that the data sets can give."""
+    """Yield every caption of the data sets."""
     from ldm.data.emoji import COLOURS, caption
 
     for _, *both in names:
@@ -123,7 +135,7 @@ def all_captions(names: list[tuple[int, str, str]]) -> Iterator[str]:
 
 
 def words(text: str) -> list[str]:
-    """Split as BERT's uncased pre-tokenizer does: no accents, and every punctuation mark by itself."""
+    """Split a text like the uncased pre-tokenizer of BERT: without accents, each punctuation mark alone."""
     text = unicodedata.normalize("NFD", text.lower())
     spaced = ""
     for character in text:
@@ -136,7 +148,7 @@ def words(text: str) -> list[str]:
 
 
 def vocabulary(names: list[tuple[int, str, str]]) -> list[str]:
-    """WordPiece tokens: special ones, letters and digits to spell any word, then the captions' words by frequency."""
+    """Return WordPiece tokens: special tokens, characters to spell any word, the words of captions by frequency."""
     counts = Counter(word for text in all_captions(names) for word in words(text))
     marks = sorted(word for word in counts if not word.isalnum())
     tokens = [*SPECIAL_TOKENS, *CHARACTERS, *(f"##{c}" for c in CHARACTERS), *marks]
@@ -145,14 +157,16 @@ def vocabulary(names: list[tuple[int, str, str]]) -> list[str]:
 
 
 def texts(names: list[tuple[int, str, str]], drawings: dict[int, np.ndarray]) -> dict[str, str]:
-    """The text files of the data folder, by name."""
+    """Return the text files of the data folder, by name."""
     from ldm.data.emoji import SIZES
 
     table = ["code point\tunicode name\tcldr short name"]
     table += [f"U+{codepoint:04X}\t{unicode_name}\t{cldr_name}" for codepoint, unicode_name, cldr_name in names]
+    class_names = [f"{cldr_name}\t{unicode_name}" for _, unicode_name, cldr_name in names]
     checksums = {f"drawings-{size}.webp": hashlib.sha256(drawings[size].tobytes()).hexdigest() for size in SIZES}
     return {
         "names.tsv": "\n".join(table) + "\n",
+        "class_names.txt": "\n".join(class_names) + "\n",
         "vocab.txt": "\n".join(vocabulary(names)) + "\n",
         "checksums.json": json.dumps({"drawings": len(names), "sha256_of_pixels": checksums}, indent=2) + "\n",
     }
@@ -171,14 +185,14 @@ def write(out: Path, names: list[tuple[int, str, str]], drawings: dict[int, np.n
         with atomic_path(out / f"drawings-{size}.webp") as temporary:
             sheet = Image.fromarray(join_sheet(drawings[size]))
             sheet.save(temporary, format="WEBP", lossless=True, exact=True)
-    log.info("wrote %d drawings to %s", len(names), out)
+    logger.info("wrote %d drawings to %s", len(names), out)
 
 
 def check(out: Path, names: list[tuple[int, str, str]], drawings: dict[int, np.ndarray]) -> None:
-    """Compare a rebuild with the data folder.
+    """Compare a new build with the data folder.
 
     Raises:
-        UserError: something differs.
+        UserError: A file differs.
     """
     import numpy as np
 
@@ -186,26 +200,26 @@ def check(out: Path, names: list[tuple[int, str, str]], drawings: dict[int, np.n
 
     for name, text in texts(names, drawings).items():
         if not (out / name).is_file() or (out / name).read_text(encoding="utf-8") != text:
-            raise UserError(f'"{out / name}" differs from a rebuild')
+            raise UserError(f'"{out / name}" differs from a new build')
     for size in SIZES:
         if len(read_names(out)) != len(names) or not np.array_equal(load_drawings(size, out).rgba, drawings[size]):
-            raise UserError(f'the pixels of "{out / f"drawings-{size}.webp"}" differ from a rebuild')
-    log.info("%s is what a rebuild gives (%d drawings)", out, len(names))
+            raise UserError(f'the pixels of "{out / f"drawings-{size}.webp"}" differ from a new build')
+    logger.info("%s equals a new build (%d drawings)", out, len(names))
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = Parser(description="Draw the emoji training data again.")
+    """Run the command."""
+    parser = Parser(description="Build the emoji training data again.", epilog=example("build_emoji_data", "--check"))
     parser.add_argument("--font", type=Path, default=FONT, help=f"NotoColorEmoji.ttf (default: {FONT})")
-    parser.add_argument("--out", type=Path, help="the data folder (default: data/emoji)")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the folder differs from a rebuild")
-    options = parser.parse_args(argv)
-    drawn = draw_all(options.font)
+    parser.add_argument("--out", type=Path, help="data folder (default: data/emoji)")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file differs from a new build")
+    args = parser.parse_args(argv)
+    rendered = render_all(args.font)
 
     from ldm.data.emoji import DEFAULT_ROOT
 
-    (check if options.check else write)(DEFAULT_ROOT if options.out is None else options.out, *drawn)
+    (check if args.check else write)(DEFAULT_ROOT if args.out is None else args.out, *rendered)
 
 
 if __name__ == "__main__":

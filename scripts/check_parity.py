@@ -1,9 +1,9 @@
-"""Compute every recorded output of the published implementation anew, and report how far each is from its record.
+"""Compute the recorded outputs of the published implementation again, and report their errors.
 
 python scripts/check_parity.py --filter 'ddim*'
 
-Exit status 1 when one is further away than it may be. On another machine or with another version of torch, this is
-the quickest way to know whether the same seed still gives the same picture.
+The exit status is 1 if an error exceeds its tolerance. On another machine, or with another version of torch, this is a
+quick check that equal seeds still give equal images.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+import _checkout  # noqa: F401 (imports the code beside this script)
 
-from ldm.cli.command import Parser, command
+from ldm.cli.command import Parser, command, example
 from ldm.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -29,50 +29,56 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 
 def make_parser() -> Parser:
-    """The options."""
+    """Return the parser."""
     parser = Parser(
-        description="Compute every recorded output of the published implementation anew, and report the differences.",
-        epilog="The cases and their tolerances are those of the tests; they run on the CPU in float32.",
+        description="Compute the recorded outputs of the published implementation again, and report their errors. "
+        "The cases and tolerances are those of the tests; they run on the CPU in float32.",
+        epilog=example("check_parity", "--filter 'ddim*'"),
     )
     parser.add_argument(
-        "--filter", nargs="+", metavar="PATTERN", help='cases to run: names, parts of names, or patterns as in "ddim*"'
+        "--filter",
+        nargs="+",
+        metavar="PATTERN",
+        help='cases to run: names, parts of names, or patterns like "ddim*"',
     )
-    parser.add_argument("--json", metavar="FILE", help="write all results here too")
+    parser.add_argument("--json", metavar="FILE", help="write all results to this file too")
     return parser
 
 
 def chosen(names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
-    """The cases that the patterns mean; a whole name means that case alone.
+    """Return the cases that match the patterns; the whole name of a case matches that case alone.
 
     Raises:
-        UserError: one of them means none.
+        UserError: A pattern matches no case.
     """
     found: set[str] = set(names) if patterns is None else set()
     for pattern in patterns or ():
-        meant = {name for name in names if pattern in name or fnmatch(name, pattern)}
-        if not meant:
-            raise UserError(f'--filter "{pattern}" means none of the {len(names)} cases{did_you_mean(pattern, names)}')
-        found |= {pattern} if pattern in names else meant
+        matches = {name for name in names if pattern in name or fnmatch(name, pattern)}
+        if not matches:
+            raise UserError(
+                f'--filter "{pattern}" matches none of the {len(names)} cases{did_you_mean(pattern, names)}'
+            )
+        found |= {pattern} if pattern in names else matches
     return [name for name in names if name in found]
 
 
 def run(name: str) -> tuple[list[Result], str]:
-    """The results of a case, and what went wrong where it could not be replayed."""
+    """Return the results of a case, and the error that stopped it, or an empty text."""
     from parity_replay import Result, compare, load_case, replay
 
     case = load_case(name)
     try:
         return list(compare(case, replay(case))), ""
-    except Exception as error:  # a case that fails must not hide the others
-        broken = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
-        return [Result(name, output, float("inf"), 0.0) for output in case.outputs], broken
+    except Exception as error:  # one error must not hide the other cases
+        failure = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+        return [Result(name, output, float("inf"), 0.0) for output in case.outputs], failure
 
 
-def line(results: Sequence[Result], broken: str) -> str:
-    """What to say about one case: its worst output, or those that failed."""
+def describe(results: Sequence[Result], failure: str) -> str:
+    """Return one line about a case: its output with the largest error, or its failed outputs."""
     failed = [result for result in results if not result.passed]
-    if broken:
-        return f"FAILED {broken}"
+    if failure:
+        return f"FAILED {failure}"
     if failed:
         return "FAILED " + ", ".join(f"{r.output} {r.error:.1e} (allowed {r.tolerance:.0e})" for r in failed)
     worst = max(results, key=lambda r: r.error / r.tolerance if r.tolerance else 0.0)
@@ -80,7 +86,7 @@ def line(results: Sequence[Result], broken: str) -> str:
 
 
 def write_json(path: str, results: Iterable[Result], seconds: float) -> None:
-    """All results, and what they were computed with."""
+    """Write all results, and the software that computed them, as JSON."""
     import torch
 
     from ldm.io.files import atomic_path
@@ -94,13 +100,12 @@ def write_json(path: str, results: Iterable[Result], seconds: float) -> None:
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status is 1 if a case failed."""
     args = make_parser().parse_args(argv)
     if not (TESTS / "parity" / "cases" / "cases.json").is_file():
-        raise UserError(f'there is no recorded data in "{TESTS}"; run this from a clone of the repository')
-    if str(TESTS) not in sys.path:
-        sys.path.insert(1, str(TESTS))
+        raise UserError(f'there are no recorded outputs in "{TESTS}"; run this in a clone of the repository')
+    sys.path.append(str(TESTS))
 
     from parity_replay import names
 
@@ -110,17 +115,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     width = max(map(len, cases))
     for number, name in enumerate(cases, 1):
         print(f"{number:3}/{len(cases)}  {name:{width}}  ", end="", flush=True)
-        found, broken = run(name)
-        print(line(found, broken), flush=True)
+        found, failure = run(name)
+        print(describe(found, failure), flush=True)
         results += found
-        failed += [name] if broken or not all(result.passed for result in found) else []
+        failed += [name] if failure or not all(result.passed for result in found) else []
     seconds = time.monotonic() - started
     if args.json:
         write_json(args.json, results, seconds)
     outcome = f"{len(failed)} failed: {', '.join(failed)}" if failed else "all as recorded"
     print(f"{len(cases)} cases, {len(results)} outputs in {seconds:.0f} s: {outcome}")
-    if failed:
-        sys.exit(1)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,19 +1,10 @@
-"""Draw pictures of classes.
-
-python scripts/class2img.py --classes "red heart" fox
-"""
-
-from __future__ import annotations
+"""Sample images of classes: the published name of `ldm class2img`."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+import _checkout  # noqa: F401 (imports the code beside this script)
 
-from ldm.tasks.class2img import ClassToImage
-from ldm.tasks.run import command_of
-
-main = command_of(ClassToImage())
+from ldm.cli.class2img import main
 
 if __name__ == "__main__":
     sys.exit(main())

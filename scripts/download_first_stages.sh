@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetch the nine published autoencoders. Options: scripts/download_weights.py --help
+# Download the nine published autoencoders. Options: ldm download_weights --help
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetch every diffusion model whose configuration is in models/ldm. Options: scripts/download_weights.py --help
+# Download every diffusion model whose configuration is in models/ldm. Options: ldm download_weights --help
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python

@@ -1,19 +1,10 @@
-"""Draw pictures from pictures and text.
-
-python scripts/img2img.py --image data/img2img_examples/rocket.png --prompt "rocket on a blue background" --strength 0.2
-"""
-
-from __future__ import annotations
+"""Sample images from images and text: the published name of `ldm img2img`."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+import _checkout  # noqa: F401 (imports the code beside this script)
 
-from ldm.tasks.img2img import ImageToImage
-from ldm.tasks.run import command_of
-
-main = command_of(ImageToImage())
+from ldm.cli.img2img import main
 
 if __name__ == "__main__":
     sys.exit(main())

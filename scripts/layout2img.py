@@ -1,19 +1,10 @@
-"""Draw pictures from layouts of labelled boxes.
-
-python scripts/layout2img.py --layout data/layout_examples --labels class-descriptions-boxable.csv
-"""
-
-from __future__ import annotations
+"""Sample images from layouts of labelled boxes: the published name of `ldm layout2img`."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+import _checkout  # noqa: F401 (imports the code beside this script)
 
-from ldm.tasks.layout2img import LayoutToImage
-from ldm.tasks.run import command_of
-
-main = command_of(LayoutToImage())
+from ldm.cli.layout2img import main
 
 if __name__ == "__main__":
     sys.exit(main())

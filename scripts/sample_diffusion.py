@@ -1,26 +1,10 @@
-"""Draw many samples of a model, as files and as one array for tools that measure them.
-
-python scripts/sample_diffusion.py -r models/ldm/celeba256 -n 50000 --batch_size 10 -c 200
-"""
-
-from __future__ import annotations
+"""Sample many images, to measure a model: the published name of `ldm sample_diffusion`."""
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+import _checkout  # noqa: F401 (imports the code beside this script)
 
-from ldm.cli.command import command
-from ldm.tasks.bulk import run
-from ldm.tasks.sample_diffusion import SampleDiffusion
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    run(SampleDiffusion(), argv)
-
+from ldm.cli.sample_diffusion import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,19 +1,10 @@
-"""Enlarge pictures.
-
-python scripts/superres.py --indir data/superres_examples
-"""
-
-from __future__ import annotations
+"""Enlarge images: the published name of `ldm superres`."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+import _checkout  # noqa: F401 (imports the code beside this script)
 
-from ldm.tasks.run import command_of
-from ldm.tasks.superresolution import SuperResolution
-
-main = command_of(SuperResolution())
+from ldm.cli.superres import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,19 +1,10 @@
-"""Draw pictures from text.
-
-python scripts/txt2img.py --prompt "rocket on a blue background"
-"""
-
-from __future__ import annotations
+"""Sample images from text: the published name of `ldm txt2img`."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
+import _checkout  # noqa: F401 (imports the code beside this script)
 
-from ldm.tasks.run import command_of
-from ldm.tasks.text2img import TextToImage
-
-main = command_of(TextToImage())
+from ldm.cli.txt2img import main
 
 if __name__ == "__main__":
     sys.exit(main())

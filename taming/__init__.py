@@ -1,1 +1,1 @@
-"""The names of CompVis/taming-transformers that published configurations use, for the classes of `ldm`."""
+"""Names of CompVis/taming-transformers in published configurations, mapped to the classes of `ldm`."""

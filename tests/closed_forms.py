@@ -1,4 +1,4 @@
-"""Denoisers whose answer is known in closed form: what samplers are tested with."""
+"""Denoisers in closed form, for tests of samplers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ldm.modules.diffusionmodules.schedule import diffusion_tables, extract_into
 
 
 class Gaussian:
-    """The exact denoiser of data distributed as N(mean, std²), independently in every pixel.
+    """Exact denoiser of data distributed as N(mean, std²), independently in every pixel.
 
-    A conditioning (B, 1) takes the place of the mean. `fineness` cuts each of the schedule's steps into so many.
+    A conditioning (B, 1) replaces the mean. `fineness` divides every beta of the schedule.
     """
 
     def __init__(self, mean=0.5, std=0.3, timesteps=1000, parameterization="eps", fineness=1):
@@ -42,20 +42,20 @@ class Gaussian:
         return {"eps": eps, "x0": x_start, "v": v}[self.parameterization]
 
     def estimate(self, x, alpha, cond=None):
-        """E[x_0 | x_t]."""
+        """Return E[x_0 | x_t]."""
         mean = self.mean if cond is None else cond[:, :, None, None]
         gain = alpha.sqrt() * self.std**2 / (alpha * self.std**2 + 1 - alpha)
         return mean + gain * (x - alpha.sqrt() * mean)
 
     def flow(self, x, alpha, alpha_end=1.0):
-        """Where the probability-flow ODE takes x from ᾱ = alpha to alpha_end: to the same quantile."""
+        """Return the solution of the probability-flow ODE from x at ᾱ = alpha to alpha_end: the same quantile."""
         alpha, alpha_end = float(alpha), float(alpha_end)
-        spread, spread_end = (math.sqrt(a * self.std**2 + 1 - a) for a in (alpha, alpha_end))
-        return math.sqrt(alpha_end) * self.mean + spread_end / spread * (x - math.sqrt(alpha) * self.mean)
+        std, std_end = (math.sqrt(a * self.std**2 + 1 - a) for a in (alpha, alpha_end))
+        return math.sqrt(alpha_end) * self.mean + std_end / std * (x - math.sqrt(alpha) * self.mean)
 
 
-class Told(Gaussian):
-    """A denoiser that always estimates the x_start it was told."""
+class FixedEstimate(Gaussian):
+    """Denoiser whose estimate is always the given x_start."""
 
     def __init__(self, x_start, timesteps):
         super().__init__(timesteps=timesteps, parameterization="x0")

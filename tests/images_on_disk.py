@@ -1,4 +1,4 @@
-"""Small pictures in files, for the tests of data sets."""
+"""Small image files for the tests of data sets."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from PIL import Image
 
 
 def pixels(height: int = 24, width: int = 36, seed: int = 0) -> np.ndarray:
-    """Smooth colours, (height, width, 3) uint8."""
+    """Return an image of smooth colours, (height, width, 3) uint8."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def write(path: Path, **shape: int) -> np.ndarray:
-    """Write a picture, without loss where the suffix allows; returns its pixels."""
+    """Write an image and return its pixels; PNG and NPY files are lossless."""
     path.parent.mkdir(parents=True, exist_ok=True)
     array = pixels(**shape)
     if path.suffix == ".npy":
@@ -26,5 +26,5 @@ def write(path: Path, **shape: int) -> np.ndarray:
 
 
 def values(array: np.ndarray) -> np.ndarray:
-    """Pixels as float32 in [-1, 1]."""
+    """Convert pixels to float32 in [-1, 1]."""
     return (array / 127.5 - 1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""`main.py`: what it refuses, what it leaves on disk, and that published configurations' names work."""
+"""`main.py`: errors, files of a run, and published names."""
 
 import signal
 import subprocess
@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 from tiny_models import text_config
 
 import main
+from ldm.cli import train
 from ldm.config.instantiate import get_obj_from_str
 from ldm.errors import UserError
-from ldm.training import configuration, options
+from ldm.training import options
+from ldm.training.configuration import make_plan
 from ldm.training.run import parse_gpus
 
 QUIET = ["--enable_progress_bar", "false", "--enable_model_summary", "false"]
@@ -23,7 +25,7 @@ DDCONFIG = text_config()["params"]["first_stage_config"]["params"]["ddconfig"]
 
 
 def tiny_config():
-    """A first stage that trains on 16 × 16 emoji."""
+    """Return the configuration of a first stage that trains on 16 × 16 emoji."""
     loss = {"disc_start": 2, "perceptual_weight": 0.0, "disc_num_layers": 1}
     return {
         "model": {
@@ -52,7 +54,7 @@ def tiny_config():
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """The path of a tiny configuration; relative paths are relative to an empty folder."""
+    """Write a tiny configuration to an empty current folder and return its path."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "tiny.yaml"
     OmegaConf.save(OmegaConf.create(tiny_config()), path)
@@ -82,15 +84,20 @@ REFUSED = [
     ),
     ("stray word", ["-b", "tiny.yaml", "-t", "true", "oops"], None, '"oops" is neither'),
     ("unknown override", ["-b", "tiny.yaml", "modle.params.x=1"], None, '"modle" (did you mean "model"?)'),
-    ("name with resume", ["-r", "logs/x", "-n", "y"], None, "exclude each other"),
+    ("name with resume", ["-r", "logs/x", "-n", "y"], None, "cannot be combined"),
     ("resume from nowhere", ["-r", "logs/x"], None, "no such folder or checkpoint"),
     ("resume from an empty folder", ["-r", "logs"], lambda folder: (folder / "logs").mkdir(), "last.ckpt"),
     ("resume from a stray file", ["-r", "x.ckpt"], lambda f: (f / "x.ckpt").touch(), "not inside LOGDIR/checkpoints"),
     ("nothing to do", ["-b", "tiny.yaml", "-t", "false"], None, "give -t"),
     ("seed", ["-b", "tiny.yaml", "-s", "many"], None, '"many" is not a whole number'),
-    ("truth", ["-b", "tiny.yaml", "-t", "perhaps"], None, "neither true nor false"),
+    ("boolean", ["-b", "tiny.yaml", "-t", "perhaps"], None, "neither true nor false"),
     ("gpus", ["-b", "tiny.yaml", "--gpus", "first"], None, '--gpus "first"'),
-    ("gpus and devices", ["-b", "tiny.yaml", "--gpus", "0,", "--devices", "1"], None, "--gpus excludes"),
+    (
+        "gpus and devices",
+        ["-b", "tiny.yaml", "--gpus", "0,", "--devices", "1"],
+        None,
+        "--gpus cannot be combined with --accelerator or --devices",
+    ),
     ("model target", ["-b", "tiny.yaml", "model.target=ldm.models.autoencoder.AutoencoderLK"], None, '"AutoencoderKL"'),
     ("model module", ["-b", "tiny.yaml", "model.target=ldm.models.autoencodre.VQModel"], None, '"autoencoder"'),
     ("model elsewhere", ["-b", "tiny.yaml", "model.target=os.system"], None, "--allow-target os"),
@@ -100,11 +107,11 @@ REFUSED = [
         "weights with code",
         ["-b", "tiny.yaml", "model.params.ckpt_path=evil.ckpt"],
         lambda folder: (folder / "evil.ckpt").write_bytes(hostile(folder / "trap")["GLOBAL in a zip"]),
-        'is refused: besides weights it holds "os.mkdir"',
+        'is refused: besides weights it contains "os.mkdir"',
     ),
     ("model parameter", ["-b", "tiny.yaml", "model.params.embed_dmi=3"], None, '"embed_dim"'),
     ("not trainable", ["-b", "tiny.yaml", "model.target=torch.nn.Identity"], None, "cannot be trained"),
-    ("parts that do not fit", ["-b", "tiny.yaml", "model.params=[1]"], None, "do not fit together"),
+    ("parts that do not fit", ["-b", "tiny.yaml", "model.params=[1]"], None, "cannot merge the configurations"),
     (
         "network's parameters",
         ["-b", "tiny.yaml", "model.params.ddconfig=3"],
@@ -112,7 +119,7 @@ REFUSED = [
         'needs names and values as "ddconfig"',
     ),
     *(
-        (section, ["-b", "tiny.yaml", f"{section}=3"], None, f'"{section}" must hold names and values')
+        (section, ["-b", "tiny.yaml", f"{section}=3"], None, f'"{section}" must be a mapping of keys to values')
         for section in (
             "lightning",
             "lightning.trainer",
@@ -125,11 +132,11 @@ REFUSED = [
     ),
     ("learning rate", ["-b", "tiny.yaml", "model.base_learning_rate=fast"], None, "base_learning_rate"),
     ("data parameter", ["-b", "tiny.yaml", "data.params.batchsize=3"], None, '"batch_size"'),
-    ("batch size", ["-b", "tiny.yaml", "data.params.batch_size=0"], None, "from 1 on"),
-    ("batch size in words", ["-b", "tiny.yaml", "data.params.batch_size=many"], None, 'needs a number as "batch_size"'),
-    ("left open", ["-b", "tiny.yaml", "model.params.ckpt_path=???"], None, "give model.params.ckpt_path=VALUE"),
+    ("batch size", ["-b", "tiny.yaml", "data.params.batch_size=0"], None, "must be an integer of at least 1, not 0"),
+    ("batch size as text", ["-b", "tiny.yaml", "data.params.batch_size=many"], None, 'needs a number as "batch_size"'),
+    ("missing value", ["-b", "tiny.yaml", "model.params.ckpt_path=???"], None, "give model.params.ckpt_path=VALUE"),
     ("network parameter", ["-b", "tiny.yaml", "model.params.ddconfig.attn_typ=none"], None, '"attn_type"'),
-    ("log folder", ["-b", "tiny.yaml", "-l", "tiny.yaml"], None, "choose a --logdir"),
+    ("log folder", ["-b", "tiny.yaml", "-l", "tiny.yaml"], None, '--logdir "tiny.yaml"'),
     ("data set", ["-b", "tiny.yaml", "data.params.train.target=ldm.data.emoji.EmojiTrian"], None, '"EmojiTrain"'),
     ("no training data", ["-b", "tiny.yaml", "data.params.train=null"], None, "no data.params.train"),
     (
@@ -155,10 +162,10 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("words", "arrange", "said"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
-def test_mistakes_get_one_line_and_leave_nothing_behind(words, arrange, said, config, tmp_path, capsys):
-    if arrange:
-        arrange(tmp_path)
+@pytest.mark.parametrize(("words", "prepare", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_mistake_prints_one_line_and_writes_nothing(words, prepare, message, config, tmp_path, capsys):
+    if prepare:
+        prepare(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     try:
         status = main.main([*words, *([] if "-t" in words else ["-t"]), *QUIET])
@@ -166,29 +173,29 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(words, arrange, said, co
         status = exit_status.code
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert status == 2
-    assert len(error) == 1 and said in error[0], error
+    assert len(error) == 1 and message in error[0], error
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("words", [["--gpus", "0,"], ["--gpus", "1"], ["--accelerator", "gpu"]])
-def test_a_gpu_that_is_not_there_is_a_mistake(words, config, capsys):
+def test_missing_gpu_is_an_error(words, config, capsys):
     assert main.main(["-b", str(config), "-t", *words]) == 2
-    assert "this machine has none" in capsys.readouterr().err
+    assert "PyTorch finds no GPU on this machine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("text", "devices"),
     [("0,", [0]), ("0,1", [0, 1]), ("2", 2), (2, 2), (0, 0), ("-1", -1), ([0, 3], [0, 3]), ("1,", [1])],
 )
-def test_gpus_are_a_list_or_a_count(text, devices):
+def test_gpus_are_a_list_or_a_number(text, devices):
     assert parse_gpus(text) == devices
 
 
-def test_options_reach_the_plan(config):
+def test_plan_contains_the_options(config):
     words = ["-b", "tiny.yaml", "-t", "-n", "run", "-f", "_x", "-l", "out", "-s", "7", "--scale_lr", "false"]
-    chosen = options.parse([*words, "--max_steps", "5", "--precision", "bf16-mixed", "model.params.embed_dim=4"])
-    plan = configuration.plan(chosen)
+    args = train.parse([*words, "--max_steps", "5", "--precision", "bf16-mixed", "model.params.embed_dim=4"])
+    plan = make_plan(args)
     assert plan.folder.parent == Path("out")
     assert plan.folder.name == f"{plan.now}_run_x"
     assert (plan.seed, plan.scale_lr, plan.train, plan.test) == (7, False, True, True)
@@ -197,37 +204,37 @@ def test_options_reach_the_plan(config):
     assert plan.lightning.trainer == {**trainer, "max_steps": 5, "precision": "bf16-mixed"}
 
 
-def test_later_files_and_then_the_command_line_win(config, tmp_path):
+def test_later_files_and_overrides_take_precedence(config, tmp_path):
     (tmp_path / "b.yaml").write_text("model: {params: {embed_dim: 5, monitor: x}}")
-    plan = configuration.plan(options.parse(["-b", "tiny.yaml", "b.yaml", "model.params.embed_dim=6", "-t"]))
+    plan = make_plan(train.parse(["-b", "tiny.yaml", "b.yaml", "model.params.embed_dim=6", "-t"]))
     assert (plan.config.model.params.embed_dim, plan.config.model.params.monitor) == (6, "x")
     assert plan.folder.name.endswith("_tiny")
 
 
 def test_devices_on_the_command_line_replace_those_of_the_files(config):
     words = ["-b", "tiny.yaml", "-t", "lightning.trainer.gpus=0,"]
-    assert configuration.plan(options.parse(words)).lightning.trainer.gpus == "0,"
-    trainer = configuration.plan(options.parse([*words, "--accelerator", "cpu"])).lightning.trainer
+    assert make_plan(train.parse(words)).lightning.trainer.gpus == "0,"
+    trainer = make_plan(train.parse([*words, "--accelerator", "cpu"])).lightning.trainer
     assert trainer.accelerator == "cpu" and "gpus" not in trainer
     words = ["-b", "tiny.yaml", "-t", "lightning.trainer.devices=3", "--gpus", "2"]
-    trainer = configuration.plan(options.parse(words)).lightning.trainer
+    trainer = make_plan(train.parse(words)).lightning.trainer
     assert trainer.gpus == "2" and "devices" not in trainer
 
 
 @pytest.mark.parametrize(
     "words", [["lightning.trainer.logger=false"], ["--fast_dev_run"], ["--barebones", "--log_every_n_steps", "0"]]
 )
-def test_what_the_trainer_can_leave_out(words, config, tmp_path):
-    silent = [] if "--barebones" in words else QUIET
-    assert main.main(["-b", "tiny.yaml", "-t", "--max_steps", "1", *silent, *words]) == 0
+def test_training_without_logger_or_checkpoints(words, config, tmp_path):
+    quiet = [] if "--barebones" in words else QUIET
+    assert main.main(["-b", "tiny.yaml", "-t", "--max_steps", "1", *quiet, *words]) == 0
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
     [("3", 3), ("0.5", 0.5), ("true", True), ("None", None), ("[0,1]", [0, 1]), ("bf16-mixed", "bf16-mixed")],
 )
-def test_values_of_trainer_options(text, value):
-    assert options.scalar(text) == value
+def test_scalar_parses_trainer_options(text, value):
+    assert train.scalar(text) == value
 
 
 def test_every_argument_of_the_installed_trainer_is_known():
@@ -239,7 +246,7 @@ def test_every_argument_of_the_installed_trainer_is_known():
     assert [*options.trainer_arguments()] == [*signature.parameters][1:]
 
 
-def test_public_names_are_the_training_packages_own():
+def test_public_names_come_from_ldm_training():
     for name in ("DataModuleFromConfig", "WrappedDataset", "ImageLogger", "SetupCallback", "CUDACallback"):
         assert get_obj_from_str(f"main.{name}") is getattr(main, name)
         assert getattr(main, name).__module__.startswith("ldm.training")
@@ -248,7 +255,7 @@ def test_public_names_are_the_training_packages_own():
         get_obj_from_str("main.ImageLoger")
 
 
-def test_a_run_leaves_what_was_promised(config, tmp_path):
+def test_run_writes_documented_files(config, tmp_path):
     assert main.main(["-b", "tiny.yaml", "-t", "--max_steps", "6", *QUIET]) == 0
     (run,) = (tmp_path / "logs").iterdir()
     now = run.name.removesuffix("_tiny")
@@ -279,28 +286,28 @@ def test_a_run_leaves_what_was_promised(config, tmp_path):
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(1 * 1 * 2 * 1e-3)
 
 
-def test_weights_alone_cannot_be_continued_from(config, tmp_path, capsys):
+def test_weights_without_training_state_cannot_be_resumed(config, tmp_path, capsys):
     run = tmp_path / "logs" / "x"
     (run / "checkpoints").mkdir(parents=True)
     torch.save({"state_dict": {"w": torch.ones(1)}}, run / "checkpoints" / "last.ckpt")
     before = sorted(tmp_path.rglob("*"))
     assert main.main(["-b", "tiny.yaml", "-r", str(run), "-t", "--max_steps", "1", *QUIET]) == 2
-    assert "it holds no optimizer_states" in capsys.readouterr().err
+    assert "it contains no optimizer_states" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_another_model_or_a_finished_run_cannot_be_continued(config, tmp_path, capsys):
+def test_another_model_or_finished_run_cannot_be_resumed(config, tmp_path, capsys):
     assert main.main(["-b", "tiny.yaml", "-t", "--max_steps", "1", *QUIET]) == 0
     (run,) = (tmp_path / "logs").iterdir()
     before = sorted(tmp_path.rglob("*"))
     assert main.main(["-r", str(run), "-t", *QUIET]) == 2
-    assert "has done 1 steps already" in capsys.readouterr().err
+    assert "is already at step 1" in capsys.readouterr().err
     assert main.main(["-r", str(run), "-t", "--max_steps", "2", "model.params.embed_dim=4", *QUIET]) == 2
-    assert "another model" in capsys.readouterr().err
+    assert "the model differs from it in" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_debug_run_ends_apart(config, tmp_path):
+def test_debug_run_moves_to_debug_runs(config, tmp_path):
     assert main.main(["-b", "tiny.yaml", "-t", "-d", "--max_steps", "1", *QUIET]) == 0
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["debug_runs"]
     assert len(list((tmp_path / "logs" / "debug_runs").glob("*_tiny/checkpoints/last.ckpt"))) == 1
@@ -317,28 +324,30 @@ def test_help_is_fast_and_imports_nothing_heavy(repo_root):
 
 @pytest.mark.slow
 def test_signals_save_and_stop(config, tmp_path, repo_root):
-    """As a program: SIGUSR1 saves and goes on; Ctrl-C saves and exits with 130."""
+    """SIGUSR1 saves a checkpoint and continues; Ctrl-C saves a checkpoint and exits with 130."""
     command = [sys.executable, str(repo_root / "main.py"), "-b", str(config), "-t", "--max_epochs", "1"]
-    given = ["lightning.trainer.limit_train_batches=null", "lightning.callbacks.image_logger=null"]
-    process = subprocess.Popen([*command, *given, *QUIET], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    overrides = ["lightning.trainer.limit_train_batches=null", "lightning.callbacks.image_logger=null"]
+    process = subprocess.Popen(
+        [*command, *overrides, *QUIET], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         events = wait_for(tmp_path / "logs", "*/tensorboard/events*", process)
         assert not list(events.parents[1].glob("checkpoints/*.ckpt"))
         time.sleep(0.5)
         process.send_signal(signal.SIGUSR1)
-        asked = wait_for(events.parents[1], "checkpoints/last.ckpt", process)
-        first = torch.load(asked, weights_only=True)["global_step"]
+        saved = wait_for(events.parents[1], "checkpoints/last.ckpt", process)
+        first = torch.load(saved, weights_only=True)["global_step"]
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130, output
     assert "Traceback" not in output
-    assert torch.load(asked, weights_only=True)["global_step"] > first > 0
+    assert torch.load(saved, weights_only=True)["global_step"] > first > 0
 
 
 def wait_for(folder, pattern, process, seconds=60):
-    """The first file that matches; fails when the process ends before there is one."""
+    """Return the first file that matches, or fail when the process ends first."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         for path in folder.glob(pattern):

@@ -1,4 +1,4 @@
-"""Models of a few thousand weights, and a CLIP of as few, as files on disk."""
+"""Tiny models and a tiny CLIP, of a few thousand weights each, as configurations and files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from omegaconf import OmegaConf
 
 from ldm.config.instantiate import instantiate_from_config
 
-VOCAB = Path(__file__).parents[1] / "data" / "emoji" / "vocab.txt"
+EMOJI = Path(__file__).parents[1] / "data" / "emoji"
+VOCAB, EMOJI_CLASSES = EMOJI / "vocab.txt", EMOJI / "class_names.txt"
 
 
 def text_config(use_ema: bool = False, **params: Any) -> dict[str, Any]:
-    """The configuration of a model of 16 × 16 pictures with latents of 8 × 8."""
+    """Return the configuration of a text-to-image model of 16 × 16 pixels with latents of 8 × 8."""
     first_stage = {
         "embed_dim": 3,
         "lossconfig": {"target": "torch.nn.Identity"},
@@ -66,14 +67,14 @@ def text_config(use_ema: bool = False, **params: Any) -> dict[str, Any]:
 
 
 def layout_config(**params: Any) -> dict[str, Any]:
-    """The same, drawing from layouts of at most three boxes of 299 classes."""
-    reader = {"n_embed": 32, "n_layer": 1, "vocab_size": 300, "max_seq_len": 11, "use_tokenizer": False}
-    cond_stage = {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": reader}
+    """Return the same for a model conditioned on layouts of at most three boxes of 299 classes."""
+    embedder = {"n_embed": 32, "n_layer": 1, "vocab_size": 300, "max_seq_len": 11, "use_tokenizer": False}
+    cond_stage = {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": embedder}
     return text_config(cond_stage_key="coordinates_bbox", cond_stage_config=cond_stage, **params)
 
 
 def map_config(labels: int = 182, **params: Any) -> dict[str, Any]:
-    """The same, drawing from maps of labels, which are joined to the input."""
+    """Return the same for a model conditioned on label maps, which are concatenated to the input."""
     rescaler = {"n_stages": 1, "in_channels": labels, "out_channels": 3}
     cond_stage = {"target": "ldm.modules.encoders.modules.SpatialRescaler", "params": rescaler}
     config = text_config(
@@ -85,35 +86,35 @@ def map_config(labels: int = 182, **params: Any) -> dict[str, Any]:
 
 
 def class_config(n_classes: int = 11, **params: Any) -> dict[str, Any]:
-    """The configuration of a model like that of `text_config` that is told a class."""
+    """Return the same for a class-conditional model."""
     stage = {"embed_dim": 32, "n_classes": n_classes, "key": "class_label"}
     embedder = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": stage}
     return text_config(**{"cond_stage_key": "class_label", "cond_stage_config": embedder, **params})
 
 
 def unconditional_config(**params: Any) -> dict[str, Any]:
-    """The configuration of a model like that of `text_config` that is told nothing."""
+    """Return the same for an unconditional model."""
     config = text_config(cond_stage_config="__is_unconditional__", **params)
     config["params"] |= {"conditioning_key": None, "cond_stage_trainable": False}
-    _without_attention_to_text(config["params"]["unet_config"]["params"])
+    _remove_cross_attention(config["params"]["unet_config"]["params"])
     return config
 
 
 def pixel_config(**params: Any) -> dict[str, Any]:
-    """The configuration of a model of 8 × 8 pictures without a first stage."""
+    """Return the configuration of an unconditional pixel-space model of 8 × 8 pixels."""
     unet = text_config()["params"]["unet_config"]
-    _without_attention_to_text(unet["params"])
-    own = {"timesteps": 100, "image_size": 8, "channels": 3, "use_ema": False, "unet_config": unet}
-    return {"target": "ldm.models.diffusion.ddpm.DDPM", "params": {**own, **params}}
+    _remove_cross_attention(unet["params"])
+    model_params = {"timesteps": 100, "image_size": 8, "channels": 3, "use_ema": False, "unet_config": unet}
+    return {"target": "ldm.models.diffusion.ddpm.DDPM", "params": {**model_params, **params}}
 
 
-def _without_attention_to_text(unet: dict[str, Any]) -> None:
+def _remove_cross_attention(unet: dict[str, Any]) -> None:
     for key in ("use_spatial_transformer", "transformer_depth", "context_dim"):
         del unet[key]
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Give every parameter small random values, those that start at zero included."""
+    """Add small random values to every parameter, also to those that are initialised with zeros."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -122,7 +123,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def write_model(folder: Path, config: dict[str, Any] | None = None, **extra: Any) -> torch.nn.Module:
-    """Write config.yaml and model.ckpt with random weights to `folder`; returns the model, in evaluation mode."""
+    """Write config.yaml and model.ckpt with random weights to `folder`; return the model, in evaluation mode."""
     config = config or text_config()
     torch.manual_seed(0)
     model = randomise(instantiate_from_config(config)).eval()
@@ -133,11 +134,12 @@ def write_model(folder: Path, config: dict[str, Any] | None = None, **extra: Any
 
 
 def write_clip(folder: Path, tokens: int = 77, width: int = 10) -> Path:
-    """Write a random CLIP for pictures of 8 × 8 and captions of letters and of the word "cat"; returns `folder`.
+    """Write a random CLIP for images of 8 × 8 pixels and captions of letters and the word "cat"; return `folder`.
 
     Args:
-        tokens: of a caption at most.
-        width: channels of the space that captions and pictures share.
+        folder: where the files go.
+        tokens: largest length of a caption.
+        width: channels of the joint space of captions and images.
     """
     import transformers
 
@@ -157,22 +159,21 @@ def write_clip(folder: Path, tokens: int = 77, width: int = 10) -> Path:
     return folder
 
 
-def picture_config(cond_stage_key: str, joined: int, cond_stage: Any, **params: Any) -> dict[str, Any]:
-    """A configuration as `text_config` whose conditioning is a map of `joined` channels, joined to the input."""
+def concat_config(cond_stage_key: str, channels: int, cond_stage: Any, **params: Any) -> dict[str, Any]:
+    """Return the same for a model whose conditioning is a map of `channels` that is concatenated to the input."""
     config = text_config(cond_stage_key=cond_stage_key, conditioning_key="concat", cond_stage_trainable=False, **params)
     unet = config["params"]["unet_config"]["params"]
-    for key in ("use_spatial_transformer", "transformer_depth", "context_dim"):
-        del unet[key]
-    unet["in_channels"] = 3 + joined
+    _remove_cross_attention(unet)
+    unet["in_channels"] = 3 + channels
     config["params"]["cond_stage_config"] = cond_stage
     return config
 
 
 def inpainting_config(**params: Any) -> dict[str, Any]:
-    """A model that fills parts of pictures whose sides are multiples of 4."""
-    return picture_config("masked_image", 4, "__is_first_stage__", **params)
+    """Return the same for an in-painting model of images whose sides are multiples of 4."""
+    return concat_config("masked_image", 4, "__is_first_stage__", **params)
 
 
 def superresolution_config(**params: Any) -> dict[str, Any]:
-    """A model that makes pictures twice as large."""
-    return picture_config("LR_image", 3, {"target": "torch.nn.Identity"}, **params)
+    """Return the same for a super-resolution model that doubles the sides of images."""
+    return concat_config("LR_image", 3, {"target": "torch.nn.Identity"}, **params)

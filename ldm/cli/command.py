@@ -1,4 +1,4 @@
-"""What a command is: its parser, its exit status, its log lines."""
+"""The frame of every command: its parser, its exit status, its log lines."""
 
 from __future__ import annotations
 
@@ -9,14 +9,28 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ldm.config import targets
 from ldm.errors import UserError, did_you_mean, is_out_of_memory
 
 
+# Name of the program in help and errors; None is that of the script. `sys.argv` stays as it is, because training in
+# several processes starts the command again from it.
+_program: str | None = None
+
+
+def set_program(name: str | None) -> None:
+    """Set the name that parsers show, such as "ldm txt2img"; None shows the name of the script."""
+    global _program
+    _program = name
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistake with one line, and guesses what was meant."""
+    """Argument parser that reports a mistake in one line, with the nearest known option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"prog": _program, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         """Print `error: …` and exit with status 2."""
@@ -28,46 +42,57 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
-    """Make `main(argv)` return an exit status: its own, if it has one, else 0.
+    """Make `main(argv)` return an exit status: its own if it has one, else 0.
 
-    A user's mistake gives 2, with one line on stderr, and an interruption 130.
+    A mistake of the user returns 2, with one line on stderr. An interruption returns 130.
     """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
         _log_to_stderr()
-        if isinstance(sys.stdout, io.TextIOWrapper):  # rather "\xd7" than no result where "×" cannot be written
+        if isinstance(sys.stdout, io.TextIOWrapper):  # print "\xd7" where the encoding lacks "×"
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            with targets.allowing():  # what --allow-target adds ends with the command
+            with targets.allowing():  # targets that --allow-target adds are allowed until the command ends
                 return main(argv) or 0
         except UserError as error:
             return _fail(f"error: {error}", 2)
         except KeyboardInterrupt:
             return _fail("interrupted", 130)
-        except BrokenPipeError:  # whoever read the results has seen enough
+        except BrokenPipeError:  # the reader of the output has closed it
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it when it ends)
             return 1
         except OSError as error:
-            reason = " ".join(str(error.strerror or error).split())  # some libraries tell it in several lines
-            return _fail(f"error: {_cut(error.filename)}: {reason}", 2)
+            reason = " ".join(str(error.strerror or error).split())  # some libraries use several lines
+            return _fail(f"error: {_shortened(error.filename)}: {reason}", 2)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return _fail("error: out of memory; use a smaller batch or smaller pictures", 2)
+            return _fail("error: out of memory; use a smaller batch or smaller images", 2)
 
     return wrapped
 
 
+def example(name: str, arguments: str) -> str:
+    """Return an example of a command for its help, in the form in which it was called.
+
+    Args:
+        name: of the command, such as "txt2img".
+        arguments: the rest of the line.
+    """
+    program = f"python scripts/{name}.py" if _program is None else _program
+    return f"example: {program} {arguments}"
+
+
 def say(text: str) -> None:
-    """Give a result to whoever runs the command."""
+    """Print a result on stdout."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
-def _cut(path: object, length: int = 200) -> str:
+def _shortened(path: object, length: int = 200) -> str:
     text = f'"{path}"' if path is not None else "reading or writing failed"
-    return text if len(text) <= length else f'{text[:length]}…"'
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def _fail(message: str, status: int) -> int:
@@ -82,7 +107,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler):
-    """Writes above a progress bar, not behind it."""
+    """Log handler that writes above a progress bar, not behind it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         bars = sys.modules.get("tqdm")

@@ -1,36 +1,39 @@
-"""Options that commands share, and the types of their values."""
+"""Options that commands share, and the types of their values. Each block of options is declared here once."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from ldm.config import targets
 
-MAX_COUNT = 10**7  # of pictures, steps and the like
-MAX_SIDE = 2**16  # of a picture, in pixels
+MAX_COUNT = 10**7  # of images, steps and the like
+MAX_SIDE = 2**16  # of an image, in pixels
 PRECISIONS = ("float32", "bfloat16", "float16", "auto")
 MAX_SEED = 2**63 - 1
 
+# -- types of values ---------------------------------------------------------------------------------------------
+
 
 def positive_int(text: str) -> int:
-    """An argument type: a whole number from 1 to ten million."""
+    """Parse a whole number from 1 to ten million."""
     return _whole_number(text, 1, MAX_COUNT)
 
 
 def image_side(text: str) -> int:
-    """An argument type: the pixels of a picture's side, from 1 to 65,536."""
+    """Parse the side of an image in pixels, from 1 to 65,536."""
     return _whole_number(text, 1, MAX_SIDE)
 
 
 def non_negative_int(text: str) -> int:
-    """An argument type: a whole number from 0 to ten million."""
+    """Parse a whole number from 0 to ten million."""
     return _whole_number(text, 0, MAX_COUNT)
 
 
 def seed(text: str) -> int:
-    """An argument type: a whole number from 0 to 2⁶³ - 1."""
+    """Parse a whole number from 0 to 2⁶³ - 1."""
     return _whole_number(text, 0, MAX_SEED)
 
 
@@ -45,7 +48,7 @@ def _whole_number(text: str, low: int, high: int) -> int:
 
 
 def finite_float(text: str) -> float:
-    """An argument type: a number that is neither infinite nor NaN."""
+    """Parse a number that is neither infinite nor NaN."""
     try:
         value = float(text)
     except ValueError:
@@ -56,15 +59,26 @@ def finite_float(text: str) -> float:
 
 
 def non_negative_float(text: str) -> float:
-    """An argument type: a finite number of at least 0."""
+    """Parse a finite number of at least 0."""
     value = finite_float(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
 
 
+def share(text: str) -> float:
+    """Parse a number above 0 and at most 1."""
+    value = finite_float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+# -- parent parsers ----------------------------------------------------------------------------------------------
+
+
 class _AllowTarget(argparse.Action):
-    """Takes effect as it is read: models are built at the end of chains of configurations that no option reaches."""
+    """Takes effect when it is parsed: nested configurations build their models where no option reaches."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         try:
@@ -75,7 +89,7 @@ class _AllowTarget(argparse.Action):
 
 
 def target_options() -> argparse.ArgumentParser:
-    """The parent parser with the option of every command that builds what a configuration names."""
+    """Return the parent parser of every command that builds the classes that a configuration names."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--allow-target",
@@ -87,35 +101,106 @@ def target_options() -> argparse.ArgumentParser:
 
 
 def model_options(places: str = "models/ldm") -> argparse.ArgumentParser:
-    """The parent parser with the options of every command that loads a model; `--model` names a folder in `places`."""
+    """Return the parent parser of every command that loads a model; `--model` names a folder in `places`."""
     parser = argparse.ArgumentParser(add_help=False, parents=[target_options()])
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", metavar="NAME", help=f"a folder under {places}, or any folder with config.yaml and weights"
     )
     group.add_argument(
-        "--config", metavar="YAML", help="the model's configuration (default: config.yaml beside --ckpt)"
+        "--config", metavar="YAML", help="configuration of the model (default: config.yaml beside --ckpt)"
     )
-    group.add_argument("--ckpt", metavar="FILE", help="the model's weights: a checkpoint or a safetensors file")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda or mps where there is one, else cpu)")
+    group.add_argument("--ckpt", metavar="FILE", help="weights of the model: a checkpoint or a safetensors file")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda or mps if available, else cpu)")
     group.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="numbers the network computes in; auto: bfloat16 where the hardware has it (default: %(default)s)",
+        help="dtype of the network; auto: bfloat16 if the hardware computes in it (default: %(default)s)",
     )
     return parser
 
 
 def run_options(outdir: str) -> argparse.ArgumentParser:
-    """The parent parser with the options of every command that draws pictures into a folder."""
+    """Return the parent parser of every command that writes sampled images to a folder."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--outdir", metavar="DIR", default=outdir, help="default: %(default)s")
+    add_seed(parser)
     parser.add_argument(
-        "--seed", type=seed, metavar="N", help="picture i is drawn from the seed N + i (default: drawn anew)"
+        "--batch_size", type=positive_int, metavar="N", help="images sampled at once; changes them only by rounding"
     )
-    parser.add_argument(
-        "--batch_size", type=positive_int, metavar="N", help="pictures at once; changes them by rounding only"
-    )
-    parser.add_argument("--skip_grid", action="store_true", help="write the single pictures only")
+    parser.add_argument("--skip_grid", action="store_true", help="write the single images only")
     return parser
+
+
+# -- blocks of options -------------------------------------------------------------------------------------------
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Add the seed of the first image."""
+    parser.add_argument("--seed", type=seed, metavar="N", help="image i uses the seed N + i (default: random)")
+
+
+def add_count(parser: argparse.ArgumentParser, option: str, default: int, what: str, *flags: str) -> None:
+    """Add a number of images, rounds or the like, at least 1."""
+    parser.add_argument(
+        *flags, option, type=positive_int, default=default, metavar="N", help=f"{what} (default: %(default)s)"
+    )
+
+
+def add_size(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the height and width of images; `default` describes what applies without them."""
+    parser.add_argument("--H", type=image_side, metavar="PIXELS", help=f"height (default: {default})")
+    parser.add_argument("--W", type=image_side, metavar="PIXELS", help=f"width (default: {default})")
+
+
+def add_prompts(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add a prompt, or a file of prompts; without `default` an example that suits the model is the prompt."""
+    shown = "an example that suits the model" if default is None else f'"{default}"'
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--prompt", metavar="TEXT", default=default, help=f"text to sample from (default: {shown})")
+    text.add_argument("--from-file", metavar="FILE", help="sample each line of a text file; blank lines are skipped")
+
+
+def add_sampler(
+    parser: argparse.ArgumentParser,
+    steps: int,
+    *,
+    scale: float | None = None,
+    eta: float = 0.0,
+    steps_flags: Sequence[str] = ("--steps",),
+    eta_flags: Sequence[str] = ("--eta",),
+) -> Any:
+    """Add the sampler, its steps and eta, and with `scale` the guidance scale; return the group of samplers.
+
+    Without its option eta is None; `sampler_settings` then uses `eta` for DDIM and 0 for the other samplers.
+    """
+    parser.add_argument(
+        *steps_flags, dest="steps", type=positive_int, default=steps, metavar="N", help="default: %(default)s"
+    )
+    group = parser.add_mutually_exclusive_group()
+    for name, text in (
+        ("plms", "sample with PLMS instead of DDIM"),
+        ("dpm", f"sample with DPM-Solver++, for which 20 {steps_flags[-1]} are enough"),
+    ):
+        group.add_argument(f"--{name}", dest="sampler", action="store_const", const=name, help=text)
+    parser.set_defaults(sampler="ddim", ddim_default_eta=eta)
+    parser.add_argument(
+        *eta_flags,
+        dest="eta",
+        type=non_negative_float,
+        metavar="ETA",
+        help=f"noise of DDIM steps; 0 is deterministic, 1 is as DDPM (default: {eta:g} for DDIM)",
+    )
+    if scale is not None:
+        parser.add_argument(
+            "--scale", type=finite_float, default=scale, help="guidance scale; 1 is none (default: %(default)s)"
+        )
+    return group
+
+
+def sampler_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the sampler that the options of `add_sampler` select."""
+    eta = args.eta if args.eta is not None else args.ddim_default_eta if args.sampler == "ddim" else 0.0
+    settings = {"sampler": args.sampler, "steps": args.steps, "eta": eta}
+    return {**settings, "scale": args.scale} if hasattr(args, "scale") else settings

@@ -1,6 +1,6 @@
 """Locate the files that this project ships (configurations, models, data), and the folder for downloads.
 
-In a checkout they lie in the repository. An installed package carries them in `ldm/assets`.
+In a checkout they are in the repository. An installed package contains them in `ldm/assets`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ ROOT = _PACKAGE.parent if IS_CHECKOUT else _PACKAGE / "assets"
 def downloads_root() -> Path:
     """Return the folder whose `models` and `data` receive downloads.
 
-    It is `LDM_HOME` if that environment variable is set, the repository in a checkout, and else a cache folder of the
-    user, `~/.cache/ldm`.
+    The environment variable `LDM_HOME` sets it. The default is the repository in a checkout, and `~/.cache/ldm` for an
+    installed package.
     """
     chosen = os.environ.get("LDM_HOME")
     if chosen:
@@ -29,7 +29,7 @@ def downloads_root() -> Path:
 
 
 def search_path() -> list[Path]:
-    """Return the folders in which a relative path is looked up, in order: working folder, downloads, shipped files."""
+    """Return the folders in which a relative path is looked up: working folder, downloads, shipped files."""
     return list(dict.fromkeys([Path(), downloads_root(), ROOT]))
 
 

@@ -15,11 +15,14 @@ SPECIAL_CONFIGS = ("__is_first_stage__", "__is_unconditional__")
 
 
 def get_obj_from_str(string: str, reload: bool = False) -> Any:
-    """The class that a dotted `target:` names, e.g. `"ldm.models.autoencoder.VQModel"`.
+    """Return the class that a dotted `target:` names, such as `"ldm.models.autoencoder.VQModel"`.
+
+    Args:
+        string: the dotted path.
+        reload: reload the module first.
 
     Raises:
-        UserError: `ldm.targets` does not allow it, in which case nothing was imported or it is no class of the
-            package named; or the module or the name in it does not exist.
+        UserError: `ldm.config.targets` refuses the target, or the module or its attribute does not exist.
     """
     string = targets.resolve(string)
     _check_target(string, targets.refusal(string))
@@ -47,7 +50,7 @@ def _import_module(module_name: str, target: str) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if missing != module_name and not module_name.startswith(missing + "."):
-            raise  # the module exists; something that it needs does not
+            raise  # the module exists, but one of its imports does not
         parent, _, leaf = missing.rpartition(".")
         hint = did_you_mean(leaf, _submodules(parent)) if parent else ""
         raise UserError(f'target "{target}": there is no module "{missing}"{hint}') from None
@@ -66,11 +69,10 @@ def _submodules(package: str) -> list[str]:
 def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> Any:
     """Build `config["target"](**config["params"], **extra)`.
 
-    The two role names in `SPECIAL_CONFIGS` build nothing and give None.
+    The two role names in `SPECIAL_CONFIGS` build nothing and return None.
 
     Raises:
-        UserError: no `target`, one that is refused or unknown, an unknown parameter, a missing one, or text where
-            a number belongs or the other way round.
+        UserError: the target is missing, refused or unknown; or a parameter is missing, unknown or of a wrong type.
     """
     if isinstance(config, str) and config in SPECIAL_CONFIGS:
         return None
@@ -84,12 +86,15 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> An
     params = {**(params or {}), **extra}
     _check_params(cls, target, params)
     try:
-        return cls(**params)
+        built = cls(**params)
     except TypeError as error:
-        # A base class's constructor misses what nobody gave.
+        # The constructor of a base class misses a parameter.
         if "__init__() missing" in str(error) and inspect.isclass(cls):
             raise UserError(f"{target}: {error}") from error
         raise
+    if getattr(cls, "records_config", False):
+        built.config = {"target": target, "params": params}
+    return built
 
 
 def _check_params(cls: Callable[..., Any], target: str, params: Mapping[str, Any]) -> None:
@@ -97,19 +102,19 @@ def _check_params(cls: Callable[..., Any], target: str, params: Mapping[str, Any
     for key, value in params.items():
         if not isinstance(key, str) or not (open_ended or key in accepted):
             raise UserError(f'{target} has no parameter "{key}"{did_you_mean(str(key), accepted)}')
-        wanted = _wanted_instead(accepted.get(key), value)
-        if wanted is not None:
-            raise UserError(f'{target} needs {wanted} as "{key}", got: {_shorten(repr(value))}')
+        expected = _expected_type(accepted.get(key), value)
+        if expected is not None:
+            raise UserError(f'{target} needs {expected} as "{key}", got: {_shorten(repr(value))}')
     missing = [name for name in required if name not in params]
     if missing:
         raise UserError(f"{target} needs the parameter{'s'[: len(missing) > 1]} {', '.join(missing)}")
 
 
-def _wanted_instead(annotation: Any, value: Any) -> str | None:
-    """What a parameter annotated as a number, text or mapping needs instead of `value`; None where that may do.
+def _expected_type(annotation: Any, value: Any) -> str | None:
+    """Return the type that a parameter needs if `value` has another one, else None.
 
-    YAML makes text of `"5"` and a number of `5`, which is easily mistaken. Only what YAML can hold is judged, and
-    not whether a number is whole: the classes know better.
+    In YAML `"5"` is text and `5` a number, which users confuse. Only annotations of numbers, text and mappings are
+    checked; whether a number must be an integer is left to the classes.
     """
     kinds = set(annotation.split(" | ")) - {"None"} if isinstance(annotation, str) else set()
     if not kinds or value is None:
@@ -122,9 +127,9 @@ def _wanted_instead(annotation: Any, value: Any) -> str | None:
 
 
 def _parameters(cls: Callable[..., Any]) -> tuple[dict[str, Any], list[str], bool]:
-    """Names accepted, with their annotations, names required, and whether anything else is accepted too.
+    """Return the accepted parameters with annotations, the required ones, and whether any other name is accepted.
 
-    A constructor that hands `**kwargs` to its base class accepts what the base class accepts.
+    A constructor with `**kwargs` passes them to its base class, so it accepts the parameters of that class.
     """
     constructors = [cls]
     if inspect.isclass(cls):
@@ -138,7 +143,7 @@ def _parameters(cls: Callable[..., Any]) -> tuple[dict[str, Any], list[str], boo
             return accepted, required, True
         named = [p for p in parameters if p.name != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         accepted = {p.name: p.annotation for p in named} | accepted
-        # What a base class requires may be given by the derived one; only the first constructor is called from here.
+        # A derived class may provide what its base class requires, so only the first constructor counts.
         if constructor is constructors[0]:
             required = [p.name for p in named if p.default is p.empty]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):

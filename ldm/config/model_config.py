@@ -13,13 +13,14 @@ TEXT_KEYS = ("caption", "txt")
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The `model` section of a YAML configuration, with its references resolved, as plain dicts and lists.
+    """Read the `model` section of a YAML configuration as plain dicts and lists, with references resolved.
 
     Args:
-        overrides: `model.key.sub=value` each, which take the place of what the file says.
+        path: the YAML file.
+        overrides: values that replace those of the file, each as `model.key.sub=value`.
 
     Raises:
-        UserError: the file is missing, is not YAML, or describes no model; or an override changes nothing in it.
+        UserError: the file is missing, is not YAML, or has no model; or an override does not belong to the model.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -28,7 +29,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     try:
         loaded = OmegaConf.load(path)
         if overrides:
-            loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist([_checked_override(each) for each in overrides]))
+            loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist([_check_override(text) for text in overrides]))
         config = OmegaConf.to_container(loaded, resolve=True)
     except FileNotFoundError:
         raise UserError(f'there is no configuration "{path}"; check the path') from None
@@ -46,51 +47,28 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     return {**model, "params": dict(params or {})}
 
 
-def _checked_override(text: str) -> str:
-    key, equals, _ = text.partition("=")
-    if not equals or not key.startswith("model."):
-        raise UserError(f'"{text}" is no value of the model; write model.key.sub=value')
-    return text
-
-
-def check_text_model(name: str, model_config: Mapping[str, Any]) -> None:
-    """Whether a model draws from text.
+def _check_override(text: str) -> str:
+    """Return an override if it belongs to the model.
 
     Raises:
         UserError: it does not.
     """
-    key = model_config["params"].get("cond_stage_key", "image")
-    if key not in TEXT_KEYS:
-        raise UserError(f'the model "{name}" draws from "{key}", not from text; choose a text-to-image model')
-
-
-def check_condition(name: str, model_config: Mapping[str, Any], key: str, wanted: str) -> None:
-    """Whether a model draws from the entry `key` of a batch.
-
-    Raises:
-        UserError: it does not; `wanted` says what model does.
-    """
-    found = model_config["params"].get("cond_stage_key", "image")
-    if found != key:
-        raise UserError(f'the model "{name}" draws from "{found}", not from "{key}"; choose {wanted} model')
-
-
-def check_steps(model_config: Mapping[str, Any], steps: int) -> None:
-    """Whether a model can be sampled in as many steps.
-
-    Raises:
-        UserError: it has fewer.
-    """
-    timesteps = model_config["params"].get("timesteps", 1000)
-    if not isinstance(timesteps, int):
-        raise UserError('the model\'s configuration needs a number as "timesteps"')
-    if steps > timesteps:
-        raise UserError(f"{steps} steps are more than the model's {timesteps}; give {timesteps} or fewer")
+    key, equals, _ = text.partition("=")
+    if not equals or not key.startswith("model."):
+        raise UserError(f'"{text}" does not belong to the model; write model.key.sub=value')
+    return text
 
 
 @dataclass(frozen=True)
 class ImageSize:
-    """What a configuration says about sizes, in pixels."""
+    """Image size of a model in pixels, as derived from its configuration.
+
+    Attributes:
+        height: height of an image.
+        width: width of an image.
+        factor: pixels per latent position, along each side.
+        multiple: number that height and width must be multiples of.
+    """
 
     height: int
     width: int
@@ -99,10 +77,10 @@ class ImageSize:
 
     @classmethod
     def of(cls, model_config: Mapping[str, Any]) -> ImageSize:
-        """Read a model's configuration: its own size, pixels per latent, and what sizes must be multiples of.
+        """Return the image size of the model with this configuration.
 
         Raises:
-            UserError: it is not written like one.
+            UserError: the configuration does not state the size.
         """
         params = model_config["params"]
         try:
@@ -115,15 +93,19 @@ class ImageSize:
             return cls(int(height) * factor, int(width) * factor, factor, factor * unet)
         except (AttributeError, TypeError, ValueError):
             raise UserError(
-                "the model's configuration does not tell its size; image_size must be a positive number, or height "
+                "the model's configuration does not state its size; image_size must be a positive number, or height "
                 "and width, ch_mult and channel_mult must be lists"
             ) from None
 
     def check(self, option: str, pixels: int) -> int:
-        """`pixels`, if the model can make pictures of that size.
+        """Return `pixels` if the model can generate images of that size.
+
+        Args:
+            option: name of the option, for the message.
+            pixels: height or width.
 
         Raises:
-            UserError: it cannot; the message names the nearest sizes that it can make.
+            UserError: it cannot; the message names the nearest possible sizes.
         """
         if pixels % self.multiple:
             below = pixels // self.multiple * self.multiple
@@ -135,7 +117,7 @@ class ImageSize:
 
 
 def _halvings(config: Any, key: str) -> int:
-    """How often a network halves its input: one time less than it has levels."""
+    """Return how often a network halves its input: the number of its levels minus one."""
     params = (config.get("params") if isinstance(config, Mapping) else None) or {}
     levels: Sequence[Any] | None = params.get(key) or (params.get("ddconfig") or {}).get(key)
     return len(levels) - 1 if levels else 0

@@ -11,9 +11,10 @@ from ldm.errors import UserError, did_you_mean
 
 MODELS = Path("models/ldm")
 FIRST_STAGES = Path("models/first_stage_models")
+RETRIEVAL_MODELS = Path("models/rdm")
 WEIGHTS = ("model.safetensors", "model.ckpt", "last.ckpt")
-RUN_CHECKPOINTS = "checkpoints"  # the folder of a training run that holds them
-# Published models whose configuration is not kept beside their weights.
+RUN_CHECKPOINTS = "checkpoints"  # folder inside a training run
+# Published models whose configuration is not in the folder of the weights.
 CONFIGS_ELSEWHERE = {
     "text2img-large": Path("configs/latent-diffusion/txt2img-1p4B-eval.yaml"),
     "cin256-v2": Path("configs/latent-diffusion/cin256-v2.yaml"),
@@ -23,7 +24,7 @@ CONFIGS_ELSEWHERE = {
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on disk: what to call it, its configuration and its weights."""
+    """Name, configuration and weights of a model on disk."""
 
     name: str
     config: Path
@@ -34,12 +35,15 @@ def find_model(
     name: str | None = None,
     config: str | None = None,
     ckpt: str | None = None,
-    places: Sequence[Path] = (MODELS,),
+    folders: Sequence[Path] = (MODELS,),
 ) -> ModelFiles | None:
-    """The files that `--model`, `--config` and `--ckpt` ask for; None when they ask for nothing.
+    """Find the files that `--model`, `--config` and `--ckpt` select; None if none of them is given.
 
     Args:
-        places: the folders that hold models which may go by their name.
+        name: name or folder of a model.
+        config: configuration file.
+        ckpt: file of weights.
+        folders: folders in which names are looked up.
 
     Raises:
         UserError: a file or model does not exist, or the options contradict each other.
@@ -47,16 +51,16 @@ def find_model(
     if name is not None:
         if config or ckpt:
             raise UserError("--model names a configuration and its weights together; leave out --config and --ckpt")
-        return named_model(name, places)
+        return named_model(name, folders)
     if ckpt is None:
         if config is not None:
             raise UserError(f'--config "{config}" needs --ckpt: give the weights that belong to it')
         return None
-    checkpoint = _existing(ckpt, "checkpoint")
+    checkpoint = _locate_file(ckpt, "checkpoint")
     folder = checkpoint.resolve().parent
     name = (folder.parent if folder.name == RUN_CHECKPOINTS else folder).name
     if config is not None:
-        return ModelFiles(name, _existing(config, "configuration"), checkpoint)
+        return ModelFiles(name, _locate_file(config, "configuration"), checkpoint)
     beside = checkpoint.with_name("config.yaml")
     found = beside if beside.is_file() else trained_config(checkpoint)
     if found is None:
@@ -65,53 +69,55 @@ def find_model(
 
 
 def trained_config(checkpoint: Path) -> Path | None:
-    """The newest configuration of the training run that wrote `checkpoint`; None where it is in none."""
+    """Return the newest configuration of the training run that wrote `checkpoint`, or None if it is not in a run."""
     found = sorted((checkpoint.resolve().parent.parent / "configs").glob("*-project.yaml"))
     return found[-1] if found else None
 
 
-def named_model(name: str, places: Sequence[Path] = (MODELS,)) -> ModelFiles:
-    """The model `name` in the first of `places` that has it, or in the folder `name`, which may be a training run's.
+def named_model(name: str, folders: Sequence[Path] = (MODELS,)) -> ModelFiles:
+    """Find a model by its name in one of `folders`, or by its folder, which may be that of a training run.
 
     Raises:
-        UserError: there is no such folder, or something is missing from it.
+        UserError: there is no such folder, or it lacks a file.
     """
-    candidates = [*(locate(place / name) for place in places), Path(name)]
+    candidates = [*(locate(parent / name) for parent in folders), Path(name)]
     folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if folder is None:
-        known = available_models(places)
-        where, listed = " or ".join(map(str, places)), ", ".join(known) or "none"
+        known = available_models(folders)
+        where, listed = " or ".join(map(str, folders)), ", ".join(known) or "none"
         raise UserError(f'there is no model "{name}" in {where}{did_you_mean(name, known)}; available: {listed}')
     run_checkpoint = folder / RUN_CHECKPOINTS / "last.ckpt"
     files = (*(folder / file for file in WEIGHTS), run_checkpoint)
     checkpoint = next((path for path in files if path.is_file()), None)
     if checkpoint is None:
         raise UserError(
-            f'the model folder "{folder}" holds no weights; put {" or ".join(WEIGHTS[:2])} there; '
-            "published ones come by scripts/download_weights.py"
+            f'the model folder "{folder}" contains no weights; put {" or ".join(WEIGHTS[:2])} there; '
+            "ldm download_weights downloads published ones"
         )
     config = folder / "config.yaml"
     if not config.is_file():
         trained = trained_config(checkpoint) if checkpoint == run_checkpoint else None
         config = trained or locate(CONFIGS_ELSEWHERE.get(folder.name, config))
     if not config.is_file():
-        raise UserError(f'the model folder "{folder}" holds no config.yaml; put the model\'s configuration there')
+        raise UserError(
+            f'the model folder "{folder}" contains no config.yaml; put the configuration of the model there'
+        )
     return ModelFiles(folder.resolve().name, config, checkpoint)
 
 
 def downloaded_model(name: str) -> ModelFiles | None:
-    """The published model `name` where its weights are in `models/ldm`, else None."""
+    """Return the published model `name` if its weights are in `models/ldm`, else None."""
     return named_model(name) if name in available_models() else None
 
 
-def available_models(places: Sequence[Path] = (MODELS,)) -> list[str]:
-    """Names of the models whose weights are in `places`."""
-    folders = {folder for base in search_path() for place in places for folder in (base / place).glob("*")}
-    return sorted({folder.name for folder in folders if any((folder / file).is_file() for file in WEIGHTS)})
+def available_models(folders: Sequence[Path] = (MODELS,)) -> list[str]:
+    """Return the names of the models whose weights are in `folders`."""
+    found = {model for base in search_path() for folder in folders for model in (base / folder).glob("*")}
+    return sorted({model.name for model in found if any((model / file).is_file() for file in WEIGHTS)})
 
 
-def _existing(path: str, what: str) -> Path:
+def _locate_file(path: str, kind: str) -> Path:
     found = locate(path)
     if not found.is_file():
-        raise UserError(f'there is no {what} "{path}"; check the path, or download it first')
+        raise UserError(f'there is no {kind} "{path}"; check the path, or download it first')
     return found

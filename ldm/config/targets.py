@@ -1,8 +1,8 @@
-"""Which objects a configuration may name: a YAML file from elsewhere must not run whatever it likes.
+"""Allow list of the objects that a configuration may name, so that a YAML file cannot run arbitrary code.
 
-Before anything is imported, `refusal` judges the dotted path alone; afterwards `object_refusal` judges what was found
-there, because a module holds more than it defines. Both answer with the reason, or None. `ldm.util` asks them;
-`--allow-target` and `allow` extend what is trusted, for a user's own datasets and models.
+`refusal` checks the dotted path before anything is imported. `object_refusal` checks the object found there, because a
+module also contains objects that it imports. Both return the reason of a refusal, or None. `--allow-target` and `allow`
+extend the list with a user's own datasets and models.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ldm.errors import did_you_mean
+
 OWN_PACKAGES = ("ldm", "taming")
-# Published targets of `main.py`, by the modules that define them. Resolving them here needs no file `main.py`, which an
-# installed package lacks, and never imports another program's.
+# Published targets in `main.py`, and the modules that define them. An installed package has no `main.py`, and another
+# program may have one.
 MAIN_NAMES = {
     "CUDACallback": "ldm.training.callbacks",
     "DataModuleFromConfig": "ldm.training.data",
@@ -28,14 +30,14 @@ MAIN_NAMES = {
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LENGTH = 200
 
-# Modules without files or functions among their parameters: nothing, tables, distances, activations, orders.
+# Classes without files or functions among their parameters.
 _TORCH_NN = (
     "Identity Embedding L1Loss MSELoss SmoothL1Loss HuberLoss CrossEntropyLoss BCELoss BCEWithLogitsLoss KLDivLoss "
     "GaussianNLLLoss ReLU LeakyReLU ELU GELU SiLU Mish Softplus Sigmoid Tanh Hardtanh PixelShuffle PixelUnshuffle"
 )
-# What the sections `lightning.callbacks`, `lightning.logger` and `lightning.modelcheckpoint` can use; of the loggers
-# that send what they log elsewhere, the one most used. TestTubeLogger left Lightning long ago; that older
-# configurations name it is told as what it is, a name that is gone.
+# Classes for the sections `lightning.callbacks`, `lightning.logger` and `lightning.modelcheckpoint`. Of the loggers
+# that use a server, only the most common one is listed. TestTubeLogger no longer exists; it is listed so that older
+# configurations get an error about a missing name.
 _LIGHTNING = {
     "callbacks": (
         "BackboneFinetuning BatchSizeFinder DeviceStatsMonitor EarlyStopping EMAWeightAveraging "
@@ -57,28 +59,28 @@ LISTED = frozenset(
     ]
 )
 
-# Public names in ASCII: no look-alikes, no attributes that Python or a package keeps to itself.
+# Public names in ASCII: no look-alike letters, no private attributes.
 _PATH = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)*")
 
 _allowed: tuple[str, ...] = ()
 
 
 def allow(*prefixes: str) -> None:
-    """Trust what lies under these dotted prefixes: `"mydata"` allows `mydata.Set` and `mydata.sets.Set`.
+    """Allow the targets below these dotted prefixes: `"mydata"` allows `mydata.Set` and `mydata.sets.Set`.
 
     Raises:
-        ValueError: one of them is no dotted path of public names.
+        ValueError: a prefix is not a dotted path of public names.
     """
     global _allowed
     for prefix in prefixes:
         if not isinstance(prefix, str) or len(prefix) > MAX_LENGTH or not _PATH.fullmatch(prefix):
-            raise ValueError(f'{shown(prefix)} is no prefix of a target such as "mypackage" or "mypackage.data"')
+            raise ValueError(f'{shown(prefix)} is not a prefix of a target, such as "mypackage" or "mypackage.data"')
     _allowed = (*_allowed, *(prefix for prefix in prefixes if prefix not in _allowed))
 
 
 @contextmanager
 def allowing(*prefixes: str) -> Iterator[None]:
-    """Within the block these prefixes are trusted; afterwards whatever was before, whoever called `allow`.
+    """Allow these prefixes inside the block, and restore the earlier ones afterwards.
 
     Raises:
         ValueError: as `allow`.
@@ -93,7 +95,7 @@ def allowing(*prefixes: str) -> Iterator[None]:
 
 
 def resolve(target: Any) -> Any:
-    """Return the target that `main.NAME` stands for, and any other target unchanged."""
+    """Return the full target of a published `main.NAME`, and any other target unchanged."""
     if isinstance(target, str) and not _is_allowed(target):
         module, _, name = target.partition(".")
         if module == "main" and name in MAIN_NAMES:
@@ -102,7 +104,7 @@ def resolve(target: Any) -> Any:
 
 
 def refusal(target: Any) -> str | None:
-    """Why a configuration must not name `target`, judged without importing anything; None where it may."""
+    """Return why a configuration must not name `target`, or None; imports nothing."""
     if not isinstance(target, str) or "." not in target or not _PATH.fullmatch(target) or len(target) > MAX_LENGTH:
         return 'is not a dotted path of public names such as "package.module.Class"'
     target = resolve(target)
@@ -110,37 +112,39 @@ def refusal(target: Any) -> str | None:
     if _is_allowed(target) or target in LISTED:
         return None
     if package not in OWN_PACKAGES:
+        module, _, name = target.rpartition(".")
+        hint = did_you_mean(name, MAIN_NAMES) if module == "main" else ""
         return (
-            "is refused: a configuration names classes of ldm and a few of torch and Lightning; if the code is yours, "
-            f"or you trust it, give --allow-target {target.rpartition('.')[0]}"
+            f"is refused{hint}: a configuration can name classes of ldm, and a few of torch and Lightning; "
+            f"if you trust this one, give --allow-target {module}"
         )
-    found = _foreign_home(package)
+    found = _other_location(package)
     if found is not None:
         return (
-            f'is refused: Python finds "{package}" in "{found}", which is not ours; '
-            f"run from another folder, or if it is yours, give --allow-target {package}"
+            f'is refused: Python finds "{package}" in "{found}", which does not belong to ldm; '
+            f"run from another folder, or if you trust it, give --allow-target {package}"
         )
     return None
 
 
 def object_refusal(target: str, found: Any) -> str | None:
-    """Why `found`, to which `target` led, must not be built; None where it may."""
+    """Return why `found`, the object at `target`, must not be built, or None."""
     home = getattr(found, "__module__", None)
     home = home if isinstance(home, str) else type(found).__name__
     if _is_allowed(target):
         if not (inspect.isclass(found) or inspect.isroutine(found)):
             return "is refused: it is neither a class nor a function"
         if home.partition(".")[0] != target.partition(".")[0] and not _is_allowed(f"{home}."):
-            return f"is refused: it comes from {home}; if you trust that too, give --allow-target {home}"
+            return f"is refused: it is defined in {home}; if you trust that too, give --allow-target {home}"
         return None
     if not inspect.isclass(found):
         return "is refused: it is not a class"
     packages = OWN_PACKAGES if target.partition(".")[0] in OWN_PACKAGES else (target.partition(".")[0],)
-    return None if home.partition(".")[0] in packages else f"is refused: it is {home}'s, not defined there"
+    return None if home.partition(".")[0] in packages else f"is refused: it is defined in {home}, not there"
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """`value` in quotes, in one line of ASCII at most `limit` characters long."""
+    """Return `value` in quotes for a message, as one line of at most `limit` ASCII characters."""
     text = ascii(value)[1:-1] if isinstance(value, str) else ascii(value)
     return f'"{text}"' if len(text) <= limit else f'"{text[: limit - 3]}..."'
 
@@ -149,8 +153,8 @@ def _is_allowed(path: str) -> bool:
     return any(path == prefix or path.startswith(f"{prefix}.") for prefix in _allowed)
 
 
-def _foreign_home(package: str) -> str | None:
-    """Where Python would import one of our packages from, if not from here: e.g. another `main.py`."""
+def _other_location(package: str) -> str | None:
+    """Return the file from which Python imports one of our packages, if it is not part of this project."""
     try:
         spec = importlib.util.find_spec(package)
     except ValueError:  # put into sys.modules by hand

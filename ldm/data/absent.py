@@ -1,4 +1,4 @@
-"""Data sets that published configurations name and that are not included: they say what to use instead."""
+"""Base class of data sets that published configurations name and that are not included."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ldm.errors import UserError
 
 
 class AbsentDataset(Dataset):
-    """Takes any parameters, and cannot be built.
+    """Placeholder that accepts any parameters and raises an error.
 
-    Subclasses say what the data set `served` and what to use `instead`.
+    Subclasses set `provided`, the items of the data set, and `instead`, the alternative to use.
 
     Raises:
         UserError: always.
     """
 
-    served: ClassVar[str]
+    provided: ClassVar[str]
     instead: ClassVar[str]
 
     def __init__(self, **params: Any) -> NoReturn:
-        raise UserError(f"{type(self).__name__} is not included: it served {self.served}; {self.instead}")
+        raise UserError(f"{type(self).__name__} is not included: it provided {self.provided}; {self.instead}")

@@ -1,4 +1,4 @@
-"""The base of data sets that stream image and caption records."""
+"""Base class of data sets that stream image and caption records."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ log = logging.getLogger(__name__)
 
 
 class Txt2ImgIterableBaseDataset(IterableDataset):
-    """A stream of `num_records` image and caption records, which several such sets may be chained to.
+    """Stream of image and caption records; several streams can be chained.
 
-    `valid_ids` names the records that exist; `sample_ids` those that this process is to read: all of them
-    until a data loader's worker narrows it to its own share. `size` is the side of the images in pixels.
-    Subclasses implement `__iter__` over `sample_ids`.
+    Subclasses implement `__iter__` over `sample_ids`. These are all of `valid_ids` until a data loader's worker
+    narrows them to its own share.
+
+    Args:
+        num_records: number of records.
+        valid_ids: ids of the records.
+        size: side of the images in pixels.
     """
 
     def __init__(self, num_records: int = 0, valid_ids: Sequence[Any] | None = None, size: int = 256) -> None:
@@ -33,4 +37,4 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
 
     @abstractmethod
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The records of `sample_ids`, one after another."""
+        """Iterate over the records of `sample_ids`."""

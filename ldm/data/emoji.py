@@ -1,8 +1,8 @@
 """Emoji drawings on coloured backgrounds, with captions: a small data set that ships with the code.
 
-The drawings and their names live in `data/emoji` (see its README and `scripts/build_emoji_data.py`).
-A *pair* is one drawing on one background colour. A fixed tenth of the pairs is never shown in
-training; drawing and colour are both known from other pairs, so these measure composition.
+The drawings and their names are in `data/emoji` (see its README and `scripts/build_emoji_data.py`).
+A *pair* is one drawing on one background colour. A fixed tenth of the pairs is held out from training.
+Training shows the drawing and the colour of a held-out pair in other pairs, so held-out pairs measure composition.
 
 Shapes: `rgba` (S, S, 4) uint8 with straight alpha; images (S, S, 3) float32 in [-1, 1].
 """
@@ -43,9 +43,13 @@ COLOURS = tuple(BACKGROUNDS)
 
 @dataclass(frozen=True)
 class Drawings:
-    """Every drawing at one size, in code-point order; the position is the class label.
+    """All drawings at one size, in code-point order; the index of a drawing is its class label.
 
-    `rgba`: (N, size, size, 4) uint8, read-only, straight alpha, and zero where fully transparent.
+    Attributes:
+        rgba: (N, size, size, 4) uint8, read-only, straight alpha, and zero where fully transparent.
+        codepoints: the Unicode code point of each drawing.
+        unicode_names: the Unicode name of each drawing.
+        cldr_names: the CLDR short name of each drawing.
     """
 
     rgba: np.ndarray
@@ -58,14 +62,14 @@ class Drawings:
 
 
 def load_drawings(size: int = 64, root: str | Path | None = None) -> Drawings:
-    """The drawings at `size` (64 or 128) pixels; read once per process.
+    """Return the drawings at `size` (64 or 128) pixels, which are read once per process.
 
     Raises:
-        UserError: an unknown size, or a data folder that is missing or incomplete.
+        UserError: the size is unknown, or the data folder is missing or incomplete.
     """
     if size not in SIZES:
         raise UserError(
-            f"emoji drawings come in {' and '.join(map(str, SIZES))} px, not {size}; set size to one of these"
+            f"emoji drawings exist in {' and '.join(map(str, SIZES))} px, not {size}; set size to one of these"
         )
     return _load_drawings(size, DEFAULT_ROOT if root is None else Path(root))
 
@@ -75,7 +79,7 @@ def _load_drawings(size: int, root: Path) -> Drawings:
     names = read_names(root)
     path = root / f"drawings-{size}.webp"
     if not path.is_file():
-        raise UserError(f'no file "{path}"; rebuild the emoji data with scripts/build_emoji_data.py')
+        raise UserError(f'there is no file "{path}"; rebuild the emoji data with scripts/build_emoji_data.py')
     with Image.open(path) as sheet:
         rgba = split_sheet(np.asarray(sheet), len(names), size)
     rgba.flags.writeable = False
@@ -84,20 +88,22 @@ def _load_drawings(size: int, root: Path) -> Drawings:
 
 
 def read_names(root: str | Path | None = None) -> list[tuple[int, str, str]]:
-    """(code point, Unicode name, CLDR short name) of every drawing, both names in lower case.
+    """Return (code point, Unicode name, CLDR short name) of every drawing, both names in lower case.
 
     Raises:
         UserError: `names.tsv` is missing from the data folder.
     """
     path = (DEFAULT_ROOT if root is None else Path(root)) / "names.tsv"
     if not path.is_file():
-        raise UserError(f'no emoji data at "{path.parent}" (names.tsv is missing); set root to the folder data/emoji')
+        raise UserError(
+            f'"{path.parent}" is not the emoji data (names.tsv is missing); set root to the folder data/emoji'
+        )
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
     return [(int(codepoint.removeprefix("U+"), 16), unicode_name, cldr) for codepoint, unicode_name, cldr in rows]
 
 
 def join_sheet(rgba: np.ndarray) -> np.ndarray:
-    """Lay drawings (N, S, S, 4) out row by row on a contact sheet of `SHEET_COLUMNS` columns."""
+    """Arrange drawings (N, S, S, 4) row by row on a contact sheet of `SHEET_COLUMNS` columns."""
     count, size = rgba.shape[:2]
     rows = -(-count // SHEET_COLUMNS)
     tiles = np.zeros((rows * SHEET_COLUMNS, size, size, 4), np.uint8)
@@ -107,10 +113,10 @@ def join_sheet(rgba: np.ndarray) -> np.ndarray:
 
 
 def split_sheet(sheet: np.ndarray, count: int, size: int) -> np.ndarray:
-    """The first `count` drawings (count, S, S, 4) of a contact sheet; undoes `join_sheet`.
+    """Split a contact sheet into its first `count` drawings (count, S, S, 4), the inverse of `join_sheet`.
 
     Raises:
-        UserError: the sheet has another shape than `count` drawings of this size need.
+        UserError: the shape of the sheet does not fit `count` drawings of this size.
     """
     rows = -(-count // SHEET_COLUMNS)
     if sheet.shape != (rows * size, SHEET_COLUMNS * size, 4):
@@ -123,16 +129,16 @@ def split_sheet(sheet: np.ndarray, count: int, size: int) -> np.ndarray:
 
 
 def caption(name: str, colour: str | None = None) -> str:
-    """`"rocket on a blue background"`, or without a colour the name alone."""
+    """Return a caption such as `"rocket on a blue background"`, or the name alone without a colour."""
     return name if colour is None else f"{name} on a {colour} background"
 
 
 def held_out_colour(index: int) -> str | None:
-    """The background on which drawing `index` is never shown in training, or None.
+    """Return the background of drawing `index` that is held out from training, or None.
 
-    Of each five neighbouring drawings, one (chosen by hash) is shown on all eight backgrounds and
-    the other four on seven (the missing one chosen by hash): 4 pairs of 40, hence exactly a tenth,
-    and no drawing loses more than one colour. SHA-256 makes the choice the same everywhere.
+    Four of every five neighbouring drawings lose one of the eight backgrounds. A hash chooses the drawing that keeps
+    all of them and the background of each other drawing. This holds out 4 of 40 pairs, exactly a tenth, and never
+    more than one colour of a drawing. SHA-256 makes the choice the same everywhere.
     """
     if index % 5 == _hash(f"emoji/five/{index // 5}") % 5:
         return None
@@ -140,7 +146,7 @@ def held_out_colour(index: int) -> str | None:
 
 
 def is_held_out(index: int, colour: str) -> bool:
-    """Whether the pair of drawing `index` and this background is kept from training."""
+    """Return whether the pair of drawing `index` and this background is held out from training."""
     return colour == held_out_colour(index)
 
 
@@ -149,23 +155,30 @@ def _hash(key: str) -> int:
 
 
 def premultiply(rgba: np.ndarray) -> np.ndarray:
-    """Colour times alpha, (…, 4) float32 in 0…255; the form in which pixels may be averaged."""
+    """Multiply colours by alpha, (…, 4) float32 in 0…255, so that pixels can be averaged."""
     pixels = rgba.astype(np.float32)
     pixels[..., :3] *= pixels[..., 3:] / 255
     return pixels
 
 
 def place(rgba: np.ndarray, scale: float, shift_x: float, shift_y: float, size: int) -> np.ndarray:
-    """A drawing scaled and moved on a clear canvas, (size, size, 4) float32 in 0…255, premultiplied.
+    """Place a scaled and shifted drawing on a transparent canvas.
 
-    `rgba`: (S, S, 4) uint8; `scale`: side of the drawing as a fraction of the canvas; `shift_x`,
-    `shift_y`: where its centre lies from the canvas's, as fractions of `size` (right and down). Side
-    and place are rounded to whole pixels, so that moving never blurs; what leaves the canvas is lost.
+    Side and position are rounded to whole pixels, so a shift never blurs. Parts outside the canvas are cut off.
+
+    Args:
+        rgba: (S, S, 4) uint8.
+        scale: side of the drawing as a fraction of the canvas.
+        shift_x, shift_y: offset of the centre to the right and down, as fractions of `size`.
+        size: side of the canvas in pixels.
+
+    Returns:
+        (size, size, 4) float32 in 0…255, premultiplied.
     """
     side = max(1, round(size * scale))
     if side == rgba.shape[0]:
         drawing = premultiply(rgba)
-    else:  # Pillow's premultiplied mode is "RGBa"; the filter has no negative lobes, hence no bright fringes
+    else:  # Pillow's premultiplied mode is "RGBa"; a filter without negative lobes leaves no bright fringes
         resized = Image.fromarray(rgba).convert("RGBa").resize((side, side), Image.Resampling.HAMMING)
         drawing = np.asarray(resized).astype(np.float32)
     left, top = (round((size - side) / 2 + shift * size) for shift in (shift_x, shift_y))
@@ -179,9 +192,9 @@ def place(rgba: np.ndarray, scale: float, shift_x: float, shift_y: float, size: 
 
 
 def over(canvas: np.ndarray, colour: str) -> np.ndarray:
-    """Lay a premultiplied canvas (S, S, 4) on a background: (S, S, 3) float32 in [-1, 1]."""
-    clear = 1 - canvas[..., 3:] / 255
-    image = canvas[..., :3] + clear * np.array(BACKGROUNDS[colour], np.float32)
+    """Composite a premultiplied canvas (S, S, 4) over a background: (S, S, 3) float32 in [-1, 1]."""
+    transparency = 1 - canvas[..., 3:] / 255
+    image = canvas[..., :3] + transparency * np.array(BACKGROUNDS[colour], np.float32)
     image *= np.float32(1 / 127.5)
     image -= 1
     return np.clip(image, -1, 1, out=image)
@@ -190,35 +203,40 @@ def over(canvas: np.ndarray, colour: str) -> np.ndarray:
 def compose(
     rgba: np.ndarray, colour: str, scale: float = 1.0, shift_x: float = 0.0, shift_y: float = 0.0, size: int = 64
 ) -> np.ndarray:
-    """A drawing on a coloured background, (size, size, 3) float32 in [-1, 1]; see `place` for the arguments."""
+    """Composite a drawing over a coloured background, (size, size, 3) float32 in [-1, 1]; arguments as in `place`."""
     return over(place(rgba, scale, shift_x, shift_y, size), colour)
 
 
-def chosen_pairs(drawings: Drawings, held_out: bool, names: Sequence[str] | None = None) -> list[tuple[int, str]]:
-    """The (drawing, colour) pairs that are held out, or all the others; `names` keeps the drawings so called.
+def select_pairs(drawings: Drawings, held_out: bool, names: Sequence[str] | None = None) -> list[tuple[int, str]]:
+    """Return the (drawing, colour) pairs that are held out, or all other pairs.
+
+    Args:
+        drawings: the drawings to choose from.
+        held_out: return the held-out pairs; otherwise the pairs for training.
+        names: select only these drawings, by Unicode or CLDR name.
 
     Raises:
-        UserError: a name (either of a drawing's two) that no drawing has.
+        UserError: no drawing has one of the names.
     """
-    known = {name: i for either in (drawings.unicode_names, drawings.cldr_names) for i, name in enumerate(either)}
+    known = {name: i for column in (drawings.unicode_names, drawings.cldr_names) for i, name in enumerate(column)}
     for name in names or ():
         if name not in known:
-            raise UserError(f'no emoji drawing is called "{name}"{did_you_mean(name, known)}; see data/emoji/names.tsv')
+            raise UserError(f'there is no emoji drawing "{name}"{did_you_mean(name, known)}; see data/emoji/names.tsv')
     indices = range(len(drawings)) if names is None else sorted({known[name] for name in names})
     return [(i, colour) for i in indices for colour in COLOURS if is_held_out(i, colour) == held_out]
 
 
 class _EmojiPairs(Dataset):
-    """What training and validation share: a list of (drawing, colour) pairs and the making of an item.
+    """Base class of the emoji data sets: a list of (drawing, colour) pairs.
 
-    Items: `image` (S, S, 3) float32 in [-1, 1]; `mask` (S, S, 1) float32, 1 where the drawing covers
-    the background by half or more; `caption`; `class_label`, the drawing's number; `human_label`, its
-    CLDR short name; `background` and `background_label`, the colour's name and number in `COLOURS`.
+    Items: `image` (S, S, 3) float32 in [-1, 1]; `mask` (S, S, 1) float32, 1 where the drawing covers at least half of
+    the pixel; `caption`; `class_label`, the index of the drawing; `human_label`, its CLDR short name; `background` and
+    `background_label`, the name of the colour and its index in `COLOURS`.
     """
 
     def __init__(self, pairs: list[tuple[int, str]], drawings: Drawings, size: int) -> None:
         if size < 1:
-            raise UserError(f"the size of emoji images must be positive, not {size}")
+            raise UserError(f"size of the emoji data must be positive, not {size}")
         self.pairs = pairs
         self.drawings = drawings
         self.size = size
@@ -239,16 +257,21 @@ class _EmojiPairs(Dataset):
 
 
 class EmojiTrain(_EmojiPairs):
-    """Every pair that is not held out, drawn at a random scale and place with one of its two names.
+    """Training pairs at a random scale and position, captioned with one of the drawing's two names.
 
-    `scale`: range of the drawing's side, and `shift`: largest move either way, as fractions of `size` (a
-    drawing moves only as far as the canvas has room, so that none is cut off); `name_only_prob`: how often
-    the caption leaves the background out; `crop`: side of a random square cut from the image, for training
-    a first stage on parts. All randomness comes from PyTorch's global generator, which a data loader seeds
-    in each worker. `names`: only these drawings, by either name.
+    All randomness comes from PyTorch's global generator, which a data loader seeds in each worker.
+
+    Args:
+        size: side of the image in pixels.
+        root: the data folder (default: `data/emoji`).
+        name_only_prob: probability of a caption without the background.
+        scale: range of the drawing's side, as fractions of `size`.
+        shift: largest shift in each direction, as a fraction of `size`; shifts never cut a drawing off.
+        crop: side of a random square crop of the image, to train a first stage on crops.
+        names: use only these drawings, by Unicode or CLDR name.
 
     Raises:
-        UserError: no data at `root`, an unknown name, or a parameter out of range.
+        UserError: there is no data in `root`, a name is unknown, or a parameter is out of range.
     """
 
     def __init__(
@@ -262,7 +285,7 @@ class EmojiTrain(_EmojiPairs):
         names: Sequence[str] | None = None,
     ) -> None:
         drawings = load_drawings(_source_size(size), root)
-        super().__init__(chosen_pairs(drawings, False, names), drawings, size)
+        super().__init__(select_pairs(drawings, False, names), drawings, size)
         if crop is not None and not 1 <= crop <= size:
             raise UserError(f"crop must lie between 1 and size ({size}), not {crop}")
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
@@ -288,13 +311,16 @@ class EmojiTrain(_EmojiPairs):
 
 
 class EmojiValidation(_EmojiPairs):
-    """Fixed pairs without augmentation: the drawing centred at full size, its CLDR short name, the colour.
+    """Pairs without augmentation: the drawing centred at full size, captioned with its CLDR short name and the colour.
 
-    `split`: "held_out" for the pairs never shown in training, "seen" for the others. `names`: only these
-    drawings, by either name.
+    Args:
+        size: side of the image in pixels.
+        root: the data folder (default: `data/emoji`).
+        split: "held_out" for the pairs that training never shows, "seen" for all other pairs.
+        names: use only these drawings, by Unicode or CLDR name.
 
     Raises:
-        UserError: no data at `root`, an unknown name, or an unknown split.
+        UserError: there is no data in `root`, or a name or the split is unknown.
     """
 
     def __init__(
@@ -307,7 +333,7 @@ class EmojiValidation(_EmojiPairs):
         if split not in ("held_out", "seen"):
             raise UserError(f'split of the emoji data must be "held_out" or "seen", not "{split}"')
         drawings = load_drawings(_source_size(size), root)
-        super().__init__(chosen_pairs(drawings, split == "held_out", names), drawings, size)
+        super().__init__(select_pairs(drawings, split == "held_out", names), drawings, size)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         index, colour = self.pairs[item]
@@ -316,5 +342,5 @@ class EmojiValidation(_EmojiPairs):
 
 
 def _source_size(size: int) -> int:
-    """The smallest stored size that need not be enlarged, if there is one."""
+    """Return the smallest stored size of at least `size`, or the largest stored size."""
     return next((stored for stored in SIZES if stored >= size), SIZES[-1])

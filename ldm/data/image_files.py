@@ -1,4 +1,4 @@
-"""Pictures in files: which there are, and how they become the items of a data set.
+"""Data sets of image files: find, read, resize and crop them.
 
 Shapes: pixels (H, W, 3) uint8; images (H, W, 3) float32 in [-1, 1].
 """
@@ -33,19 +33,19 @@ PIL_METHODS = {
 
 
 def plain_entries(item: Mapping[str, Any]) -> dict[str, Any]:
-    """An item without its maps: its `image`, texts and numbers."""
+    """Return the entries of an item that are its `image`, texts or numbers, not maps."""
     return {key: value for key, value in item.items() if key == "image" or isinstance(value, str | int | float)}
 
 
-class PictureFiles(Dataset):
-    """Picture files, with further entries for each.
+class ImageFiles(Dataset):
+    """Data set of image files with labels.
 
-    Items are `file_path_`, the entries of `labels`, and what subclasses' `image` makes of the pixels.
+    Items: `file_path_`, the entries of `labels`, and `image`, which the method of that name computes from the pixels.
 
     Args:
-        paths: the files.
+        paths: the image files.
         labels: entry → its value for each file.
-        keys: only these entries, as for the published face sets; all by default.
+        keys: return only these entries, as the published face data sets do (default: all).
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class PictureFiles(Dataset):
         return len(self.paths)
 
     def entries(self, index: int) -> dict[str, Any]:
-        """What is known of a picture without opening it."""
+        """Return the entries of an item except `image`, without opening the file."""
         return {"file_path_": str(self.paths[index]), **{key: values[index] for key, values in self.labels.items()}}
 
     def image(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels (H, W, 3) uint8 as the model sees them, (S, S, 3) float32 in [-1, 1]."""
+        """Convert pixels (H, W, 3) uint8 to the model's input, float32 in [-1, 1]; subclasses resize and crop."""
         return to_image(pixels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -71,19 +71,19 @@ class PictureFiles(Dataset):
         return item if self.keys is None else {key: item[key] for key in self.keys}
 
 
-class ListedPictures(PictureFiles):
-    """The pictures that a text file lists, or all that lie in a folder.
+class ListedImages(ImageFiles):
+    """Data set of the images that a text file lists, or of all images in a folder.
 
-    Items have the path within the folder as `relative_file_path_`.
+    Items have the path within the folder as `relative_file_path_`. Without arguments the class attributes `list_file`
+    and `folder` apply. Relative paths are looked up in the current folder, then in the repository.
 
     Args:
-        txt_file: one path a line, relative to `data_root`.
-        data_root: the folder; alone, all pictures below it are taken. Without either the class's own `list_file`
-            and `folder` are. Relative paths are looked for in the current folder, then in the repository.
-        keys: see `PictureFiles`.
+        txt_file: a file with one path a line, relative to `data_root`.
+        data_root: the folder of the images; without `txt_file` it means all images below it.
+        keys: see `ImageFiles`.
 
     Raises:
-        UserError: the list or the folder is missing, or there is no picture.
+        UserError: the list or the folder is missing, or contains no image.
     """
 
     list_file: ClassVar[str | None] = None
@@ -95,93 +95,92 @@ class ListedPictures(PictureFiles):
         name = type(self).__name__
         root = data_root or self.folder
         if root is None:
-            raise UserError(f"{name} needs data_root: the folder of the pictures")
+            raise UserError(f"{name} needs data_root, the folder of the images")
         listed = txt_file or (self.list_file if data_root is None else None)
         folder = existing_folder(root, name)
-        names = read_list(listed, name) if listed else images_below(folder)
-        if not names:
-            raise UserError(f'{name}: "{listed or folder}" names no picture; check data_root and txt_file')
-        super().__init__([folder / each for each in names], {"relative_file_path_": names}, keys)
+        files = read_list(listed, name) if listed else images_below(folder)
+        if not files:
+            raise UserError(f'{name}: "{listed or folder}" contains no image; check data_root and txt_file')
+        super().__init__([folder / file for file in files], {"relative_file_path_": files}, keys)
 
 
 def existing_folder(path: str | Path, name: str) -> Path:
-    """`path`, in the current folder or in the repository, for the data set `name`.
+    """Locate the folder `path` in the current folder or in the repository, for the data set `name`.
 
     Raises:
-        UserError: it is not there.
+        UserError: the folder does not exist.
     """
     folder = locate(Path(path).expanduser())
     if not folder.is_dir():
-        raise UserError(f'{name}: there is no folder "{path}"; put the pictures there, or set data_root')
+        raise UserError(f'{name}: there is no folder "{path}"; put the images there, or set data_root')
     return folder
 
 
 def read_list(path: str | Path, name: str) -> list[str]:
-    """The lines of a text file, without empty ones, for the data set `name`.
+    """Read the lines of a text file, except empty ones, for the data set `name`.
 
     Raises:
-        UserError: the file is not there.
+        UserError: the file does not exist.
     """
     file = locate(Path(path).expanduser())
     if not file.is_file():
         raise UserError(
-            f'{name}: there is no list "{path}"; set txt_file to one, or data_root alone to take all of a folder'
+            f'{name}: there is no list "{path}"; set txt_file to one, or data_root alone to use all images of a folder'
         )
     return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def images_below(folder: Path) -> list[str]:
-    """The paths of all pictures in a folder and in its folders, linked ones too, relative to it and sorted."""
+    """Return the sorted paths of all images below a folder, relative to it; linked folders are followed."""
     found = []
-    for place, _, files in os.walk(folder, followlinks=True):
-        within = Path(place).relative_to(folder)
-        found += [(within / file).as_posix() for file in files if file.lower().endswith(SUFFIXES)]
+    for root, _, files in os.walk(folder, followlinks=True):
+        parent = Path(root).relative_to(folder)
+        found += [(parent / file).as_posix() for file in files if file.lower().endswith(SUFFIXES)]
     return sorted(found)
 
 
 def read_pixels(path: Path) -> np.ndarray:
-    """A picture as (H, W, 3) uint8; of `.npy` files, arrays (3, H, W), (1, 3, H, W) or (H, W, 3) of uint8.
+    """Read an image file as (H, W, 3) uint8.
+
+    A `.npy` file must contain a uint8 array (3, H, W), (1, 3, H, W) or (H, W, 3).
 
     Raises:
-        UserError: the file is missing or is no picture.
+        UserError: the file is missing or is not an image.
     """
     if path.suffix.lower() != ".npy":
         return np.asarray(open_image(path))
     try:
         array = np.load(path)
     except (OSError, ValueError) as error:
-        raise UserError(f'cannot read the picture "{path}": {error}; give an array of uint8') from None
+        raise UserError(f'cannot read the image "{path}": {error}; give an array of uint8') from None
     array = array[0] if array.ndim == 4 and len(array) == 1 else array
     array = np.moveaxis(array, 0, -1) if array.ndim == 3 and array.shape[0] == 3 else array
     if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
-        raise UserError(f'the array "{path}" is no picture: its shape is {array.shape}, its type {array.dtype}')
+        raise UserError(f'the array "{path}" is not an image: its shape is {array.shape}, its dtype {array.dtype}')
     return array
 
 
 def to_image(pixels: np.ndarray) -> np.ndarray:
-    """Pixels as float32 in [-1, 1]."""
+    """Convert pixels from uint8 to float32 in [-1, 1]."""
     return (pixels / 127.5 - 1.0).astype(np.float32)
 
 
 def pil_method(name: str) -> Image.Resampling:
-    """Pillow's method of that name.
+    """Return the resampling filter of Pillow called `name`.
 
     Raises:
-        UserError: there is none.
+        UserError: the name is unknown.
     """
     if name not in PIL_METHODS:
-        raise UserError(f'there is no interpolation "{name}"{did_you_mean(name, PIL_METHODS)}; Pillow has {_known()}')
+        known = ", ".join(PIL_METHODS)
+        raise UserError(f'there is no interpolation "{name}"{did_you_mean(name, PIL_METHODS)}; choose one of {known}')
     return PIL_METHODS[name]
 
 
-def _known() -> str:
-    return ", ".join(PIL_METHODS)
-
-
 def resize_smaller_side(pixels: np.ndarray, size: int, method: str = "bilinear") -> np.ndarray:
-    """Pixels whose smaller side is `size`, as OpenCV resizes by `method`; see `ops.RESIZE_METHODS`.
+    """Resize pixels so that the smaller side is `size`, with a method of OpenCV; see `ops.RESIZE_METHODS`.
 
-    As in OpenCV "area" averages only where the picture becomes smaller, and is bilinear otherwise.
+    As in OpenCV, "area" averages when it reduces the size and interpolates bilinearly otherwise.
     """
     height, width = pixels.shape[:2]
     side = min(height, width)
@@ -193,12 +192,12 @@ def resize_smaller_side(pixels: np.ndarray, size: int, method: str = "bilinear")
 
 
 def crop_square(pixels: np.ndarray, side: int, random: bool = False) -> np.ndarray:
-    """A square of `side` pixels from the middle, or from anywhere; drawn from torch's global generator."""
-    spare = [length - side for length in pixels.shape[:2]]
-    top, left = (int(torch.randint(each + 1, ())) if random else each // 2 for each in spare)
+    """Crop a square of `side` pixels at the centre, or at a position from PyTorch's global generator."""
+    margins = [length - side for length in pixels.shape[:2]]
+    top, left = (int(torch.randint(margin + 1, ())) if random else margin // 2 for margin in margins)
     return pixels[top : top + side, left : left + side]
 
 
 def fit_square(pixels: np.ndarray, size: int, random: bool = False) -> np.ndarray:
-    """The smaller side resized to `size`, the longer one cropped in the middle or anywhere."""
+    """Resize the smaller side to `size` and crop the longer side at the centre or at a random position."""
     return crop_square(resize_smaller_side(pixels, size), size, random)

@@ -1,6 +1,6 @@
-"""Pictures with parts to fill, to train in-painting on.
+"""Images with masked parts, to train inpainting models.
 
-Shapes: images (H, W, 3) float32 in [-1, 1]; masks (H, W, 1) float32, 1 where the picture is to be filled, else -1.
+Shapes: images (H, W, 3) float32 in [-1, 1]; masks (H, W, 1) float32, 1 in the masked part and -1 elsewhere.
 """
 
 from __future__ import annotations
@@ -16,66 +16,66 @@ from torch.utils.data import Dataset
 from ldm.config.instantiate import instantiate_from_config
 from ldm.data.image_files import plain_entries
 
-LARGEST_SHARE = 0.6  # of a picture that a mask covers
-STROKES, BOXES = (1, 5), (1, 4)  # numbers of each, the second excluded
-TURNS = (3, 9)  # corners of a stroke
-WIDTH = (0.06, 0.2)  # of a stroke, as a share of the picture's smaller side
-LENGTH = (0.1, 0.4)  # of a stroke between two corners
-SIDE = (0.15, 0.55)  # of a box, as a share of the picture's
+MAX_COVERAGE = 0.6  # largest masked fraction of an image
+STROKES, BOXES = (1, 5), (1, 4)  # number of strokes or boxes, without the upper bound
+CORNERS = (3, 9)  # number of corners after the first of a stroke, without the upper bound
+STROKE_WIDTH = (0.06, 0.2)  # as a fraction of the image's smaller side
+STROKE_LENGTH = (0.1, 0.4)  # between two corners, as a fraction of the image's smaller side
+BOX_SIDE = (0.15, 0.55)  # as a fraction of the image's side
 
 
 def masked(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """`image` with black where `mask` is above 0."""
+    """Return `image` with black in the masked part."""
     return np.where(mask > 0, np.float32(-1.0), image)
 
 
 def random_mask(height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """Strokes of a brush or boxes, (height, width, 1) float32: something, and at most `LARGEST_SHARE`, is 1."""
+    """Generate a mask of brush strokes or boxes, (height, width, 1), that is not empty and at most `MAX_COVERAGE`."""
     while True:
-        picture = Image.new("1", (width, height))
-        draw = ImageDraw.Draw(picture)
+        canvas = Image.new("1", (width, height))
+        draw = ImageDraw.Draw(canvas)
         if random.random() < 0.5:
             for _ in range(random.integers(*STROKES)):
                 _stroke(draw, height, width, random)
         else:
             for _ in range(random.integers(*BOXES)):
                 _box(draw, height, width, random)
-        covered = np.asarray(picture)
-        if 0 < covered.mean() <= LARGEST_SHARE:
+        covered = np.asarray(canvas)
+        if 0 < covered.mean() <= MAX_COVERAGE:
             return np.where(covered, np.float32(1.0), np.float32(-1.0))[..., None]
 
 
 def _stroke(draw: ImageDraw.ImageDraw, height: int, width: int, random: np.random.Generator) -> None:
     side = min(height, width)
-    thickness = max(1, round(side * random.uniform(*WIDTH)))
-    at = random.uniform(0, (width, height))
+    thickness = max(1, round(side * random.uniform(*STROKE_WIDTH)))
+    point = random.uniform(0, (width, height))
     angle = random.uniform(0, 2 * np.pi)
-    corners = [tuple(at)]
-    for _ in range(random.integers(*TURNS)):
+    corners = [tuple(point)]
+    for _ in range(random.integers(*CORNERS)):
         angle += random.uniform(-1.5, 1.5)
-        at = (at + side * random.uniform(*LENGTH) * np.array([np.cos(angle), np.sin(angle)])).clip(0, (width, height))
-        corners.append(tuple(at))
+        step = side * random.uniform(*STROKE_LENGTH) * np.array([np.cos(angle), np.sin(angle)])
+        point = (point + step).clip(0, (width, height))
+        corners.append(tuple(point))
     draw.line(corners, fill=1, width=thickness, joint="curve")
     for x, y in (corners[0], corners[-1]):
         draw.circle((x, y), thickness / 2, fill=1)
 
 
 def _box(draw: ImageDraw.ImageDraw, height: int, width: int, random: np.random.Generator) -> None:
-    w, h = (max(1, round(length * random.uniform(*SIDE))) for length in (width, height))
+    w, h = (max(1, round(length * random.uniform(*BOX_SIDE))) for length in (width, height))
     left, top = random.integers(0, width - w + 1), random.integers(0, height - h + 1)
     draw.rectangle((left, top, left + w - 1, top + h - 1), fill=1)
 
 
 class MaskedPictures(Dataset):
-    """The items of another data set with a random mask each.
+    """Wrapper that adds a random mask to each item of a data set, for models with `cond_stage_key: masked_image`.
 
-    Items are the other's `image` and its texts and numbers, `mask`, and `masked_image`, the picture with black in place
-    of what is to be filled: what a model with the `cond_stage_key` `masked_image` trains on. Masks come from torch's
-    global generator, or with `fixed` from the item's number.
+    Items: `image`, texts and numbers of the wrapped data set, `mask`, and `masked_image`, the image with black in the
+    masked part. PyTorch's global generator determines the masks.
 
     Args:
-        dataset: `target` and `params` of the other data set.
-        fixed: the same masks every time, for validation.
+        dataset: `target` and `params` of the wrapped data set.
+        fixed: derive each mask from the index of the item instead, for validation.
     """
 
     def __init__(self, dataset: Mapping[str, Any], fixed: bool = False) -> None:

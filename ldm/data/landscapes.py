@@ -1,4 +1,4 @@
-"""Landscapes with segmentation maps, which the published code names and which were never public."""
+"""Landscapes with segmentation maps: data sets that the published code names and that were never public."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from ldm.data.absent import AbsentDataset
 
 
 class RFWTrain(AbsentDataset):
-    """Pictures of landscapes with maps of 182 classes."""
+    """Landscape images with segmentation maps of 182 classes, for training."""
 
-    served = 'landscapes under "image" and maps of 182 classes (H, W, 182) under "segmentation"'
+    provided = 'landscapes under "image" and maps of 182 classes (H, W, 182) under "segmentation"'
     instead = "set target to a data set of your own with these entries"
 
 
 class RFWValidation(RFWTrain):
-    """The same for validation."""
+    """Landscape images with segmentation maps of 182 classes, for validation."""

@@ -1,27 +1,29 @@
-"""LSUN (arXiv:1506.03365): bedrooms, churches and cats, from folders of pictures and the published lists."""
+"""LSUN (arXiv:1506.03365): bedrooms, churches and cats, read from folders of images and the published lists."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ldm.data.image_files import ListedPictures, crop_square, pil_method, to_image
+from ldm.data.image_files import ListedImages, crop_square, pil_method, to_image
 
 
-class LSUNBase(ListedPictures):
-    """Square pictures: the middle of each, resized, mirrored at random.
+class LSUNBase(ListedImages):
+    """Base class of the LSUN data sets: the central square of each image, resized and randomly mirrored.
 
     Items: `image` (size, size, 3) float32 in [-1, 1], `relative_file_path_` and `file_path_`.
 
     Args:
-        txt_file, data_root: see `ListedPictures`.
-        size: side in pixels; by default that of the original's smaller side.
-        interpolation: one of Pillow's methods.
-        flip_p: how often a picture is mirrored, drawn from torch's global generator.
+        txt_file, data_root: see `ListedImages`.
+        size: side of the image in pixels (default: the smaller side of the file).
+        interpolation: name of a resampling filter of Pillow.
+        flip_p: probability of mirroring an image, from PyTorch's global generator.
 
     Raises:
-        UserError: the pictures are not there, or there is no such interpolation.
+        UserError: the images are missing, or the interpolation is unknown.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class LSUNBase(ListedPictures):
         super().__init__(txt_file, data_root)
 
     def image(self, pixels: np.ndarray) -> np.ndarray:
-        """The middle square, resized; mirrored with probability `flip_p`."""
+        """Return the central square, resized, and mirrored with probability `flip_p`."""
         square = Image.fromarray(crop_square(pixels, min(pixels.shape[:2])))
         if self.size is not None:
             square = square.resize((self.size, self.size), self.method)
@@ -47,48 +49,43 @@ class LSUNBase(ListedPictures):
 
 
 class _Validation(LSUNBase):
-    def __init__(
-        self,
-        txt_file: str | None = None,
-        data_root: str | None = None,
-        size: int | None = None,
-        interpolation: str = "bicubic",
-        flip_p: float = 0.0,
-    ) -> None:
-        super().__init__(txt_file, data_root, size, interpolation, flip_p)
+    """Base class of the validation sets, which mirror no image by default."""
+
+    def __init__(self, flip_p: float = 0.0, **params: Any) -> None:
+        super().__init__(flip_p=flip_p, **params)
 
 
 class LSUNChurchesTrain(LSUNBase):
-    """Churches from outside."""
+    """Training set of outdoor churches."""
 
     list_file, folder = "data/lsun/church_outdoor_train.txt", "data/lsun/churches"
 
 
 class LSUNChurchesValidation(_Validation):
-    """Churches from outside; never mirrored unless asked."""
+    """Validation set of outdoor churches."""
 
     list_file, folder = "data/lsun/church_outdoor_val.txt", "data/lsun/churches"
 
 
 class LSUNBedroomsTrain(LSUNBase):
-    """Bedrooms."""
+    """Training set of bedrooms."""
 
     list_file, folder = "data/lsun/bedrooms_train.txt", "data/lsun/bedrooms"
 
 
 class LSUNBedroomsValidation(_Validation):
-    """Bedrooms; never mirrored unless asked."""
+    """Validation set of bedrooms."""
 
     list_file, folder = "data/lsun/bedrooms_val.txt", "data/lsun/bedrooms"
 
 
 class LSUNCatsTrain(LSUNBase):
-    """Cats."""
+    """Training set of cats."""
 
     list_file, folder = "data/lsun/cat_train.txt", "data/lsun/cats"
 
 
 class LSUNCatsValidation(_Validation):
-    """Cats; never mirrored unless asked."""
+    """Validation set of cats."""
 
     list_file, folder = "data/lsun/cat_val.txt", "data/lsun/cats"

@@ -1,4 +1,4 @@
-"""Pairs of a picture and a smaller, worse one, to train super-resolution on.
+"""Pairs of an image and its smaller, degraded version, to train super-resolution models.
 
 Shapes: pixels (H, W, 3) uint8; images float32 in [-1, 1].
 """
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ldm.config.instantiate import instantiate_from_config
 from ldm.data.image_files import (
     PIL_METHODS,
-    PictureFiles,
+    ImageFiles,
     crop_square,
     pil_method,
     plain_entries,
@@ -38,27 +38,28 @@ DEGRADATIONS = (
 
 
 class SuperResolution(Dataset):
-    """Squares cut from pictures, and the same `downscale_f` times smaller and degraded.
+    """Square crops of images, each with a degraded version `downscale_f` times smaller.
 
-    Items are the picture's entries, `image` (size, size, 3) and `LR_image` (size / downscale_f, …, 3), both float32
-    in [-1, 1]. All randomness comes from torch's global generator.
+    Items: the entries of the image file, `image` (size, size, 3) and `LR_image` (size / downscale_f, …, 3), both
+    float32 in [-1, 1]. All randomness comes from PyTorch's global generator.
 
     Args:
-        pictures: where the pictures are from.
-        size: side of the square after resizing.
-        degradation: "bsrgan" or "bsrgan_light" (see `ldm.modules.image_degradation`), or plain resizing as OpenCV
-            ("cv_area", …) or Pillow ("pil_bicubic", …) does it; see `DEGRADATIONS`.
-        downscale_f: how many times smaller.
-        min_crop_f, max_crop_f: range of the square's side before resizing, as a share of the picture's smaller one.
-        random_crop: cut it anywhere; otherwise from the middle.
+        images: the image files.
+        size: side of `image` in pixels.
+        degradation: "bsrgan" or "bsrgan_light" (see `ldm.modules.image_degradation`), or a resampling filter of OpenCV
+            ("cv_area", …) or Pillow ("pil_bicubic", …); see `DEGRADATIONS`.
+        downscale_f: downscaling factor.
+        min_crop_f, max_crop_f: range of the crop's side, as fractions of the smaller side of the file.
+        random_crop: crop at a random position; otherwise at the centre.
 
     Raises:
-        UserError: an unknown degradation, or numbers that do not fit together.
+        UserError: the degradation is unknown, or a value is out of range.
     """
 
     def __init__(
         self,
-        pictures: PictureFiles,
+        images: ImageFiles,
+        /,
         size: int | None = None,
         degradation: str | None = None,
         downscale_f: int = 4,
@@ -71,43 +72,44 @@ class SuperResolution(Dataset):
             raise UserError(f"{name}: size must be a multiple of downscale_f ({downscale_f}), not {size}")
         if not 0 < min_crop_f <= max_crop_f <= 1:
             raise UserError(f"{name}: 0 < min_crop_f <= max_crop_f <= 1 does not hold for {min_crop_f}, {max_crop_f}")
-        self.pictures = pictures
+        self.images = images
         self.size = size
         self.min_crop_f, self.max_crop_f = min_crop_f, max_crop_f
         self.random_crop = random_crop
-        self.degrade = degradation_of(degradation, size // downscale_f, downscale_f)
+        self.degrade = find_degradation(degradation, size // downscale_f, downscale_f)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pixels = read_pixels(self.pictures.paths[index])
-        share = self.min_crop_f + (self.max_crop_f - self.min_crop_f) * torch.rand(()).item()
-        side = max(1, int(min(pixels.shape[:2]) * share))
+        pixels = read_pixels(self.images.paths[index])
+        fraction = self.min_crop_f + (self.max_crop_f - self.min_crop_f) * torch.rand(()).item()
+        side = max(1, int(min(pixels.shape[:2]) * fraction))
         pixels = resize_smaller_side(crop_square(pixels, side, self.random_crop), self.size, "area")
         small = self.degrade(np.ascontiguousarray(pixels))
-        return {**self.pictures.entries(index), "image": to_image(pixels), "LR_image": to_image(small)}
+        return {**self.images.entries(index), "image": to_image(pixels), "LR_image": to_image(small)}
 
 
 class SmallerPictures(Dataset):
-    """The items of another data set of square pictures, with each `image` also `downscale_f` times smaller.
+    """Wrapper that adds a version `downscale_f` times smaller to each item of a data set of square images.
 
-    Items are the other's `image` and its texts and numbers, and `LR_image` (S / downscale_f, …, 3) float32 in [-1, 1].
+    Items: `image`, texts and numbers of the wrapped data set, and `LR_image` (S / downscale_f, …, 3) float32 in
+    [-1, 1].
 
     Args:
-        dataset: `target` and `params` of the other data set.
-        degradation, downscale_f: as for `SuperResolution`.
+        dataset: `target` and `params` of the wrapped data set.
+        degradation, downscale_f: as in `SuperResolution`.
 
     Raises:
-        UserError: an unknown degradation, or pictures that are not divisible.
+        UserError: the degradation is unknown, or the image size is not divisible by `downscale_f`.
     """
 
     def __init__(self, dataset: Mapping[str, Any], degradation: str = "pil_bicubic", downscale_f: int = 4) -> None:
         self.dataset = instantiate_from_config(dataset)
         size = self.dataset[0]["image"].shape[0]
         if size % downscale_f:
-            raise UserError(f"SmallerPictures: pictures of {size} px are not divisible by downscale_f ({downscale_f})")
-        self.degrade = degradation_of(degradation, size // downscale_f, downscale_f)
+            raise UserError(f"SmallerPictures: images of {size} px are not divisible by downscale_f ({downscale_f})")
+        self.degrade = find_degradation(degradation, size // downscale_f, downscale_f)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -118,11 +120,11 @@ class SmallerPictures(Dataset):
         return {**item, "LR_image": to_image(self.degrade(pixels))}
 
 
-def degradation_of(name: str | None, size: int, factor: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The function of pixels (size · factor, size · factor, 3) to (size, size, 3) that is called `name`.
+def find_degradation(name: str | None, size: int, factor: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the degradation `name`, which maps pixels (size · factor, size · factor, 3) to (size, size, 3).
 
     Raises:
-        UserError: there is none.
+        UserError: the name is unknown.
     """
     if name not in DEGRADATIONS:
         hint = did_you_mean(str(name), DEGRADATIONS)

@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever meets half of one, and telling them apart."""
+"""Write files and folders atomically, and compute their hashes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ldm.errors import UserError
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the place of `path` when the block succeeds.
+    """Yield a temporary path beside `path`; the file written there replaces `path` when the block succeeds.
 
-    Missing parent folders are made. When the block fails the temporary file goes and `path` stays as it was.
+    Missing parent folders are created. When the block fails, the temporary file is deleted and `path` is unchanged.
 
     Raises:
-        UserError: the folder cannot be made or written to, or the disk is full.
+        UserError: the folder cannot be created or written to, or the disk is full.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -36,10 +36,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Find out before any work whether files can go to `folder`, which need not exist yet.
+    """Raise an error if files cannot be written to `folder`, which need not exist yet.
+
+    Args:
+        folder: the folder.
+        option: the option that named it, for the message.
 
     Raises:
-        UserError: they cannot; `option` is what named the folder.
+        UserError: part of the path is a file, or the folder is not writable.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
@@ -50,14 +54,14 @@ def check_writable(folder: Path, option: str) -> None:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder beside `path` to fill; it takes the place of `path` when the block succeeds.
+    """Yield a temporary folder beside `path`; it replaces `path` and its content when the block succeeds.
 
-    What was in `path` before goes then. When the block fails the temporary folder goes and `path` stays as it was.
+    When the block fails, the temporary folder is deleted and `path` is unchanged.
 
     Raises:
-        UserError: the folder cannot be made, written to or replaced, or the disk is full.
+        UserError: the folder cannot be created, written to or replaced, or the disk is full.
     """
-    target = Path(path).resolve()  # a link stays one
+    target = Path(path).resolve()  # a symbolic link is kept
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
@@ -78,7 +82,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """The file's SHA-256, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while block := file.read(1 << 20):

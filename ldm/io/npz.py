@@ -1,4 +1,4 @@
-"""NumPy's archives, written entry by entry: what they hold need never be in memory as a whole."""
+"""Write NumPy archives row by row, so that an array never has to fit into memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.io.files import atomic_path
 
 @dataclass(frozen=True)
 class Rows:
-    """An array that is made row by row: `shape[0]` rows of shape `shape[1:]`."""
+    """Array given as an iterator: `shape[0]` rows of shape `shape[1:]`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -22,20 +22,20 @@ class Rows:
 
     @classmethod
     def of(cls, array: np.ndarray) -> Rows:
-        """An array that is in memory."""
+        """Return the rows of an array in memory."""
         return cls(array.shape, array.dtype, array)
 
 
 def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, Rows]) -> None:
-    """Write an archive that `numpy.load` opens, whole or not at all; uncompressed, as `numpy.savez`.
+    """Write an uncompressed archive for `numpy.load`, completely or not at all.
 
     Raises:
-        UserError: the place cannot be written to.
-        ValueError: the rows of an array are of another shape or number than it says.
+        UserError: the file cannot be written.
+        ValueError: the number of rows, or the shape or dtype of a row, differs from what an array states.
     """
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
-            # A fixed date: the same arrays give the same file.
+            # ZipInfo has a fixed date, so equal arrays produce equal files.
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 descr = np.lib.format.dtype_to_descr(array.dtype)
                 header = {"descr": descr, "fortran_order": False, "shape": array.shape}

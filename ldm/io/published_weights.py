@@ -1,4 +1,4 @@
-"""The published weights: what there is, where it goes, and getting it there. Needs no torch."""
+"""Catalogue of the published weights, and their download. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.config.assets import ROOT, downloads_root
 from ldm.config.model_files import WEIGHTS
 from ldm.errors import UserError, did_you_mean
 from ldm.io.archives import BadArchive, unpack_folders, unpack_weights
-from ldm.io.download import Part, check_link, fetch
+from ldm.io.download import PartialFile, check_link, fetch
 from ldm.io.files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -21,8 +21,8 @@ HOME = "https://ommer-lab.com/files"
 HEIBOX = "https://heibox.uni-heidelberg.de/f"
 GROUPS = {
     "first-stages": "the nine autoencoders",
-    "models": "every diffusion model whose configuration is in models/ldm",
-    "large": "the large checkpoints that come without an archive",
+    "models": "the diffusion models whose configuration is in models/ldm",
+    "large": "the large checkpoints, published without an archive",
     "retrieval": "databases and indices of retrieval-augmented diffusion",
 }
 _STYLES = (
@@ -37,15 +37,14 @@ class Download:
     """One published file.
 
     Attributes:
-        name: what users call it.
+        name: name for users.
         group: one of `GROUPS`.
-        path: where it lies at `HOME`, and at a mirror of that.
-        folder: where it goes, from the repository's root; begins with `models` or `data`.
-        file: the name of the weights there; empty for an archive of folders.
-        folders: those folders.
-        link: where it is, if not at `HOME`.
-        gigabytes: what the publication says of its size.
-        sha256: what it must have, where that was published.
+        path: path below `HOME` and its mirrors.
+        folder: target folder relative to the repository; starts with `models` or `data`.
+        file: file name of the weights there; empty for an archive of folders.
+        folders: the folders in such an archive.
+        link: the address, if the file is not at `HOME`.
+        gigabytes: the published size.
     """
 
     name: str
@@ -56,15 +55,14 @@ class Download:
     folders: tuple[str, ...] = ()
     link: str | None = None
     gigabytes: float | None = None
-    sha256: str | None = None
 
     @property
     def is_archive(self) -> bool:
-        """Whether it has to be unpacked."""
+        """True if the file must be unpacked."""
         return self.path.endswith(".zip")
 
     def url(self, base_url: str | None = None) -> str:
-        """Its link, or that of its copy at a mirror of `HOME`."""
+        """Return the address of the file, or of its copy at `base_url`, a mirror of `HOME`."""
         return f"{base_url.rstrip('/')}/{self.path}" if base_url else self.link or f"{HOME}/{self.path}"
 
 
@@ -124,11 +122,11 @@ CATALOGUE = (
 )
 
 
-def chosen(words: Sequence[str]) -> list[Download]:
-    """The downloads that `words`, names and groups, ask for, each once and in the catalogue's order.
+def select(words: Sequence[str]) -> list[Download]:
+    """Return the downloads with these names or in these groups, each once, in the order of the catalogue.
 
     Raises:
-        UserError: a word is neither.
+        UserError: a word is neither a name nor a group.
     """
     names = {download.name for download in CATALOGUE}
     for word in words:
@@ -138,57 +136,57 @@ def chosen(words: Sequence[str]) -> list[Download]:
 
 
 @dataclass(frozen=True)
-class Destinations:
-    """The folders that stand for the repository's `models` and `data`."""
+class TargetFolders:
+    """Folders that receive the downloads for `models` and `data`."""
 
     models: Path = field(default_factory=lambda: downloads_root() / "models")
     data: Path = field(default_factory=lambda: downloads_root() / "data")
 
     def folder(self, download: Download) -> Path:
-        """Where a download goes."""
+        """Return the target folder of a download."""
         first, _, rest = download.folder.partition("/")
         return {"models": self.models, "data": self.data}[first] / rest
 
-    def is_there(self, download: Download) -> bool:
-        """Whether it need not be fetched; an empty file, as other tools leave on failure, does not count."""
+    def is_present(self, download: Download) -> bool:
+        """Return whether a download is complete; empty files, which other tools leave on failure, do not count."""
         folder = self.folder(download)
         if download.folders:
             return all((folder / name).is_dir() for name in download.folders)
         files = (folder / name for name in WEIGHTS)
         return any(file.is_file() and file.stat().st_size for file in files)
 
-    def fetched(self, download: Download) -> Path:
-        """Where its file is fetched to."""
+    def file(self, download: Download) -> Path:
+        """Return the path of the downloaded file, which may be an archive."""
         name = Path(download.path).name if download.is_archive else download.file
         return self.folder(download) / name
 
-    def bytes_there(self, download: Download) -> int:
-        """How much of it an interrupted run has left."""
-        file = self.fetched(download)
-        return file.stat().st_size if download.is_archive and file.is_file() else Part(file).size
+    def received_bytes(self, download: Download) -> int:
+        """Return how many bytes of the file an interrupted run has left."""
+        file = self.file(download)
+        return file.stat().st_size if download.is_archive and file.is_file() else PartialFile(file).size
 
 
-def obtain(download: Download, places: Destinations, base_url: str | None = None) -> None:
-    """Fetch one download and unpack it, unless it is there.
+def fetch_weights(download: Download, folders: TargetFolders, base_url: str | None = None) -> None:
+    """Download one file and unpack it, unless it is present.
 
-    Configurations in archives are passed over: those of this repository belong to its code. Where the weights go to
-    another place than the repository, its configuration goes there too, unless there is one.
+    Configurations in archives are ignored, because those of this repository belong to its code. If the target folder
+    has no configuration, that of the repository is copied there.
 
     Raises:
-        UserError: it cannot be had, is not what it should be, or cannot be written.
+        UserError: the file cannot be downloaded or written, or is not the expected one.
     """
-    folder = places.folder(download)
-    if places.is_there(download):
-        logger.info("%s: is there already, in %s", download.name, folder)
+    folder, file = folders.folder(download), folders.file(download)
+    if folders.is_present(download):
+        logger.info("%s: already in %s", download.name, folder)
         return
-    url, fetched = check_link(download.url(base_url)), places.fetched(download)
-    if not (download.is_archive and fetched.is_file()):
-        logger.info("%s: fetching %s", download.name, url)
-        fetch(url, fetched, download.name, download.sha256)
+    url = check_link(download.url(base_url))
+    if not (download.is_archive and file.is_file()):
+        logger.info("%s: downloading %s", download.name, url)
+        fetch(url, file, download.name)
     if download.is_archive:
         logger.info("%s: unpacking", download.name)
-        _unpack(download, fetched, folder)
-    _bring_config(download, folder)
+        _unpack(download, file, folder)
+    _copy_config(download, folder)
     logger.info("%s: done, in %s", download.name, folder)
 
 
@@ -204,23 +202,23 @@ def _unpack(download: Download, archive: Path, folder: Path) -> None:
     archive.unlink()
 
 
-def _bring_config(download: Download, folder: Path) -> None:
+def _copy_config(download: Download, folder: Path) -> None:
     shipped, target = ROOT / download.folder / "config.yaml", folder / "config.yaml"
     if download.file and shipped.is_file() and not target.exists():
         with atomic_path(target) as temporary:
             shutil.copyfile(shipped, temporary)
 
 
-def obtain_all(downloads: Sequence[Download], places: Destinations, base_url: str | None = None) -> dict[str, str]:
-    """Obtain each of `downloads`, whatever becomes of the others; gives the reasons of those that failed, by name."""
+def fetch_all(downloads: Sequence[Download], folders: TargetFolders, base_url: str | None = None) -> dict[str, str]:
+    """Download each of `downloads` even if others fail, and return the errors of those that failed, by name."""
     failures = {}
     for download in downloads:
         try:
-            obtain(download, places, base_url)
+            fetch_weights(download, folders, base_url)
         except UserError as error:
             failures[download.name] = str(error)
             logger.error("%s: %s", download.name, error)
         except KeyboardInterrupt:
-            logger.warning("%s: stopped; what has come stays, the same command goes on from there", download.name)
+            logger.warning("%s: stopped; the received part is kept, and the same command resumes", download.name)
             raise
     return failures

@@ -1,7 +1,7 @@
 """Attention layers of the U-Net and of the autoencoder.
 
 Shapes: B batch, C channels, H x W image, N = H*W tokens, M context tokens, D context channels.
-All softmax attention runs through `attend`.
+Every softmax attention calls `attend`.
 """
 
 from __future__ import annotations
@@ -10,32 +10,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from ldm.errors import UserError
 from ldm.modules.attend import attend
-from ldm.modules.cached import Cached
+from ldm.modules.cached import ResultCache
 from ldm.modules.diffusionmodules.util import checkpoint as run_checkpointed
 from ldm.modules.diffusionmodules.util import zero_module
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
-    """Group normalization (arXiv 1803.08494) with a learned scale and shift for each channel.
+    """Return a group normalization layer (arXiv:1803.08494) with a learned scale and shift for each channel.
 
     Raises:
-        UserError: the channels do not divide into `num_groups` groups.
+        UserError: `in_channels` is not a multiple of `num_groups`.
     """
     if in_channels % num_groups:
         raise UserError(
-            f"{in_channels} channels do not divide into {num_groups} normalization groups; "
+            f"{in_channels} channels cannot be divided into {num_groups} normalization groups; "
             f'choose "ch" and "ch_mult" so that every level has a multiple of {num_groups} channels'
         )
     return nn.GroupNorm(num_groups, in_channels, eps=1e-6, affine=True)
 
 
 class GEGLU(nn.Module):
-    """Linear layer gated by the GELU of a second one (arXiv:2002.05202): `(..., dim_in) -> (..., dim_out)`."""
+    """Linear layer gated by the GELU of a second linear layer (arXiv:2002.05202): (..., dim_in) -> (..., dim_out)."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two-layer perceptron with hidden width `dim * mult`; `glu` makes its activation a GEGLU."""
+    """Two-layer perceptron with hidden width `dim * mult`; its activation is GEGLU with `glu`, else GELU."""
 
     def __init__(
         self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0
@@ -64,7 +65,7 @@ class FeedForward(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of `x` to `context`, or to itself (arXiv:1706.03762; arXiv:2112.10752, section 3.3).
 
-    Keys and values depend on the context alone. `cached_contexts` makes the layer compute them once for each context.
+    The keys and values depend only on the context. Inside `cached_contexts` they are computed once per context.
     """
 
     def __init__(
@@ -78,64 +79,62 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
-        self.kept: Cached[tuple[Tensor, Tensor]] | None = None
+        self.cache: ResultCache[tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Attend.
+        """Compute the attention output.
 
         Args:
             x: (B, N, query_dim).
             context: (B, M, context_dim), or None for self-attention.
-            mask: boolean (B, M), False where a context token must not be seen.
+            mask: boolean (B, M), False for context tokens to ignore.
 
         Returns:
             (B, N, query_dim).
         """
-        q = self._split(self.to_q(x))
+        q = self._split_heads(self.to_q(x))
         if context is None:
             k, v = self._keys_and_values(x)
-        elif self.kept is None or torch.is_grad_enabled():
+        elif self.cache is None or torch.is_grad_enabled():
             k, v = self._keys_and_values(context)
         else:
-            k, v = self.kept(lambda: self._keys_and_values(context), context)
+            k, v = self.cache(lambda: self._keys_and_values(context), context)
         if mask is not None:
-            mask = mask.flatten(1)[:, None, None, :]
+            mask = rearrange(mask, "b ... -> b 1 1 (...)")
         out = attend(q, k, v, attn_mask=mask)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
-    def _split(self, tokens: Tensor) -> Tensor:
-        """(B, N, heads * d) to (B, heads, N, d)."""
-        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def _split_heads(self, tokens: Tensor) -> Tensor:
+        return rearrange(tokens, "b n (h d) -> b h n d", h=self.heads)
 
     def _keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._split(self.to_k(context)), self._split(self.to_v(context))
+        return self._split_heads(self.to_k(context)), self._split_heads(self.to_v(context))
 
 
 @contextmanager
 def cached_contexts(module: nn.Module) -> Iterator[None]:
-    """Run with every `CrossAttention` in `module` computing its keys and values once for the same context.
+    """Cache the keys and values of every `CrossAttention` in `module` while the context manager is active.
 
-    A sampling run attends to one context at every step. The same context is the same tensor, not written to
-    since; its results are the same bits. The layers' weights must stay as they are inside. With gradients
-    nothing is kept.
+    A sampling run uses one context at every step. The cache is valid for the same unmodified tensor, and the results
+    are bitwise equal. The weights of the layers must not change inside. With gradients enabled nothing is cached.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, CrossAttention) and layer.kept is None]
+    layers = [layer for layer in module.modules() if isinstance(layer, CrossAttention) and layer.cache is None]
     for layer in layers:
-        layer.kept = Cached()
+        layer.cache = ResultCache()
     try:
         yield
     finally:
         for layer in layers:
-            layer.kept = None
+            layer.cache = None
 
 
-def keeps_contexts(module: nn.Module) -> bool:
-    """Whether `module` runs within `cached_contexts`."""
-    return any(isinstance(part, CrossAttention) and part.kept is not None for part in module.modules())
+def has_cached_contexts(module: nn.Module) -> bool:
+    """Return whether `cached_contexts` is active for a layer of `module`."""
+    return any(isinstance(layer, CrossAttention) and layer.cache is not None for layer in module.modules())
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention to the context and a perceptron, each residual with a layer norm before it."""
+    """Self-attention, cross-attention and a perceptron, each with a layer norm before it and a residual connection."""
 
     def __init__(
         self,
@@ -157,7 +156,10 @@ class BasicTransformerBlock(nn.Module):
         self.checkpoint = checkpoint
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """`x: (B, N, dim)` and `context: (B, M, context_dim)` to (B, N, dim); without context both attend to `x`."""
+        """Return (B, N, dim) from `x` (B, N, dim) and `context` (B, M, context_dim).
+
+        Without a context both attention layers attend to `x`.
+        """
         return run_checkpointed(self._forward, (x, context), self.parameters(), self.checkpoint)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
@@ -167,10 +169,12 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map, residual; starts as the identity.
+    """Transformer blocks over the positions of a feature map, with a residual connection.
+
+    The last projection is initialised to zero, so a new module is the identity.
 
     Args:
-        context_dim: channels of the context, one number or one for each of the `depth` blocks.
+        context_dim: channels of the context: one number, or one for each of the `depth` blocks.
         checkpoint: recompute the blocks in the backward pass (as published): less memory, slower training.
     """
 
@@ -201,18 +205,18 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_module(nn.Conv2d(inner_dim, in_channels, kernel_size=1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """`x: (B, C, H, W)` and `context: (B, M, D)` to (B, C, H, W)."""
+        """Return (B, C, H, W) from `x` (B, C, H, W) and `context` (B, M, D)."""
         height, width = x.shape[-2:]
         h = self.proj_in(self.norm(x))
-        h = h.flatten(2).transpose(1, 2)  # (B, N, inner); a view if h is channels-last
+        h = rearrange(h, "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
             h = block(h, context)
-        h = h.transpose(1, 2).unflatten(2, (height, width))
+        h = rearrange(h, "b (h w) c -> b c h w", h=height, w=width)
         return x + self.proj_out(h)
 
 
 class LinearAttention(nn.Module):
-    """Attention whose cost grows linearly with the pixels (arXiv:1812.01243, softmax over keys only)."""
+    """Attention with a cost linear in the number of pixels (arXiv:1812.01243, softmax over keys only)."""
 
     def __init__(self, dim: int, heads: int = 4, dim_head: int = 32) -> None:
         super().__init__()
@@ -222,16 +226,17 @@ class LinearAttention(nn.Module):
         self.to_out = nn.Conv2d(hidden, dim, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, H, W)` to the same shape."""
-        qkv = self.to_qkv(x).flatten(2).unflatten(1, (3, self.heads, -1))
-        q, k, v = qkv.unbind(dim=1)  # each (B, heads, dim_head, N)
+        """Map (B, C, H, W) to the same shape."""
+        height, width = x.shape[-2:]
+        qkv = rearrange(self.to_qkv(x), "b (three heads c) h w -> b three heads c (h w)", three=3, heads=self.heads)
+        q, k, v = qkv.unbind(dim=1)
         summary = k.softmax(dim=-1) @ v.transpose(-1, -2)
         out = summary.transpose(-1, -2) @ q
-        return self.to_out(out.reshape(x.shape[0], -1, *x.shape[2:]))
+        return self.to_out(rearrange(out, "b heads c (h w) -> b (heads c) h w", h=height, w=width))
 
 
 class SpatialSelfAttention(nn.Module):
-    """Single-head attention between the pixels of a feature map, residual."""
+    """Single-head self-attention over the positions of a feature map, with a residual connection."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -243,8 +248,9 @@ class SpatialSelfAttention(nn.Module):
         self.proj_out = nn.Conv2d(in_channels, in_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, H, W)` to the same shape."""
+        """Map (B, C, H, W) to the same shape."""
+        height, width = x.shape[-2:]
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
-        out = attend(q, k, v)[:, 0]
-        return x + self.proj_out(out.transpose(1, 2).unflatten(2, x.shape[2:]))
+        q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        out = attend(q, k, v)
+        return x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=height, w=width))

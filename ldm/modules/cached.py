@@ -1,4 +1,4 @@
-"""A result that is kept for as long as what it was computed from stays the same."""
+"""Cache for a result that depends on tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Cached(Generic[T]):
-    """The last result of a computation, given again while it is asked for with the same tensors, unchanged.
+class ResultCache(Generic[T]):
+    """Cache of the last result of a computation, valid for the same unmodified tensors.
 
-    Tensors count as the same by identity, not by value: comparing values would make the host wait for a device.
-    They are held, so that no new tensor can take the place of one that is gone.
+    Tensors are compared by identity. A comparison by value would synchronise with the device.
+    The cache holds references to the tensors, so a new tensor cannot reuse the identity of a freed one.
     """
 
     def __init__(self) -> None:
@@ -22,18 +22,23 @@ class Cached(Generic[T]):
         self._versions: tuple[int, ...] | None = None
         self._result: T | None = None
 
-    def __call__(self, make: Callable[[], T], *sources: Tensor) -> T:
-        """`make()`, or what it gave the last time if `sources`, which it depends on, are those of that time."""
+    def __call__(self, compute: Callable[[], T], *sources: Tensor) -> T:
+        """Return the cached result if `sources` are those of the last call, else the result of `compute()`.
+
+        Args:
+            compute: function whose result depends on `sources` only.
+            sources: tensors that the result depends on.
+        """
         versions = _versions(sources)
-        if versions is None:  # nobody can tell whether they have changed
-            return make()
-        same = versions == self._versions and all(a is b for a, b in zip(sources, self._sources, strict=True))
-        if not same:
-            self._result = make()
+        if versions is None:  # changes of the tensors cannot be detected
+            return compute()
+        hit = versions == self._versions and all(a is b for a, b in zip(sources, self._sources, strict=True))
+        if not hit:
+            self._result = compute()
             self._sources, self._versions = sources, versions
         return self._result
 
 
 def _versions(sources: tuple[Tensor, ...]) -> tuple[int, ...] | None:
-    """How often each tensor was written to; None where one does not count, as under `torch.inference_mode`."""
+    """Return the version counter of each tensor, or None if one has no counter (`torch.inference_mode`)."""
     return None if any(source.is_inference() for source in sources) else tuple(source._version for source in sources)

@@ -1,9 +1,9 @@
-"""Weights in the layout that the CPU computes in.
+"""Weights in the blocked memory layout of oneDNN, for inference on the CPU.
 
-oneDNN, which holds torch's convolutions for the CPU, multiplies blocks. Of a plain weight it makes a blocked copy at
-every call; in the small maps and wide layers of a U-Net the copy takes longer than the product. Packed, a weight is
-copied once. A packed convolution also gives its result channels-last, which spares the next one a copy of its input.
-torch's group normalisation of small channels-last maps is slow in bfloat16 only, so that goes by way of float32.
+The CPU convolutions of torch use oneDNN, which multiplies blocks. For a plain weight it creates a blocked copy at every
+call. In the small maps and wide layers of a U-Net the copy takes longer than the product. A packed weight is copied
+once. A packed convolution also returns channels-last results, which saves a copy of the next convolution's input.
+The group normalisation of small channels-last maps in torch is slow in bfloat16, so it is computed in float32.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, linear
 
-# Below so many pixels torch 2.14 goes another way, in bfloat16 up to ten times slower for groups of few channels.
+# Below this number of pixels torch 2.14 uses another kernel, up to ten times slower in bfloat16 for small groups.
 SLOW_NORM_PIXELS = 1024
 
 
 @contextmanager
 def packed_weights(*modules: nn.Module) -> Iterator[None]:
-    """Run with the convolutions and linear layers of `modules` packed, each from its first call on.
+    """Pack the convolutions and linear layers of `modules` while the context manager is active.
 
-    For running a frozen network many times on the CPU. Inside, the packed weights cannot be trained, cast, moved or
-    saved; names and shapes stay, and no second copy is in memory. Afterwards the weights are the same objects with
-    the same bits. Results are those of plain weights up to rounding, and what leaves `modules` is contiguous.
+    Packing speeds up repeated inference of a frozen network on the CPU. Each layer is packed at its first call. Inside,
+    the packed weights cannot be trained, cast, moved or saved. Their names and shapes are unchanged, and there is no
+    second copy in memory. Afterwards the weights are the same objects with the same bits. The results equal those of
+    plain weights up to rounding, and the outputs of `modules` are contiguous.
 
-    Changes nothing for layers that cannot be packed: those that require gradients, share their weight, lie on another
-    device or hold another type of number, and all of them where torch has no oneDNN; nor for layers packed already.
+    Layers that cannot be packed are unchanged: layers that require gradients, share their weight, are on another device
+    or have another dtype, and packed layers. Without oneDNN no layer is packed.
     """
     parts = dict.fromkeys(part for module in modules for part in module.modules())
     owners = Counter(id(parameter) for part in parts for parameter in part._parameters.values())
@@ -49,12 +50,12 @@ def packed_weights(*modules: nn.Module) -> Iterator[None]:
 
 
 def has_stand_ins(module: nn.Module) -> bool:
-    """Whether `module` runs within `packed_weights`: some of its weights are packed, or will be when they are used."""
+    """Return whether `packed_weights` is active for a layer of `module`."""
     return any(isinstance(vars(part).get("forward"), _StandIn) for part in module.modules())
 
 
 def _can_pack(layer: nn.Module) -> bool:
-    # Only torch's own layers, without a subclass's or a parametrization's ideas about the weight, and not packed yet.
+    # Subclasses and parametrizations may compute with the weight in other ways. Packed layers are not packed again.
     weight = layer._parameters.get("weight")
     if type(layer) not in _PACKED or "forward" in vars(layer) or weight is None:
         return False
@@ -86,12 +87,12 @@ def _is_recorded(x: Tensor) -> bool:
 
 
 def _contiguous(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """A forward hook. Noise drawn like a channels-last tensor would be another noise."""
+    """Forward hook that returns a contiguous output, because noise sampled like a channels-last tensor differs."""
     return output.contiguous() if isinstance(output, Tensor) else None
 
 
 class _StandIn:
-    """Stands in for the `forward` of one layer."""
+    """Replacement of the `forward` of one layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
@@ -122,7 +123,7 @@ class _PackedLayer(_StandIn):
         return self.compute(x)
 
     def unpacked(self) -> Tensor:
-        """The weight as it was, bit for bit."""
+        """Return the original weight, bit for bit."""
         dense = self.packed.to_dense()
         if dense.stride() == self.strides:
             return dense
@@ -135,7 +136,7 @@ class _PackedLayer(_StandIn):
             self.layer._parameters["weight"] = self.parameter
 
     def pack(self, x: Tensor) -> Tensor:
-        """The weight, blocked as suits inputs of the size of `x`; others are computed too."""
+        """Return the blocked weight for inputs of the size of `x`; other sizes are also supported."""
         raise NotImplementedError
 
     def compute(self, x: Tensor) -> Tensor:

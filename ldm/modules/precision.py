@@ -1,4 +1,4 @@
-"""Which numbers to compute in: what the names of precisions mean on the device at hand."""
+"""Precision of computations: the dtypes that precision names select on a device."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Instructions of a CPU that multiply bfloat16, by the names of `torch.cpu.get_capabilities`; without one, torch's
-# kernels convert number by number and take dozens of times as long as in float32.
+# CPU instructions that multiply bfloat16, as named by `torch.cpu.get_capabilities`. Without one, torch's kernels
+# convert every value and take dozens of times as long as in float32.
 BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
-TRAINING = {"bf16-mixed", "bf16", "bf16-true"}  # Lightning's names of what computes in bfloat16
+BFLOAT16_TRAINING = {"bf16-mixed", "bf16", "bf16-true"}  # Lightning's precisions that compute in bfloat16
 
 
 def computes_bfloat16(device: torch.device | str) -> bool:
-    """Whether the device multiplies bfloat16 in hardware, so that it is the faster choice there."""
-    kind = torch.device(device).type
-    if kind == "cuda":
+    """Return whether `device` multiplies bfloat16 in hardware, where bfloat16 is faster than float32."""
+    device_type = torch.device(device).type
+    if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind != "cpu":
+    if device_type != "cpu":
         return False
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
@@ -28,7 +28,7 @@ def computes_bfloat16(device: torch.device | str) -> bool:
 
 
 def choose_precision(name: str, device: torch.device | str) -> torch.dtype:
-    """The type of numbers for sampling: `auto` is bfloat16 where the device computes in it, else float32."""
+    """Return the dtype for sampling; "auto" is bfloat16 if the hardware of `device` supports it, else float32."""
     if name == "auto":
         return torch.bfloat16 if computes_bfloat16(device) else torch.float32
     if name == "bfloat16":
@@ -37,17 +37,19 @@ def choose_precision(name: str, device: torch.device | str) -> torch.dtype:
 
 
 def choose_training_precision(name: str | int, device: torch.device | str) -> str | int:
-    """Lightning's name of the precision for training: `auto` is `bf16-mixed` where the device computes in bfloat16,
-    else `32-true`; any other name stays.
+    """Return Lightning's name of the training precision.
+
+    The name "auto" becomes "bf16-mixed" if the hardware of `device` supports bfloat16, else "32-true". Any other name
+    is returned unchanged.
     """
     if name == "auto":
         name = "bf16-mixed" if computes_bfloat16(device) else "32-true"
         logger.info("precision auto: %s", name)
-    elif name in TRAINING:
+    elif name in BFLOAT16_TRAINING:
         _warn_if_emulated(device)
     return name
 
 
 def _warn_if_emulated(device: torch.device | str) -> None:
     if torch.device(device).type == "cpu" and not computes_bfloat16(device):
-        logger.warning("this CPU has no bfloat16 instructions: bfloat16 takes many times as long as float32 here")
+        logger.warning("this CPU has no bfloat16 instructions: bfloat16 is many times slower than float32 on it")

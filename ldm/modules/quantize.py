@@ -1,4 +1,4 @@
-"""Vector quantization: every position of a feature map becomes the nearest entry of a learned codebook."""
+"""Vector quantization, which replaces every position of a feature map by the nearest entry of a learned codebook."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.errors import UserError
 
-# The distances are computed for as many positions at once as keep their table under this many numbers.
+# Largest number of distances computed at once; more positions are processed in chunks.
 MAX_DISTANCES = 2**24
 
 
 class VectorQuantizer2(nn.Module):
-    """Nearest-entry quantization with straight-through gradients (VQ-VAE, arXiv 1711.00937).
+    """Nearest-entry quantizer with straight-through gradients (VQ-VAE, arXiv:1711.00937).
 
     Args:
-        n_e: entries of the codebook.
-        e_dim: length of an entry, the channels of the feature map.
-        beta: weight of the commitment term; with `legacy` of the other term.
-        remap: NumPy file with the indices in use; indices are then positions in that list.
-        unknown_index: what an index outside that list becomes: "random" (any of the list), "extra" (an index of its
-            own, after the list) or a given number.
-        sane_index_shape: give indices as (B, H, W) instead of flat.
-        legacy: put `beta` on the codebook term, as the published models were trained.
+        n_e: number of codebook entries.
+        e_dim: length of an entry, equal to the channels of the feature map.
+        beta: weight of the commitment term, or of the codebook term with `legacy`.
+        remap: NumPy file with the used indices; returned indices are then positions in that list.
+        unknown_index: replacement of an index outside that list: "random" (a random position), "extra" (one
+            additional index after the list) or a number.
+        sane_index_shape: return indices as (B, H, W) instead of flat.
+        legacy: apply `beta` to the codebook term, as in the training of the published models.
+
+    Raises:
+        UserError: `remap` cannot be read, its indices are invalid, or `unknown_index` is unknown.
     """
 
     def __init__(
@@ -61,31 +65,31 @@ class VectorQuantizer2(nn.Module):
             self.unknown_index = unknown_index
 
     def remap_to_used(self, inds: Tensor) -> Tensor:
-        """Codebook indices of any shape -> positions in the list of used ones."""
+        """Map codebook indices of any shape to positions in the list of used indices."""
         positions = self.used.new_full((self.n_e,), -1)
         positions[self.used] = torch.arange(len(self.used), device=inds.device)
         new = positions[inds]
         unknown = new < 0
         if self.unknown_index == "random":
-            draws = torch.randint(0, self.re_embed, size=(int(unknown.sum()),))
-            new[unknown] = draws.to(new)
+            random_positions = torch.randint(0, self.re_embed, size=(int(unknown.sum()),))
+            new[unknown] = random_positions.to(new)
         else:
             new[unknown] = self.unknown_index
         return new
 
     def unmap_to_all(self, inds: Tensor) -> Tensor:
-        """Positions in the list of used indices -> codebook indices; the extra index gives the first entry in use."""
+        """Map positions in the list of used indices to codebook indices; the extra index maps to the first entry."""
         return self.used[inds.where(inds < len(self.used), 0)]
 
     def nearest(self, z: Tensor) -> Tensor:
-        """Indices of the entries nearest to the rows of `z`: (N, e_dim) -> (N,)."""
-        # Rounding the distances to half precision would pick other entries.
+        """Return the indices (N,) of the entries nearest to the rows of `z` (N, e_dim)."""
+        # Distances rounded to half precision would select other entries.
         dtype = torch.promote_types(z.dtype, torch.float32)
         z, codebook = z.to(dtype), self.embedding.weight.to(dtype)
         # |z - e|^2 without |z|^2, which is the same for every entry.
-        squares, doubled = codebook.square().sum(dim=1), codebook.t()
+        squares = codebook.square().sum(dim=1)
         chunks = z.split(max(1, MAX_DISTANCES // self.n_e))
-        return torch.cat([torch.addmm(squares, rows, doubled, alpha=-2.0).argmin(dim=1) for rows in chunks])
+        return torch.cat([torch.addmm(squares, rows, codebook.t(), alpha=-2.0).argmin(dim=1) for rows in chunks])
 
     def forward(
         self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
@@ -94,18 +98,18 @@ class VectorQuantizer2(nn.Module):
 
         Args:
             z: (B, e_dim, H, W).
-            temp, rescale_logits, return_logits: options of quantizers that sample; must keep their defaults.
+            temp, rescale_logits, return_logits: options of sampling quantizers; only the defaults are accepted.
 
         Returns:
-            The quantized map (B, e_dim, H, W), the loss of codebook and encoder, and `(None, None, indices)`
-            (perplexity and one-hot codes are not computed; indices are flat unless `sane_index_shape`).
+            The quantized map (B, e_dim, H, W), the codebook and commitment loss, and `(None, None, indices)`.
+            Perplexity and one-hot codes are not computed. The indices are flat unless `sane_index_shape` is set.
         """
         if temp not in (None, 1.0) or rescale_logits or return_logits:
             raise ValueError("a nearest-entry quantizer has neither a temperature nor logits")
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            indices = self.nearest(z.permute(0, 2, 3, 1).reshape(-1, self.e_dim))
+            indices = self.nearest(rearrange(z, "b c h w -> (b h w) c"))
         indices = indices.view(z.shape[0], *z.shape[2:])
-        z_q = self.embedding(indices).permute(0, 3, 1, 2)
+        z_q = rearrange(self.embedding(indices), "b h w c -> b c h w")
 
         codebook_term = (z_q - z.detach()).square().mean()
         commitment_term = (z_q.detach() - z).square().mean()
@@ -114,7 +118,7 @@ class VectorQuantizer2(nn.Module):
         else:
             loss = self.beta * commitment_term + codebook_term
 
-        z_q = z + (z_q - z).detach()  # the gradient passes straight through
+        z_q = z + (z_q - z).detach()  # straight-through gradient
         if self.remap is not None:
             indices = self.remap_to_used(indices)
         if not self.sane_index_shape:
@@ -122,19 +126,19 @@ class VectorQuantizer2(nn.Module):
         return z_q, loss, (None, None, indices)
 
     def get_codebook_entry(self, indices: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        """The entries that indices name.
+        """Return the codebook entries at `indices`.
 
         Args:
-            indices: of any shape.
-            shape: (B, H, W, e_dim), to get a feature map.
+            indices: indices of any shape.
+            shape: (B, H, W, e_dim), to return a feature map.
 
         Returns:
-            (B, e_dim, H, W), or without `shape` one row for each index.
+            (B, e_dim, H, W), or one row for each index without `shape`.
         """
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
         z_q = self.embedding(indices)
-        return z_q if shape is None else z_q.view(*shape).permute(0, 3, 1, 2).contiguous()
+        return z_q if shape is None else rearrange(z_q.view(*shape), "b h w c -> b c h w").contiguous()
 
 
 def _read_used(path: str | Path, n_e: int) -> Tensor:
@@ -143,5 +147,5 @@ def _read_used(path: str | Path, n_e: int) -> Tensor:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f'remap: cannot read indices from "{path}" ({error}); write them with numpy.save') from error
     if used.numel() == 0 or used.min() < 0 or used.max() >= n_e or used.unique().numel() != used.numel():
-        raise UserError(f'remap: "{path}" needs different indices between 0 and {n_e - 1}')
+        raise UserError(f'remap: "{path}" must hold distinct indices between 0 and {n_e - 1}')
     return used

@@ -1,6 +1,6 @@
-"""Large maps in overlapping tiles, one at a time: little memory, any size, no seams.
+"""Tiled processing of large maps: overlapping tiles run one at a time and are blended without seams.
 
-The published tiling of a model, `split_input_params`, is `ldm.models.diffusion.tiling`.
+The module `ldm.models.diffusion.tiling` implements the published option `split_input_params`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles of `tile` start that cover `size`, each over at least `overlap` of the one before.
+    """Return the start positions of tiles of length `tile` that cover `size` positions.
 
-    The last one ends where the map ends; a map no larger than a tile gets one.
+    Neighbouring tiles overlap by at least `overlap`. The last tile ends at the end of the map. A map that is not
+    larger than one tile gets one tile.
     """
     if size <= tile:
         return [0]
@@ -26,24 +27,24 @@ def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
 
 
 def tile_boxes(height: int, width: int, tile: int, overlap: int) -> Iterator[Box]:
-    """The tiles of a map, row by row."""
+    """Yield the tiles of a map, row by row."""
     for top in tile_starts(height, tile, overlap):
         for left in tile_starts(width, tile, overlap):
             yield top, left, min(tile, height), min(tile, width)
 
 
 def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, factor: int = 1) -> Tensor:
-    """`function` of overlapping tiles, blended: where tiles overlap, each fades out towards its border.
+    """Apply `function` to overlapping tiles of `x` and blend the results; tiles fade out towards their borders.
 
     Args:
-        function: takes (B, C, h, w) and gives (B, C', h · factor, w · factor).
+        function: maps (B, C, h, w) to (B, C', h · factor, w · factor).
         x: (B, C, H, W).
-        tile: side of a tile, in positions of x.
-        overlap: of neighbouring tiles at least, fewer than `tile`.
-        factor: size of the result over size of x.
+        tile: height and width of a tile, in positions of `x`.
+        overlap: smallest overlap of neighbouring tiles, less than `tile`.
+        factor: ratio of the result's size to the size of `x`.
 
     Returns:
-        (B, C', H · factor, W · factor) float32, where the function leaves its results.
+        (B, C', H · factor, W · factor) float32, on the device of the function's results.
     """
     height, width = x.shape[2:]
     total = weights = None
@@ -54,40 +55,40 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap
             weights = result.new_zeros(height * factor, width * factor)
         weight = fade(h * factor, overlap * factor)[:, None] * fade(w * factor, overlap * factor)[None, :]
         weight = weight.to(result.device)
-        part = slice(top * factor, (top + h) * factor), slice(left * factor, (left + w) * factor)
-        total[:, :, part[0], part[1]] += result * weight
-        weights[part] += weight
+        rows, columns = slice(top * factor, (top + h) * factor), slice(left * factor, (left + w) * factor)
+        total[:, :, rows, columns] += result * weight
+        weights[rows, columns] += weight
     return total / weights
 
 
 def fade(size: int, overlap: int) -> Tensor:
-    """Weights (size,) that rise from both ends over `overlap` positions to 1, and are nowhere 0."""
+    """Return positive weights (size,) that rise linearly to 1 over `overlap` positions from both ends."""
     ramp = (torch.arange(size) + 1.0) / (overlap + 1.0)
     return torch.minimum(ramp, ramp.flip(0)).clamp(max=1.0)
 
 
 class TiledDenoiser:
-    """A model whose network sees large maps in overlapping tiles, blended at every step; the rest is the model's own.
+    """Wrapper of a model that runs the denoising network on overlapping tiles and blends them at every step.
 
-    All tiles share the noise and the estimates of the whole map, so that they agree where they meet (as in
-    MultiDiffusion, arXiv:2302.08113).
+    All tiles share the noise and the estimates of the full map, so they agree at their borders (as in
+    MultiDiffusion, arXiv:2302.08113). All other attributes are those of the model.
 
     Args:
-        model: a model with `apply_model`, conditioned on a map that is joined to its input.
+        model: model with `apply_model`, conditioned on a map that is concatenated to its input.
         tile, overlap: as for `in_tiles`.
     """
 
     def __init__(self, model: Any, tile: int, overlap: int) -> None:
-        self._whole, self._tile, self._overlap = model, tile, overlap
+        self._model, self._tile, self._overlap = model, tile, overlap
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._whole, name)
+        return getattr(self._model, name)
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """The prediction (B, C, H, W) for x_noisy (B, C, H, W) at steps t (B,), given cond (B, c, H, W)."""
+        """Return the prediction (B, C, H, W) for `x_noisy` (B, C, H, W), timesteps `t` (B,) and `cond` (B, c, H, W)."""
         channels = x_noisy.shape[1]
 
-        def predict(part: Tensor) -> Tensor:
-            return self._whole.apply_model(part[:, :channels], t, part[:, channels:])
+        def predict(region: Tensor) -> Tensor:
+            return self._model.apply_model(region[:, :channels], t, region[:, channels:])
 
         return in_tiles(predict, torch.cat([x_noisy, cond], dim=1), self._tile, self._overlap)

@@ -1,4 +1,4 @@
-"""A transformer over token ids, with the state-dict names of the x-transformers package.
+"""Transformer over token ids, with the state-dict names of the x-transformers package.
 
 Shapes: B batch, N tokens, D channels.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.errors import UserError
@@ -16,7 +17,7 @@ from ldm.modules.attention import FeedForward
 
 
 class AbsolutePositionalEmbedding(nn.Module):
-    """One learned vector for each position."""
+    """Learned embedding of token positions."""
 
     def __init__(self, dim: int, max_seq_len: int) -> None:
         super().__init__()
@@ -24,12 +25,17 @@ class AbsolutePositionalEmbedding(nn.Module):
         nn.init.normal_(self.emb.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The embeddings (1, N, D) of the positions of `x: (B, N, ...)`."""
+        """Return the embeddings (1, N, D) of the positions of `x` (B, N, ...)."""
         return self.emb.weight[None, : x.shape[1]]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `causal` hides later tokens, `dropout` acts on the attention weights."""
+    """Multi-head self-attention.
+
+    Args:
+        causal: mask later tokens.
+        dropout: dropout of the attention weights.
+    """
 
     def __init__(
         self, dim: int, heads: int = 8, dim_head: int = 64, causal: bool = False, dropout: float = 0.0
@@ -45,9 +51,9 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(inner_dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`x: (B, N, D)` to the same shape; `mask` is boolean (B, N), False where a token must not be seen."""
+        """Map `x` (B, N, D) to the same shape; `mask` is boolean (B, N), False for tokens to ignore."""
         q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v)
+            rearrange(layer(x), "b n (h d) -> b h n d", h=self.heads) for layer in (self.to_q, self.to_k, self.to_v)
         )
         causal = self.causal
         if mask is not None:
@@ -57,13 +63,16 @@ class Attention(nn.Module):
                 mask = mask & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
                 causal = False
         out = attend(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=causal)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
 
 class AttentionLayers(nn.Module):
-    """`depth` pairs of self-attention and perceptron, each residual with a layer norm before it.
+    """Stack of self-attention and perceptron blocks, each with a layer norm before it and a residual connection.
 
-    Arguments that start with `attn_` and `ff_` go to `Attention` and `FeedForward` without that prefix.
+    Args:
+        depth: number of pairs of self-attention and perceptron.
+        attn_dim_head, attn_dropout: `dim_head` and `dropout` of `Attention`.
+        ff_mult, ff_glu, ff_dropout: `mult`, `glu` and `dropout` of `FeedForward`.
     """
 
     def __init__(
@@ -87,7 +96,7 @@ class AttentionLayers(nn.Module):
         self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), block]) for block in blocks)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`x: (B, N, D)` to the same shape, not normalised."""
+        """Map `x` (B, N, D) to the same shape, without a final normalisation."""
         for norm, block in self.layers:
             h = norm(x)
             x = x + (block(h, mask) if isinstance(block, Attention) else block(h))
@@ -95,27 +104,27 @@ class AttentionLayers(nn.Module):
 
 
 class Encoder(AttentionLayers):
-    """Layers in which every token sees all tokens."""
+    """Attention layers in which every token attends to all tokens."""
 
     def __init__(self, dim: int, depth: int, **kwargs: Any) -> None:
         super().__init__(dim, depth, causal=False, **kwargs)
 
 
 class Decoder(AttentionLayers):
-    """Layers in which every token sees itself and the tokens before it."""
+    """Attention layers in which every token attends to itself and to earlier tokens."""
 
     def __init__(self, dim: int, depth: int, **kwargs: Any) -> None:
         super().__init__(dim, depth, causal=True, **kwargs)
 
 
 class TransformerWrapper(nn.Module):
-    """Token ids to embeddings or to logits over the vocabulary.
+    """Transformer that maps token ids to embeddings or to logits over the vocabulary.
 
     Args:
         num_tokens: size of the vocabulary.
         max_seq_len: number of positions.
         attn_layers: an `Encoder` or a `Decoder`.
-        emb_dim: channels of the embeddings; another number than the layers' adds a projection.
+        emb_dim: channels of the embeddings; a projection follows if it differs from the width of the layers.
         emb_dropout: dropout after the embeddings.
     """
 
@@ -142,21 +151,24 @@ class TransformerWrapper(nn.Module):
         self.to_logits = nn.Linear(dim, num_tokens)
 
     def forward(self, x: Tensor, return_embeddings: bool = False, mask: Tensor | None = None) -> Tensor:
-        """Encode.
+        """Encode token ids.
 
         Args:
             x: (B, N) token ids, N at most `max_seq_len`.
-            return_embeddings: skip the logits.
-            mask: boolean (B, N), False where a token must not be seen.
+            return_embeddings: return the embeddings instead of the logits.
+            mask: boolean (B, N), False for tokens to ignore.
 
         Returns:
             (B, N, D) embeddings or (B, N, num_tokens) logits.
 
         Raises:
-            UserError: more tokens than positions.
+            UserError: `x` has more than `max_seq_len` tokens.
         """
         if x.shape[1] > self.max_seq_len:
-            raise UserError(f"{x.shape[1]} tokens for a transformer of {self.max_seq_len} positions; shorten the input")
+            raise UserError(
+                f"the input has {x.shape[1]} tokens, but the transformer has {self.max_seq_len} positions; "
+                "shorten the input"
+            )
         h = self.token_emb(x)
         h = self.project_emb(self.emb_dropout(h + self.pos_emb(x)))
         h = self.norm(self.attn_layers(h, mask))

@@ -13,19 +13,72 @@ from torch import Tensor, nn
 
 from ldm.config.instantiate import instantiate_from_config
 from ldm.config.model_config import read_config
+from ldm.config.model_files import FIRST_STAGES, MODELS, RETRIEVAL_MODELS, ModelFiles, available_models, find_model
 from ldm.errors import UserError
 from ldm.io.checkpoint.loading import load_weights, without_ema
 from ldm.io.checkpoint.reading import read_state_dict
 from ldm.models.autoencoder import Autoencoder
+from ldm.modules.precision import choose_precision
 
 logger = logging.getLogger(__name__)
 
+# Folders whose models go by their name.
+PLACES = (MODELS, RETRIEVAL_MODELS, FIRST_STAGES)
 
-def choose_device(name: str | None = None) -> torch.device:
-    """The device called `name`, or without one the best there is.
+
+def load(
+    model: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "float32",
+) -> Any:
+    """Load a model, ready to sample: a diffusion model, or the autoencoder of a first stage.
+
+    Args:
+        model: a name such as "emoji64" or "kl-f8", a folder with `config.yaml` and weights, or that of a training run.
+        config: YAML configuration, instead of `model`.
+        checkpoint: weights, instead of `model`; without `config` its configuration is looked up beside it.
+        device: "cpu", "cuda", "cuda:1", "mps"; default: a GPU if there is one.
+        precision: "float32", "bfloat16", "float16", or "auto": bfloat16 if the hardware computes in it.
+
+    Returns:
+        The model in evaluation mode, such as a `LatentDiffusion`.
 
     Raises:
-        UserError: torch knows no such device, or this machine has none.
+        UserError: A file is missing or damaged, or the configuration and the weights do not belong together.
+    """
+    files = _find(model, config, checkpoint)
+    target = choose_device(device)
+    return load_files(files, read_config(files.config), target, choose_precision(precision, target))
+
+
+def _find(
+    model: str | Path | None,
+    config: str | Path | None,
+    checkpoint: str | Path | None,
+) -> ModelFiles:
+    words = [None if word is None else str(word) for word in (model, config, checkpoint)]
+    files = find_model(*words, PLACES)
+    if files is None:
+        known = ", ".join(available_models(PLACES)) or "none"
+        raise UserError(f"no model is named; give a name (available: {known}), a folder, or a checkpoint")
+    return files
+
+
+def load_files(files: ModelFiles, config: Mapping[str, Any], device: torch.device | str, precision: torch.dtype) -> Any:
+    """Load the model in `files` with the configuration that was read from them; messages call it by its name."""
+    model = load_model(config, files.checkpoint, device, precision)
+    model.name = files.name
+    return model
+
+
+def choose_device(name: str | torch.device | None = None) -> torch.device:
+    """Return the device called `name`, or by default a GPU if there is one.
+
+    Raises:
+        UserError: torch does not know the device, or this machine does not have it.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -34,8 +87,20 @@ def choose_device(name: str | None = None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f'--device "{name}" cannot be used here ({reason}); leave it out or give cpu') from None
+        raise UserError(f'the device "{name}" is not available here ({reason}); leave it out or give cpu') from None
     return device
+
+
+def place(model: Any, device: str | torch.device | None = None, precision: str | None = None) -> Any:
+    """Move a model to a device and convert it to a precision; None leaves it as it is.
+
+    Raises:
+        UserError: The device is not available, or the precision is unknown.
+    """
+    if device is None and precision is None:
+        return model
+    target = model.device if device is None else choose_device(device)
+    return model.to(target) if precision is None else model.to(target, choose_precision(precision, target))
 
 
 def load_model(
@@ -44,17 +109,25 @@ def load_model(
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
 ) -> Any:
-    """Build the model that `config`, a file or what `read_config` gives, describes, with the weights of `checkpoint`.
+    """Build the model that `config` describes, with the weights of `checkpoint`.
 
-    Moving averages take the place of the live weights where the configuration keeps them (`use_ema`) and the
-    checkpoint holds them; `ema_scope` then changes nothing. Parts that only train are left out.
+    Moving averages replace the live weights if the configuration keeps them (`use_ema`) and the checkpoint holds them;
+    `ema_scope` then changes nothing. Parts that only training needs are left out.
+
+    Args:
+        config: a YAML file, or the result of `read_config`.
+        checkpoint: a checkpoint or safetensors file.
+        device: where the model goes.
+        precision: the dtype of its weights.
 
     Raises:
-        UserError: a file is missing or damaged, or the two do not belong together.
+        UserError: A file is missing or damaged, or the two do not belong together.
     """
     model_config = config if isinstance(config, Mapping) else read_config(config)
     weights = read_state_dict(checkpoint)
-    weights = without_ema(weights, use_average=bool(model_config["params"].get("use_ema", True)))
+    weights = without_ema(
+        weights, use_average=bool(model_config["params"].get("use_ema", "unet_config" in model_config["params"]))
+    )
     model = build_model(for_inference(model_config, weights), weights, f'"{checkpoint}"')
     return model.to(device, precision)
 
@@ -65,13 +138,13 @@ def load_first_stage(
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
 ) -> Autoencoder:
-    """The autoencoder that `config` describes, or the one within the latent diffusion model that it describes.
+    """Build the autoencoder that `config` describes, or the first stage of the diffusion model that it describes.
 
-    Of a diffusion model's weights only those of its first stage are loaded.
+    Of the weights of a diffusion model, only those of its first stage are loaded.
 
     Raises:
-        UserError: a file is missing or damaged, the two do not belong together, or there is no autoencoder of
-            pictures with three channels.
+        UserError: A file is missing or damaged, the two do not belong together, or there is no autoencoder of
+            images with three channels.
     """
     model_config = read_config(config)
     weights = read_state_dict(checkpoint)
@@ -85,30 +158,30 @@ def load_first_stage(
         model_config = inner
     model = build_model(for_inference(model_config, weights), weights, f'"{checkpoint}"')
     if not isinstance(model, Autoencoder) or model.encoder.conv_in.in_channels != 3:
-        raise UserError(f'the model of "{config}" is no autoencoder of pictures with three channels; name one that is')
+        raise UserError(f'the model of "{config}" is not an autoencoder of RGB images; name one that is')
     return model.to(device, precision)
 
 
 def build_model(model_config: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> Any:
-    """The model that `model_config` describes, filled with `weights`, in evaluation mode without gradients.
+    """Build the model that `model_config` describes, with `weights`, in evaluation mode and without gradients.
 
     Raises:
-        UserError: the weights, called `source` in the message, are another model's.
+        UserError: The weights, called `source` in the message, belong to another model.
     """
-    elsewhere = _parts_from_elsewhere(model_config)
+    elsewhere = _parts_with_own_files(model_config)
     with skip_init():
         model = instantiate_from_config(model_config)
     report = load_weights(model, weights, elsewhere, source)
     missing = [name for name in report.missing if not name.startswith(elsewhere)]
     if not dict(model.named_parameters()).keys().isdisjoint(missing):
-        # A few parameters are younger than the file; they need their initial values after all.
+        # A few parameters are newer than the file; they need their initial values.
         model = instantiate_from_config(model_config)
         load_weights(model, weights, elsewhere, source)
     return model.eval().requires_grad_(False)
 
 
-def _parts_from_elsewhere(model_config: Mapping[str, Any]) -> tuple[str, ...]:
-    """How the names of those weights begin that a model takes from other files, as its configuration says."""
+def _parts_with_own_files(model_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the name prefixes of weights that the model reads from files of their own, as its configuration states."""
     params = model_config["params"]
     parts = ["first_stage_model."] if _params_of(params, "first_stage").get("ckpt_path") else []
     if parts and params.get("cond_stage_config") == "__is_first_stage__":
@@ -123,7 +196,7 @@ def _params_of(params: Mapping[str, Any], part: str) -> Mapping[str, Any]:
 
 
 def for_inference(model_config: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """`model_config` without what serves training alone: averages, losses, and files to start from.
+    """Return `model_config` without the parts that only training needs: averages, losses, checkpoints to start from.
 
     Args:
         model_config: a model's `target` and `params`.
@@ -148,7 +221,7 @@ def _without_loss(params: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def skip_init() -> Iterator[None]:
-    """Build modules without drawing initial weights, which loading would overwrite: seconds less for a large model."""
+    """Build modules without sampling initial weights, which loading would overwrite; it saves seconds."""
 
     def keep(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return tensor

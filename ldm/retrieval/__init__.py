@@ -1,4 +1,4 @@
-"""Neighbours for retrieval-augmented diffusion (arXiv:2204.11824): databases of CLIP embeddings, and search in them."""
+"""Retrieval-augmented diffusion (arXiv:2204.11824): databases of CLIP embeddings, and nearest-neighbour search."""
 
-# The published models were trained with this many neighbours of a picture, and take no more.
+# The published models were trained with this number of neighbours of an image, and support no more.
 MAX_NEIGHBOURS = 20

@@ -1,4 +1,4 @@
-"""What a retrieval-augmented model is conditioned on: the prompt and pictures near it, in CLIP's space.
+"""Conditioning of retrieval-augmented models: CLIP embeddings of a prompt and of its neighbours.
 
 Shapes: B prompts, k neighbours, D channels of CLIP's joint space.
 """
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 
 def retrieval_conditioning(prompts: Tensor, neighbours: Tensor | None = None) -> Tensor:
-    """The context of a retrieval-augmented model (arXiv:2204.11824): the prompt first, then its neighbours.
+    """Return the context of a retrieval-augmented model: the prompt, then its neighbours.
 
     Args:
         prompts: (B, D) CLIP embeddings of texts.
-        neighbours: (B, k, D) CLIP embeddings of pictures, the nearest first; None draws from the texts alone.
+        neighbours: (B, k, D) CLIP embeddings of images, the nearest first; None for a context of the prompt alone.
 
     Returns:
-        (B, 1 + k, D), every vector of length 1.
+        (B, 1 + k, D) unit vectors.
     """
     context = prompts[:, None]
     if neighbours is not None:
@@ -27,5 +27,5 @@ def retrieval_conditioning(prompts: Tensor, neighbours: Tensor | None = None) ->
 
 
 def unconditional_conditioning(conditioning: Tensor) -> Tensor:
-    """What guidance leads away from: zeros in the shape of `conditioning` (B, 1 + k, D)."""
+    """Return the unconditional context for guidance: zeros in the shape of `conditioning` (B, 1 + k, D)."""
     return torch.zeros_like(conditioning)

@@ -1,6 +1,6 @@
-"""From prompts to what a retrieval-augmented model is told: CLIP, the search for neighbours, and the two joined.
+"""Encode prompts to the contexts of a retrieval-augmented model, with CLIP and nearest-neighbour search.
 
-Legend: D channels of CLIP's joint space, k neighbours.
+Shapes: k neighbours, D channels of CLIP's joint space.
 """
 
 from __future__ import annotations
@@ -17,72 +17,76 @@ from ldm.modules.encoders.clip import FrozenCLIPTextEmbedder
 from ldm.retrieval.conditioning import retrieval_conditioning
 from ldm.retrieval.searcher import open_searcher
 
-# Prompts that are searched for together: one pass over the database serves them all.
-QUERIES_AT_ONCE = 256
+# Number of prompts that share one pass over the database.
+QUERY_BATCH = 256
 
 
 class Context(NamedTuple):
-    """What the model is told of one prompt."""
+    """Context of one prompt.
 
-    vectors: Tensor  # (1 + k, D) float32 of length 1, on the CPU: the prompt, then its neighbours
-    neighbours: tuple[int, ...]  # which vectors of the database, the nearest first
+    Attributes:
+        vectors: (1 + k, D) float32 unit vectors on the CPU: the prompt, then its neighbours.
+        neighbours: indices of the neighbours in the database, the nearest first.
+    """
+
+    vectors: Tensor
+    neighbours: tuple[int, ...]
 
 
-class Contexts:
-    """Makes the contexts of prompts.
+class ContextEncoder:
+    """Encoder of prompts to contexts.
 
-    All of it runs on the CPU, and CLIP prompt by prompt: a prompt has the same context wherever, and beside whatever
-    else, it is drawn. That costs a fraction of a second, which sampling dwarfs.
+    It runs on the CPU, and encodes one prompt at a time with CLIP. The context of a prompt is therefore the same on
+    every device and in every batch. This takes a fraction of a second, much less than sampling.
 
     Args:
-        clip_type: which CLIP, see `FrozenCLIPTextEmbedder`.
-        database: the name or folder of the database to search; None draws from the texts alone.
-        knn: k, how many neighbours; fewer where the database is smaller.
+        clip_type: name of the CLIP model, see `FrozenCLIPTextEmbedder`.
+        database: name or folder of the database to search; None for contexts of the prompts alone.
+        knn: k, the number of neighbours; a smaller database returns fewer.
 
     Raises:
-        UserError: the database or the CLIP is missing or damaged, or transformers is not installed.
+        UserError: the database or the CLIP model is missing or damaged, or transformers is not installed.
     """
 
     def __init__(self, clip_type: str, database: str | None = None, knn: int = 0) -> None:
-        self.searcher = open_searcher(database) if database is not None else None  # first: it needs no CLIP to fail
+        self.searcher = open_searcher(database) if database is not None else None  # first, to fail before CLIP loads
         self.clip = FrozenCLIPTextEmbedder(version=clip_type)
         self.clip_type = clip_type
         self.knn = knn
 
     def check_width(self, width: int) -> None:
-        """Whether a model that takes vectors of `width` numbers takes this CLIP's.
+        """Check that the embeddings have the width D that a model needs.
 
         Raises:
-            UserError: it does not.
+            UserError: they have another width.
         """
         own = self.clip.model.config.projection_dim
         if own != width:
             raise UserError(
-                f'the CLIP "{self.clip_type}" gives vectors of {own} numbers, and the model takes {width}; choose '
-                "the --clip_type that it was trained with"
+                f'the CLIP "{self.clip_type}" has embeddings of width {own}, and the model needs {width}; choose the '
+                "--clip_type that the model was trained with"
             )
 
-    def of(self, prompts: Sequence[str]) -> list[Context]:
-        """The context of each prompt.
+    def encode(self, prompts: Sequence[str]) -> list[Context]:
+        """Return the context of each prompt.
 
         Raises:
-            UserError: the database holds vectors of another CLIP, or such that are not finite.
+            UserError: the database comes from another CLIP, or its vectors are not finite.
         """
-        found: list[Context] = []
+        contexts: list[Context] = []
         with tqdm(total=len(prompts), desc="prompts", unit="prompt", delay=1.0, leave=False) as bar:
-            for first in range(0, len(prompts), QUERIES_AT_ONCE):
-                some = prompts[first : first + QUERIES_AT_ONCE]
-                found += self._of_some(some, bar)
-        return found
+            for first in range(0, len(prompts), QUERY_BATCH):
+                contexts += self._encode_batch(prompts[first : first + QUERY_BATCH], bar)
+        return contexts
 
-    def _of_some(self, prompts: Sequence[str], bar: tqdm) -> list[Context]:
-        queries = []
+    def _encode_batch(self, prompts: Sequence[str], bar: tqdm) -> list[Context]:
+        embeddings = []
         for prompt in prompts:
-            queries.append(self.clip(prompt))
+            embeddings.append(self.clip(prompt))
             bar.update()
-        query = torch.cat(queries)
+        queries = torch.cat(embeddings)
         if self.searcher is None:
-            return [Context(vectors, ()) for vectors in retrieval_conditioning(query)]
-        indices, _, embeddings = self.searcher.search(query, self.knn)
-        context = retrieval_conditioning(query, embeddings)
-        return [Context(*each) for each in zip(context, map(tuple, indices.tolist()), strict=True)]
+            return [Context(vectors, ()) for vectors in retrieval_conditioning(queries)]
+        found = self.searcher.search(queries, self.knn)
+        vectors = retrieval_conditioning(queries, found.embeddings)
+        return [Context(*pair) for pair in zip(vectors, map(tuple, found.indices.tolist()), strict=True)]

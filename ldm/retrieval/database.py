@@ -1,6 +1,6 @@
-"""Databases of CLIP embeddings of picture patches, read from NPZ files.
+"""Databases of CLIP embeddings of image patches, read from NPZ files.
 
-Legend: N vectors of D numbers each; D is 768 for CLIP ViT-L/14.
+Shapes: N vectors of width D; D is 768 for CLIP ViT-L/14.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tqdm.utils import CallbackIOWrapper
 from ldm.config.targets import shown
 from ldm.errors import UserError, did_you_mean
 
-# What each array of a file holds for one vector, beside the N of its shape.
+# Shape of each array in a file, without N; None stands for D.
 ROW_SHAPES: dict[str, tuple[int | None, ...]] = {"embedding": (None,), "img_id": (), "patch_coords": (4,)}
-# Rows that are worked on at a time: 50 MB in float32, whatever the size of the database.
+# Number of rows to process at a time: 50 MB in float32.
 CHUNK_ROWS = 16_384
 
 _HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-# What zipfile, and numpy's reader of headers, raise for files that are not what they should be.
-_DAMAGE = (
+# Exceptions of zipfile and of NumPy's header reader for damaged files.
+_READ_ERRORS = (
     *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError, EOFError, KeyError),
     *(ValueError, TypeError, SyntaxError, TokenError),
 )
@@ -37,7 +37,7 @@ _DAMAGE = (
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about one of its arrays."""
+    """Header of an array in a file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -45,11 +45,11 @@ class Header:
 
 @dataclass(frozen=True)
 class Database:
-    """Embeddings, and where they come from.
+    """Embeddings of a database.
 
     Args:
-        folder: where the files are.
-        embeddings: (N, D), float16, float32 or float64 as stored; of any length.
+        folder: the folder of the files.
+        embeddings: (N, D) float16, float32 or float64, as stored and not normalised.
     """
 
     folder: Path
@@ -60,26 +60,26 @@ class Database:
 
 
 def read_database(folder: Path) -> Database:
-    """The database in a folder of NPZ files with the arrays `embedding`, `img_id` and `patch_coords`.
+    """Read the database in a folder of NPZ files with the arrays `embedding`, `img_id` and `patch_coords`.
 
-    The files follow one another in the order of their names. Only embeddings are read, and needed; of the other arrays
-    the headers are. Memory holds the database and, where there are several files, the largest of them once more.
+    Files are concatenated in the order of their names. Only the embeddings are read and required; of the other arrays,
+    only the headers are checked. Several files need memory for the database and once more for the largest file.
 
     Raises:
-        UserError: a file is damaged, an array has another shape than it must, or memory does not suffice.
+        UserError: a file is damaged, an array has the wrong shape, or there is not enough memory.
     """
     files = sorted(path for path in folder.glob("*.npz") if path.is_file())
     if not files:
-        raise UserError(f'the database "{folder}" holds no NPZ files; put files with an array "embedding" there')
+        raise UserError(f'the database "{folder}" contains no NPZ files; add files with an array "embedding"')
     headers = [_checked_headers(path)["embedding"] for path in files]
     widths = [header.shape[1] for header in headers]
     for path, width in zip(files, widths, strict=True):
         if width != widths[0]:
-            raise UserError(f'"{path}" holds vectors of {width} numbers, "{files[0]}" of {widths[0]}; keep one kind')
+            raise UserError(f'"{path}" has vectors of width {width}, "{files[0]}" of {widths[0]}; remove one of them')
     count = sum(header.shape[0] for header in headers)
     dtype = np.result_type(*(header.dtype for header in headers)).newbyteorder("=")
     size = count * widths[0]
-    with out_of_memory_told(folder, size * dtype.itemsize), _reading_bar(folder, headers) as bar:
+    with report_out_of_memory(folder, size * dtype.itemsize), _progress_bar(folder, headers) as bar:
         if len(files) == 1:
             return Database(folder, _read(files[0], bar).astype(dtype, copy=False))
         embeddings = np.empty((count, widths[0]), dtype)
@@ -90,103 +90,108 @@ def read_database(folder: Path) -> Database:
     return Database(folder, embeddings)
 
 
-def normalised(rows: np.ndarray, device: torch.device | str = "cpu", first: int = 0) -> torch.Tensor:
-    """Rows (n, D) as float32 of length 1 on a device; rows of zeros stay.
+def normalise(rows: np.ndarray, device: torch.device | str = "cpu", first: int = 0) -> torch.Tensor:
+    """Normalise rows (n, D) to unit length in float32 on a device; rows of zeros remain zeros.
 
     Args:
-        rows: any floating-point numbers.
-        device: where to.
-        first: the number of the first row in its database, for the message.
+        rows: an array with a floating-point dtype.
+        device: device of the result.
+        first: index of the first row in the database, for the error message.
 
     Raises:
-        UserError: a row has no length, because a number in it is infinite or NaN.
+        UserError: a row is not finite.
     """
     unit = F.normalize(torch.from_numpy(rows).to(device).float(), dim=-1)
     if not torch.isfinite(unit.sum()):
         row = first + int((~unit.isfinite().all(dim=-1)).nonzero()[0])
-        raise UserError(f"the database is damaged: vector {row} holds numbers that are not finite; download it again")
+        raise UserError(f"the database is damaged: vector {row} is not finite; download the database again")
     return unit
 
 
 def chunks(embeddings: np.ndarray, rows: int = CHUNK_ROWS) -> Iterator[tuple[int, np.ndarray]]:
-    """Embeddings (N, D) in pieces of at most `rows`, each with the number of its first row."""
+    """Iterate over embeddings (N, D) in chunks of at most `rows`, each with the index of its first row."""
     for first in range(0, len(embeddings), rows):
         yield first, embeddings[first : first + rows]
 
 
 @contextmanager
-def out_of_memory_told(folder: Path, size: int) -> Iterator[None]:
-    """Turn a lack of memory inside into a message that names the database and how many bytes it needs."""
+def report_out_of_memory(folder: Path, size: int) -> Iterator[None]:
+    """Convert a MemoryError into a UserError that names the database and the bytes that it needs."""
     try:
         yield
     except MemoryError:
         raise UserError(f'the database "{folder}" needs {size / 1e9:.1f} GB of memory; use a smaller one') from None
 
 
-def _reading_bar(folder: Path, headers: Sequence[Header]) -> tqdm:
+def _progress_bar(folder: Path, headers: Sequence[Header]) -> tqdm:
     total = sum(int(np.prod(header.shape)) * header.dtype.itemsize for header in headers)
-    # Small databases are read before anyone looks.
+    # The delay hides the bar for small databases.
     return tqdm(total=total, desc=f"reading {folder.name}", unit="B", unit_scale=True, delay=1.0, leave=False)
 
 
 def _checked_headers(path: Path) -> dict[str, Header]:
-    """The headers of the arrays that a file holds, of those that `ROW_SHAPES` knows; no array is read."""
-    with _damage_told(path), zipfile.ZipFile(path) as archive:
-        held = [name.removesuffix(".npy") for name in archive.namelist()]
-        headers = {name: _header(archive, name) for name in ROW_SHAPES if name in held}
+    """Read and check the headers of the arrays in a file that `ROW_SHAPES` lists, without reading the arrays."""
+    with _report_damage(path), zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        headers = {name: _read_header(archive, name) for name in ROW_SHAPES if name in names}
     if "embedding" not in headers:
-        listed = ", ".join(shown(name) for name in held[:4]) or "nothing"
-        raise UserError(f'"{path}" has no array "embedding"{did_you_mean("embedding", held)}; it holds {listed}')
+        listed = ", ".join(shown(name) for name in names[:4]) or "nothing"
+        raise UserError(f'"{path}" has no array "embedding"{did_you_mean("embedding", names)}; it contains {listed}')
     for name, header in headers.items():
-        wanted = ROW_SHAPES[name]
-        fits = len(header.shape) == 1 + len(wanted) and all(
-            want in (None, size) for want, size in zip(wanted, header.shape[1:], strict=True)
+        row_shape = ROW_SHAPES[name]
+        fits = len(header.shape) == 1 + len(row_shape) and all(
+            expected in (None, size) for expected, size in zip(row_shape, header.shape[1:], strict=True)
         )
         if not fits or 0 in header.shape[1:]:
-            shape = "(" + ", ".join(["N", *("D" if size is None else str(size) for size in wanted)]) + ")"
+            shape = "(" + ", ".join(["N", *("D" if size is None else str(size) for size in row_shape)]) + ")"
             raise UserError(f'"{path}": the array "{name}" must have the shape {shape}, not {header.shape}')
         if header.shape[0] != headers["embedding"].shape[0]:
             lengths = f"{headers['embedding'].shape[0]} vectors but {header.shape[0]} entries"
             raise UserError(f'"{path}" is damaged: it has {lengths} in "{name}"; download it again')
     if headers["embedding"].shape[0] == 0:
-        raise UserError(f'"{path}" holds no vectors; remove it')
+        raise UserError(f'"{path}" contains no vectors; remove it')
     dtype = headers["embedding"].dtype
     if dtype.kind != "f" or dtype.itemsize > 8:
-        raise UserError(f'"{path}": the array "embedding" must hold floating-point numbers, not {_kind(dtype)}')
+        raise UserError(f'"{path}": the array "embedding" must have a floating-point dtype, not {_dtype_name(dtype)}')
     return headers
 
 
-def _header(archive: zipfile.ZipFile, name: str) -> Header:
-    """Raises: ValueError where the array is not as long as it says, among others."""
+def _read_header(archive: zipfile.ZipFile, name: str) -> Header:
+    """Read the header of an array.
+
+    Raises:
+        ValueError: the header is invalid, or the length of the array differs from its shape.
+    """
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
         if version not in _HEADER_READERS:
-            raise ValueError(f'"{name}" is of an unknown version')
+            raise ValueError(f'"{name}" has an unknown version')
         shape, _, dtype = _HEADER_READERS[version](file)
         start = file.tell()
     if min(shape, default=0) < 0:
         raise ValueError(f'"{name}" has the shape {shape}')
-    # An array of objects is a pickle, whose length says nothing.
+    # An array of objects is a pickle of any length.
     if not dtype.hasobject and start + int(np.prod(shape, dtype=object)) * dtype.itemsize != info.file_size:
-        raise ValueError(f'"{name}" is not as long as its shape {shape} says')
+        raise ValueError(f'the length of "{name}" differs from its shape {shape}')
     return Header(shape, dtype)
 
 
 def _read(path: Path, bar: tqdm) -> np.ndarray:
-    """The embeddings of a file, whose headers have been checked."""
-    with _damage_told(path), zipfile.ZipFile(path) as archive, archive.open("embedding.npy") as file:
+    """Read the embeddings of a file with checked headers."""
+    with _report_damage(path), zipfile.ZipFile(path) as archive, archive.open("embedding.npy") as file:
         return np.lib.format.read_array(CallbackIOWrapper(bar.update, file, "read"), allow_pickle=False)
 
 
 @contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _report_damage(path: Path) -> Iterator[None]:
+    """Convert the exceptions of a damaged file into a UserError that names it."""
     try:
         yield
-    except _DAMAGE as error:
+    except _READ_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f'cannot read the database file "{path}" ({reason}); download it again') from None
 
 
-def _kind(dtype: np.dtype) -> str:
+def _dtype_name(dtype: np.dtype) -> str:
     return "Python objects" if dtype.hasobject else str(dtype)

@@ -1,4 +1,4 @@
-"""Where databases and their indices lie on disk, and what they are called. Needs no numpy."""
+"""Names and folders of databases and of their indices. Needs no numpy."""
 
 from __future__ import annotations
 
@@ -6,40 +6,29 @@ from pathlib import Path
 
 from ldm.config.assets import locate
 from ldm.errors import UserError, did_you_mean
+from ldm.io.published_weights import ARTBENCH
 
 DATABASES = Path("data/rdm/retrieval_databases")
 SEARCHERS = Path("data/rdm/searchers")
-ARTBENCH_STYLES = (
-    "art_nouveau",
-    "baroque",
-    "expressionism",
-    "impressionism",
-    "post_impressionism",
-    "realism",
-    "romanticism",
-    "renaissance",
-    "surrealism",
-    "ukiyo_e",
-)
-DATABASE_NAMES = ("openimages", *(f"artbench-{style}" for style in ARTBENCH_STYLES))
-# The file that every index of ScaNN has.
+DATABASE_NAMES = ("openimages", *ARTBENCH)
+# File that every ScaNN index contains.
 INDEX_MARK = "scann_config.pb"
 
 
 def find_database(name: str) -> Path:
-    """The folder of the database that is called `name`, or the folder `name`.
+    """Return the folder of the database `name`, or the folder `name` itself.
 
     Raises:
-        UserError: there is no such database; the message says where to get a published one.
+        UserError: there is no such database; the message explains how to download a published one.
     """
     for folder in (locate(DATABASES / name), locate(name)) if name else ():
         if folder.is_dir():
             return folder
     if Path(name).name in DATABASE_NAMES:
         download = "openimages-database" if Path(name).name == "openimages" else "artbench-databases"
-        raise UserError(f'the database "{name}" is not there; run python scripts/download_weights.py {download}')
-    there = {folder.name for folder in locate(DATABASES).glob("*") if folder.is_dir()}
-    known = [*DATABASE_NAMES, *sorted(there - {*DATABASE_NAMES})]
+        raise UserError(f'the database "{name}" is missing; run ldm download_weights {download}')
+    local = {folder.name for folder in locate(DATABASES).glob("*") if folder.is_dir()}
+    known = [*DATABASE_NAMES, *sorted(local - {*DATABASE_NAMES})]
     raise UserError(
         f'there is no database "{name}"{did_you_mean(name, known)}; give a folder of NPZ files or one of '
         + ", ".join(known)
@@ -47,11 +36,11 @@ def find_database(name: str) -> Path:
 
 
 def index_folder(database: Path) -> Path:
-    """Where the index of the database in a folder lies, or would lie."""
+    """Return the folder for the index of the database in a folder."""
     return SEARCHERS / database.resolve().name
 
 
 def find_index(database: Path) -> Path | None:
-    """The folder with the index of the database in a folder; None where none has been trained."""
+    """Return the folder of the index of the database in a folder, or None without a trained index."""
     folder = locate(index_folder(database))
     return folder if (folder / INDEX_MARK).is_file() else None

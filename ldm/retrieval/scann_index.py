@@ -1,6 +1,6 @@
-"""Indices of ScaNN (arXiv:1908.10396), which finds most of the neighbours in a fraction of the time.
+"""Indices of ScaNN (arXiv:1908.10396), an approximate nearest-neighbour search.
 
-Legend: N vectors of D numbers each, Q queries. All have length 1.
+Shapes: N vectors of width D, Q queries. All have unit length.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ from typing import Any
 
 import numpy as np
 
+from ldm.config.distribution import install_hint
 from ldm.errors import UserError
 from ldm.io.files import atomic_folder
 from ldm.retrieval.folders import INDEX_MARK
 
-# Below the first nothing is approximate, below the second every vector is looked at, by its hash.
+# Number of vectors below which the search is exact, and below which it hashes all vectors without partitions.
 EXACT_BELOW = 20_000
 HASHING_BELOW = 100_000
-# Of the leaves of the partitions, how many are searched: one in so many.
+# Number of leaves of the partitions per leaf that is searched.
 LEAVES_PER_SEARCHED = 20
-# Candidates by hash that are compared exactly, for each neighbour. With 3 a few in a hundred neighbours were missed.
+# Number of candidates per neighbour whose scores are computed exactly. With 3, a few percent of neighbours were missed.
 REORDERED_PER_NEIGHBOUR = 5
-# What scann's documentation recommends: two numbers share a code, and errors along the vector count more.
+# Values that ScaNN's documentation recommends for hashing.
 DIMENSIONS_PER_BLOCK = 2
 ANISOTROPIC_THRESHOLD = 0.2
 TRAINING_SAMPLE = 250_000
-# ScaNN's names for the files of indices that were written before it kept a list of them.
+# Asset types of the files of an index; older versions of ScaNN wrote indices without a list of their files.
 ASSET_TYPES = {
     "ah_codebook.pb": "AH_CENTERS",
     "serialized_partitioner.pb": "PARTITIONER",
@@ -41,29 +42,31 @@ ASSET_TYPES = {
 
 
 def import_scann() -> Any:
-    """ScaNN's module for numpy arrays.
+    """Import ScaNN's module for NumPy arrays.
 
     Raises:
-        UserError: it is not installed.
+        UserError: ScaNN is not installed.
     """
     try:
         from scann.scann_ops.py import scann_ops_pybind
     except ImportError:
-        raise UserError('an index needs the package scann (for Linux); pip install "ldm[retrieval]"') from None
+        raise UserError(
+            f"an index needs the package scann (for Linux); install it with {install_hint('retrieval')}"
+        ) from None
     return scann_ops_pybind
 
 
-def method(count: int) -> str:
-    """How an index of `count` vectors searches."""
+def search_method(count: int) -> str:
+    """Return the search method of an index of `count` vectors."""
     return "exact" if count < EXACT_BELOW else "hashing" if count < HASHING_BELOW else "partitions"
 
 
 class ScannIndex:
-    """A trained index of ScaNN.
+    """Trained index of ScaNN.
 
     Args:
-        searcher: ScaNN's own.
-        source: what to call it in messages.
+        searcher: the searcher of ScaNN.
+        source: name of the index in messages.
     """
 
     def __init__(self, searcher: Any, source: str) -> None:
@@ -75,19 +78,19 @@ class ScannIndex:
 
     @classmethod
     def train(cls, embeddings: np.ndarray, k: int) -> ScannIndex:
-        """Train an index of embeddings (N, D) float32 of length 1, which gives `k` neighbours by itself.
+        """Train an index of embeddings (N, D), float32 unit vectors, for a default of `k` neighbours.
 
         Raises:
-            UserError: ScaNN is not installed, or cannot.
+            UserError: ScaNN is not installed, or the training fails.
         """
         count = len(embeddings)
         builder = import_scann().builder(embeddings, min(k, count), "dot_product")
-        kind = method(count)
-        if kind == "partitions":
+        method = search_method(count)
+        if method == "partitions":
             leaves = math.isqrt(count)
             sample = min(count, TRAINING_SAMPLE)
             builder = builder.tree(leaves, max(1, leaves // LEAVES_PER_SEARCHED), training_sample_size=sample)
-        if kind == "exact":
+        if method == "exact":
             builder = builder.score_brute_force()
         else:
             hashed = builder.score_ah(DIMENSIONS_PER_BLOCK, anisotropic_quantization_threshold=ANISOTROPIC_THRESHOLD)
@@ -99,31 +102,31 @@ class ScannIndex:
 
     @classmethod
     def load(cls, folder: Path) -> ScannIndex:
-        """The index in a folder.
+        """Load the index in a folder.
 
-        Not by ScaNN's `load_searcher`: that reads a pickle where there is one, and expects the files where they were
-        when the index was made.
+        ScaNN's own `load_searcher` may read a pickle, and requires the files in the folder in which the index was
+        trained.
 
         Raises:
             UserError: ScaNN is not installed, or the index is damaged.
         """
         scann = import_scann()
         try:
-            # Whatever ScaNN raises here (RuntimeError, IndexError, …) comes from the files.
+            # Any exception of ScaNN here (RuntimeError, IndexError, …) means damaged files.
             return cls(scann.ScannSearcher(scann.scann_pybind.ScannNumpy(str(folder), _assets(folder))), str(folder))
         except MemoryError:
-            raise UserError(f'the index "{folder}" does not fit into memory; remove it to search without') from None
+            raise UserError(f'the index "{folder}" does not fit into memory; remove it for an exact search') from None
         except Exception as error:
             raise UserError(
                 f'the index "{folder}" is damaged ({_one_line(error)}); remove it, or train it again with '
-                "scripts/train_searcher.py"
+                "ldm train_searcher"
             ) from None
 
     def save(self, folder: Path) -> None:
-        """Write the index as `folder`, whole or not at all; one that is there is replaced.
+        """Write the index to `folder` atomically, replacing an existing index.
 
         Raises:
-            UserError: the place cannot be written to, or holds something else.
+            UserError: the folder cannot be written, or contains other files.
         """
         check_replaceable(folder)
         with atomic_folder(folder) as temporary:
@@ -133,42 +136,41 @@ class ScannIndex:
                 raise OSError(_one_line(error)) from None
 
     def candidates(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each of the queries (Q, D) the numbers of `count` near vectors, (Q, count) int64, and their scores.
+        """Return the indices (Q, count) int64 of vectors near the queries (Q, D), and their scores.
 
-        Where ScaNN finds fewer, scores are NaN.
+        If ScaNN finds fewer vectors, the remaining scores are NaN.
 
         Raises:
-            UserError: the index is of vectors of another width.
+            UserError: the vectors of the index have another width.
         """
-        reordered = REORDERED_PER_NEIGHBOUR * count
         try:
-            indices, scores = self._searcher.search_batched(queries, count, reordered)
+            indices, scores = self._searcher.search_batched(queries, count, REORDERED_PER_NEIGHBOUR * count)
         except RuntimeError as error:
             raise UserError(f'the index "{self.source}" cannot be searched ({_one_line(error)}); remove it') from None
         return indices.astype(np.int64), scores
 
 
 def check_replaceable(folder: Path) -> None:
-    """Whether an index may be written as `folder`.
+    """Check that an index can be written to `folder`.
 
     Raises:
-        UserError: something that is no index is there.
+        UserError: the folder exists and is not an index.
     """
     is_index = (folder / INDEX_MARK).is_file()
     if folder.exists() and not is_index and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f'"{folder}" exists and is no index; choose another place to write to')
+        raise UserError(f'"{folder}" exists and is not an index; choose another folder')
 
 
 def _assets(folder: Path) -> str:
-    """ScaNN's list of the files of an index, as protobuf text, with paths from the folder.
+    """Return ScaNN's list of the files of an index as protobuf text, with paths relative to the folder.
 
-    Older versions wrote the paths that the files had on the machine that trained the index, or no list.
+    Older versions of ScaNN wrote the paths of the machine that trained the index, or no list.
     """
     listed = folder / "scann_assets.pbtxt"
     if listed.is_file():
         return re.sub(r'(asset_path:\s*")[^"]*/', r"\1", listed.read_text(encoding="utf-8"))
-    there = {name: kind for name, kind in ASSET_TYPES.items() if (folder / name).is_file()}
-    return "".join(f'assets {{ asset_type: {kind} asset_path: "{name}" }}\n' for name, kind in there.items())
+    present = {name: kind for name, kind in ASSET_TYPES.items() if (folder / name).is_file()}
+    return "".join(f'assets {{ asset_type: {kind} asset_path: "{name}" }}\n' for name, kind in present.items())
 
 
 def _one_line(error: Exception) -> str:

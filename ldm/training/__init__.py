@@ -1,1 +1,1 @@
-"""Training: Lightning adapters around plain models, the data module, callbacks, and the run that joins them."""
+"""Training: Lightning adapters around plain models, the data module, callbacks, and the run that combines them."""

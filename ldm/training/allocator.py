@@ -1,28 +1,27 @@
-"""How the C library hands out memory on the CPU."""
+"""Memory allocation of the C library on the CPU."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# mallopt's parameters in glibc's malloc.h.
+# Parameters of mallopt in glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-LARGEST = 2**31 - 1
-ROOM = 2**28  # bytes that the heap grows by at least
+LARGEST_INT = 2**31 - 1
+TOP_PAD = 2**28  # bytes by which the heap grows at least
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees, for the next tensor; says whether it could be arranged.
+    """Let this process keep freed memory for the next tensor; return whether the C library supports it.
 
-    glibc gives large blocks back to the kernel as soon as they are freed, and every tensor then starts with fresh
-    pages, which the kernel has to zero: in training a small U-Net a quarter of the time. Other C libraries are left
-    alone.
+    glibc returns large blocks to the kernel as soon as they are freed. Every tensor then starts with new pages that
+    the kernel has to zero, which takes a quarter of the time in training a small U-Net. Other C libraries are left
+    unchanged.
     """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return all(
-        mallopt(name, value) for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, LARGEST), (M_TOP_PAD, ROOM))
-    )
+    parameters = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, LARGEST_INT), (M_TOP_PAD, TOP_PAD))
+    return all(mallopt(parameter, value) for parameter, value in parameters)

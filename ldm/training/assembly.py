@@ -1,4 +1,4 @@
-"""The parts of a run, built from its plan; nothing here writes to the disk."""
+"""Build the components of a run from its plan, without writing to the disk."""
 
 from __future__ import annotations
 
@@ -42,8 +42,15 @@ TRAINSTEPS = "metrics_over_trainsteps_checkpoint"
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a run consists of."""
+class Components:
+    """The components of a run.
+
+    Attributes:
+        module: the Lightning adapter of the model.
+        data: the data module.
+        trainer: Lightning's Trainer.
+        last: the callback that keeps `last.ckpt`.
+    """
 
     module: LightningModule
     data: LightningDataModule
@@ -51,21 +58,21 @@ class Parts:
     last: LastCheckpoint
 
 
-def assemble(plan: Plan, settings: dict[str, Any]) -> Parts:
-    """Build everything that the plan names, small things first, so that mistakes show early.
+def assemble(plan: Plan, settings: dict[str, Any]) -> Components:
+    """Build all components of the plan, in ascending order of cost, so that errors appear early.
 
     Args:
         plan: the run.
-        settings: the Trainer's arguments, devices resolved.
+        settings: the Trainer's arguments with resolved devices.
 
     Raises:
-        UserError: a target, a parameter or a Trainer argument that does not work, or data that is not there.
+        UserError: a target, a parameter or an argument of the Trainer is invalid, or data is missing.
     """
     callbacks = build_callbacks(plan)
-    bare = settings.get("barebones", False)
-    run_logger = build_logger(plan) if settings.pop("logger", True) and not bare else False
+    barebones = settings.get("barebones", False)
+    run_logger = build_logger(plan) if settings.pop("logger", True) and not barebones else False
     if not run_logger:
-        callbacks = [each for each in callbacks if not isinstance(each, LearningRateMonitor)]
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     config = OmegaConf.to_container(plan.config, resolve=True)
     model = instantiate_from_config(config["model"])
     data = instantiate_from_config(config["data"])
@@ -73,29 +80,29 @@ def assemble(plan: Plan, settings: dict[str, Any]) -> Parts:
         set_learning_rate(model, plan, settings)
         if plan.checkpoint is not None:
             check_resumable(plan.checkpoint, model, settings.get("max_steps", -1))
-    module = lightning_module(model, take_manual(model, settings))
+    module = lightning_module(model, pop_manual_optimization(model, settings))
     data.prepare_data()
     data.setup()
     if plan.train and isinstance(data, DataModuleFromConfig) and "train" not in data.dataset_configs:
-        raise UserError("there is nothing to train on: the configuration has no data.params.train")
+        raise UserError("the configuration has no data.params.train; name a training set there")
     last = LastCheckpoint(plan.checkpoints)
-    if settings.get("enable_checkpointing", True) and not bare:
+    if settings.get("enable_checkpointing", True) and not barebones:
         callbacks += [build_model_checkpoint(plan, model, data), last]
-    if settings.get("enable_progress_bar", True) and not bare:
+    if settings.get("enable_progress_bar", True) and not barebones:
         callbacks.append(ProgressBar())
-    if settings.get("enable_model_summary", True) and not bare:
-        callbacks.append(ModelSummary(max_depth=2))  # the adapter itself is the first level
+    if settings.get("enable_model_summary", True) and not barebones:
+        callbacks.append(ModelSummary(max_depth=2))  # level 1 is the adapter
     trainer = build_trainer(settings, callbacks, run_logger, data)
     if plan.train:
         prepare(model, data, trainer)
-    return Parts(module, data, trainer, last)
+    return Components(module, data, trainer, last)
 
 
 def build_callbacks(plan: Plan) -> list[Callback]:
-    """The default callbacks, overridden and extended by `lightning.callbacks`; null removes one."""
+    """Build the default callbacks, which `lightning.callbacks` overrides and extends; null removes one."""
     configs = OmegaConf.create(DEFAULT_CALLBACKS)
-    given = plan.lightning.get("callbacks") or OmegaConf.create()
-    if TRAINSTEPS in given:
+    configured = plan.lightning.get("callbacks") or OmegaConf.create()
+    if TRAINSTEPS in configured:
         configs[TRAINSTEPS] = {
             "target": "pytorch_lightning.callbacks.ModelCheckpoint",
             "params": {
@@ -107,7 +114,7 @@ def build_callbacks(plan: Plan) -> list[Callback]:
                 "save_weights_only": True,
             },
         }
-    merged = OmegaConf.to_container(OmegaConf.merge(configs, given), resolve=True)
+    merged = OmegaConf.to_container(OmegaConf.merge(configs, configured), resolve=True)
     setup = SetupCallback(
         resume=plan.checkpoint,
         now=plan.now,
@@ -125,21 +132,21 @@ def _build_callback(name: str, config: dict[str, Any]) -> Callback:
         callback = instantiate_from_config(config)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"lightning.{name} cannot be built: {' '.join(str(error).split())}") from error
-    if type(callback) is SetupCallback:  # it writes text of its choice to a folder of its choice
-        raise UserError(f"lightning.{name} is refused: every run has its own SetupCallback; remove that one")
+    if type(callback) is SetupCallback:  # it can write any text to any folder
+        raise UserError(f"lightning.{name} is refused: every run has its own SetupCallback; remove this one")
     return callback
 
 
 def build_logger(plan: Plan) -> Any:
-    """TensorBoard in the log folder, or what `lightning.logger` says."""
+    """Build the logger: TensorBoard in the log folder, unless `lightning.logger` names another."""
     default: dict[str, Any] = {
         "target": "pytorch_lightning.loggers.TensorBoardLogger",
         "params": {"name": "tensorboard", "save_dir": str(plan.folder)},
     }
-    given = plan.lightning.get("logger") or OmegaConf.create()
-    if given.get("target", default["target"]) == default["target"]:
+    configured = plan.lightning.get("logger") or OmegaConf.create()
+    if configured.get("target", default["target"]) == default["target"]:
         default["params"]["version"] = ""
-    config = OmegaConf.to_container(OmegaConf.merge(default, given), resolve=True)
+    config = OmegaConf.to_container(OmegaConf.merge(default, configured), resolve=True)
     try:
         return get_obj_from_str(config["target"])(**config["params"])
     except (TypeError, ValueError, ModuleNotFoundError) as error:
@@ -147,23 +154,23 @@ def build_logger(plan: Plan) -> Any:
 
 
 def build_model_checkpoint(plan: Plan, model: nn.Module, data: LightningDataModule) -> Callback:
-    """Checkpoints by epoch: the best three by the model's `monitor`, or without one the latest."""
+    """Build the callback that keeps the best three epochs by the model's `monitor`, or else the latest epoch."""
     params: dict[str, Any] = {"dirpath": str(plan.checkpoints), "filename": "{epoch:06}", "verbose": True}
     monitor = getattr(model, "monitor", None)
     if monitor is not None and isinstance(data, DataModuleFromConfig) and "validation" not in data.dataset_configs:
-        logger.info('without validation data there is no "%s" to choose checkpoints by', monitor)
+        logger.info('keeping the latest checkpoint: without validation data there is no "%s"', monitor)
         monitor = None
     if monitor is not None:
         params |= {"monitor": monitor, "save_top_k": 3}
     default = {"target": "pytorch_lightning.callbacks.ModelCheckpoint", "params": params}
-    given = plan.lightning.get("modelcheckpoint") or OmegaConf.create()
-    config = OmegaConf.to_container(OmegaConf.merge(default, given), resolve=True)
-    config["params"].pop("save_last", None)  # LastCheckpoint does
+    configured = plan.lightning.get("modelcheckpoint") or OmegaConf.create()
+    config = OmegaConf.to_container(OmegaConf.merge(default, configured), resolve=True)
+    config["params"].pop("save_last", None)  # LastCheckpoint saves it
     return _build_callback("modelcheckpoint", config)
 
 
 def set_learning_rate(model: nn.Module, plan: Plan, settings: dict[str, Any]) -> None:
-    """`base_learning_rate`, times the items that one step sees unless `--scale_lr false`."""
+    """Set the model's learning rate, scaled by the number of items in a step unless `--scale_lr false`."""
     base = float(plan.config.model.base_learning_rate)
     if not plan.scale_lr:
         model.learning_rate = base
@@ -171,16 +178,16 @@ def set_learning_rate(model: nn.Module, plan: Plan, settings: dict[str, Any]) ->
         return
     batches = settings.get("accumulate_grad_batches", 1)
     devices = device_count(settings)
-    size = (plan.config.data.get("params") or {}).get("batch_size", 1)
-    model.learning_rate = batches * devices * size * base
+    batch_size = (plan.config.data.get("params") or {}).get("batch_size", 1)
+    model.learning_rate = batches * devices * batch_size * base
     logger.info(
         "learning rate %.2e = %d (accumulated batches) × %d (devices) × %d (batch size) × %.2e (base)",
-        *(model.learning_rate, batches, devices, size, base),
+        *(model.learning_rate, batches, devices, batch_size, base),
     )
 
 
 def device_count(settings: dict[str, Any]) -> int:
-    """How many devices the settings name; what Lightning is left to choose counts as one."""
+    """Return the number of devices in the settings; devices that Lightning chooses count as one."""
     devices = settings.get("devices", 1)
     if isinstance(devices, list):
         return len(devices)
@@ -189,8 +196,8 @@ def device_count(settings: dict[str, Any]) -> int:
     return devices if isinstance(devices, int) else 1
 
 
-def take_manual(model: nn.Module, settings: dict[str, Any]) -> ManualOptimization | None:
-    """Take out of the settings what a first stage's adapter does instead of the Trainer."""
+def pop_manual_optimization(model: nn.Module, settings: dict[str, Any]) -> ManualOptimization | None:
+    """Remove from the settings what the adapter of a first stage does instead of the Trainer, and return it."""
     if isinstance(model, LightningModule) or not hasattr(model, "adversarial_loss"):
         return None
     return ManualOptimization(
@@ -203,31 +210,31 @@ def take_manual(model: nn.Module, settings: dict[str, Any]) -> ManualOptimizatio
 def build_trainer(
     settings: dict[str, Any], callbacks: list[Callback], run_logger: Any, data: LightningDataModule
 ) -> Trainer:
-    """Lightning's Trainer.
+    """Build Lightning's Trainer.
 
     Raises:
-        UserError: it refuses an argument.
+        UserError: the Trainer rejects an argument.
     """
     if device_count(settings) > 1:
-        # Each of two optimizers leaves the other's parameters without gradients.
+        # Each of the two optimizers leaves the parameters of the other without gradients.
         settings.setdefault("strategy", "ddp_find_unused_parameters_true")
     if isinstance(data, DataModuleFromConfig):
-        settings["use_distributed_sampler"] = False  # its loaders share out the data themselves
+        settings["use_distributed_sampler"] = False  # its loaders distribute the data
     try:
         return Trainer(**settings, logger=run_logger, callbacks=callbacks, plugins=[SafeCheckpointIO()])
     except (MisconfigurationException, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"Lightning's Trainer refuses its arguments: {reason}") from error
+        raise UserError(f"Lightning's Trainer rejects its arguments: {reason}") from error
 
 
 def prepare(model: nn.Module, data: LightningDataModule, trainer: Trainer) -> None:
-    """What takes time or the network, before training starts: the loss's weights, latents computed once."""
+    """Load the weights of the loss and cache latents, which can take time or use the network."""
     loss = getattr(model, "loss", None)
     if hasattr(loss, "prepare"):
         loss.prepare()
     if getattr(data, "latent_cache", None):
         from ldm.training.latents import cache_latents
 
-        with isolate_rng():  # whether the latents were kept from an earlier run must not show in what training draws
+        with isolate_rng():  # training must not depend on whether the latents come from a file
             dtype = AUTOCAST_DTYPES.get(str(trainer.precision))
             cache_latents(data, model, trainer.strategy.root_device, dtype)

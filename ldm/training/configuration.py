@@ -1,4 +1,4 @@
-"""From the command line to a checked plan of a run: merged configurations and the folders it will use."""
+"""Plan of a run from the command line: merged and checked configurations, and the folders of the run."""
 
 from __future__ import annotations
 
@@ -15,24 +15,37 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm.errors import UserError, did_you_mean
+from ldm.io.files import check_writable
 from ldm.training.options import trainer_arguments
 
 SECTIONS = ("model", "data", "lightning")
 LIGHTNING_SECTIONS = ("trainer", "logger", "modelcheckpoint", "callbacks")
 DEVICES = {"accelerator", "devices"}
-# Processes that Lightning starts for further devices run the command again and must agree on the folder.
+# Lightning runs the command again in one process per further device; all processes must use the same folder.
 START_TIME_VARIABLE = "LDM_START_TIME"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is going to do; nothing of it is on disk yet."""
+    """Plan of a run that is not on the disk yet.
 
-    config: DictConfig  # model, data
-    lightning: DictConfig  # trainer, logger, modelcheckpoint, callbacks
+    Attributes:
+        config: the sections `model` and `data`.
+        lightning: the sections `trainer`, `logger`, `modelcheckpoint` and `callbacks`.
+        folder: the log folder.
+        now: time of the start, the prefix of file names.
+        checkpoint: the checkpoint to resume from.
+        train, test: train, and test afterwards.
+        debug: debug after an error, and move the log folder to `debug_runs`.
+        seed: seed of all random numbers.
+        scale_lr: scale the learning rate by the number of items in a step.
+    """
+
+    config: DictConfig
+    lightning: DictConfig
     folder: Path
     now: str
-    checkpoint: Path | None  # continued from
+    checkpoint: Path | None
     train: bool
     test: bool
     debug: bool
@@ -41,58 +54,51 @@ class Plan:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints go."""
+        """Folder of the checkpoints."""
         return self.folder / "checkpoints"
 
 
-def plan(chosen: argparse.Namespace) -> Plan:
-    """Read and check the configurations, and name the folders.
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Read and check the configurations, and choose the folders.
 
     Raises:
-        UserError: a file that is missing or broken, a section or a Trainer argument that does not exist, nothing
-            to train, or a path to resume from that is no run.
+        UserError: a file is missing or invalid, a section or an argument of the Trainer is unknown, there is nothing
+            to do, or the path to resume from is not a run.
     """
-    overrides = [*chosen.overrides, *(word for word in chosen.base if "=" in word)]
-    files = [Path(word) for word in chosen.base if "=" not in word]
-    folder, checkpoint = _resumed(Path(chosen.resume)) if chosen.resume else (None, None)
+    overrides = [*args.overrides, *(word for word in args.base if "=" in word)]
+    files = [Path(word) for word in args.base if "=" not in word]
+    folder, checkpoint = _find_run(Path(args.resume)) if args.resume else (None, None)
     if folder is not None:
         files = [*sorted((folder / "configs").glob("*.yaml")), *files]
     if not files:
-        raise UserError("there is no configuration; give one with --base CONFIG.yaml, or a run with --resume")
-    parts = [*(read_yaml(file) for file in files), _dotlist(overrides)]
+        raise UserError("there is no configuration; give --base CONFIG.yaml, or a run with --resume")
+    configs = [*(read_yaml(file) for file in files), _parse_overrides(overrides)]
     try:
-        merged = OmegaConf.merge(*parts)
+        merged = OmegaConf.merge(*configs)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise UserError(f"the configurations do not fit together: {_first_line(error)}") from None
-    config, lightning = _split(merged)
-    _add_trainer_arguments(lightning, chosen.trainer)
-    if not chosen.train and checkpoint is None:
+        raise UserError(f"cannot merge the configurations: {_first_line(error)}") from None
+    config, lightning = _split_sections(merged)
+    _add_trainer_arguments(lightning, args.trainer)
+    if not args.train and checkpoint is None:
         raise UserError("there is nothing to do; give -t to train, or -r to test a trained model")
-    _check_writable(folder or Path(chosen.logdir))
+    check_writable(folder or Path(args.logdir), "--logdir" if folder is None else "--resume")
     now = os.environ.get(START_TIME_VARIABLE) or datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     return Plan(
         config=config,
         lightning=lightning,
-        folder=folder or Path(chosen.logdir) / f"{now}_{chosen.name or files[0].stem}{chosen.postfix}",
+        folder=folder or Path(args.logdir) / f"{now}_{args.name or files[0].stem}{args.postfix}",
         now=now,
         checkpoint=checkpoint,
-        train=chosen.train,
-        test=not chosen.no_test,
-        debug=chosen.debug,
-        seed=chosen.seed,
-        scale_lr=chosen.scale_lr,
+        train=args.train,
+        test=not args.no_test,
+        debug=args.debug,
+        seed=args.seed,
+        scale_lr=args.scale_lr,
     )
 
 
-def _check_writable(folder: Path) -> None:
-    """Find out before training whether its folder can be made."""
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f'cannot write a run to "{folder}": "{parent}" is not a folder to write to; choose a --logdir')
-
-
-def _resumed(path: Path) -> tuple[Path, Path]:
-    """The log folder and the checkpoint that `path`, either of them, stands for."""
+def _find_run(path: Path) -> tuple[Path, Path]:
+    """Return the log folder and the checkpoint of the run whose log folder or checkpoint is `path`."""
     if path.is_dir():
         checkpoint = path / "checkpoints" / "last.ckpt"
         if not checkpoint.is_file():
@@ -104,16 +110,16 @@ def _resumed(path: Path) -> tuple[Path, Path]:
     if folder is None:
         raise UserError(
             f'cannot resume from "{path}": it is not inside LOGDIR/checkpoints; '
-            "to start a new run from its weights give model.params.ckpt_path"
+            "to start a new run from its weights, give model.params.ckpt_path=PATH"
         )
     return folder, path
 
 
 def read_yaml(path: Path) -> DictConfig:
-    """A configuration file whose sections are known.
+    """Read a configuration file and check its sections.
 
     Raises:
-        UserError: missing, unreadable, not YAML, or with an unknown section.
+        UserError: the file is missing, is not valid YAML, or has an unknown section.
     """
     try:
         config = OmegaConf.load(path)
@@ -123,7 +129,7 @@ def read_yaml(path: Path) -> DictConfig:
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be read"
+        problem = getattr(error, "problem", None) or "the file is damaged"
         raise UserError(f'the configuration "{path}" is not valid YAML:{where} {problem}') from None
     except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f'cannot read the configuration "{path}": {_first_line(error)}') from None
@@ -133,26 +139,26 @@ def read_yaml(path: Path) -> DictConfig:
     return config
 
 
-def _dotlist(words: list[str]) -> DictConfig:
+def _parse_overrides(words: list[str]) -> DictConfig:
     try:
         config = OmegaConf.from_dotlist(words)
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"cannot read {' '.join(words)}: {_first_line(error)}; write key.sub=value") from None
+        raise UserError(f"cannot parse {' '.join(words)}: {_first_line(error)}; write key.sub=value") from None
     _check_keys(config, SECTIONS, "the command line")
     return config
 
 
-def _split(merged: DictConfig) -> tuple[DictConfig, DictConfig]:
-    """Model and data, apart from what concerns Lightning."""
+def _split_sections(merged: DictConfig) -> tuple[DictConfig, DictConfig]:
+    """Split the merged configuration into `model` and `data`, and `lightning`; check its sections."""
     for section in ("model", "data"):
         if not isinstance(merged.get(section), DictConfig):
-            raise UserError(f'the configuration has no "{section}:" section; name it in one of the --base files')
+            raise UserError(f'the configuration has no "{section}:" section; add it to one of the --base files')
     try:
         OmegaConf.resolve(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"the configuration cannot be resolved: {_first_line(error)}") from None
+        raise UserError(f"cannot resolve the configuration: {_first_line(error)}") from None
     for key in sorted(OmegaConf.missing_keys(merged)):
-        raise UserError(f"the configuration leaves {key} to you; give {key}=VALUE")
+        raise UserError(f"the configuration needs a value for {key}; give {key}=VALUE")
     lightning = merged.pop("lightning", None) or OmegaConf.create()
     _check_mapping(lightning, "lightning")
     _check_keys(lightning, LIGHTNING_SECTIONS, 'the section "lightning"')
@@ -165,29 +171,29 @@ def _split(merged: DictConfig) -> tuple[DictConfig, DictConfig]:
     return merged, lightning
 
 
-def _add_trainer_arguments(lightning: DictConfig, given: dict[str, Any]) -> None:
-    if "gpus" in given and given.keys() & DEVICES:
-        raise UserError("--gpus excludes --accelerator and --devices; give one or the other")
+def _add_trainer_arguments(lightning: DictConfig, arguments: dict[str, Any]) -> None:
+    if "gpus" in arguments and arguments.keys() & DEVICES:
+        raise UserError("--gpus cannot be combined with --accelerator or --devices; give one of them")
     trainer = OmegaConf.create(lightning.get("trainer") or {})
-    # Devices on the command line replace those of the files, which may name them the other way.
-    replaced = ("accelerator", "devices") if "gpus" in given else ("gpus",) if given.keys() & DEVICES else ()
+    # Devices on the command line replace those of the files, also when they use the other argument.
+    replaced = ("accelerator", "devices") if "gpus" in arguments else ("gpus",) if arguments.keys() & DEVICES else ()
     for name in replaced:
         trainer.pop(name, None)
-    trainer = OmegaConf.merge(trainer, given)
+    trainer = OmegaConf.merge(trainer, arguments)
     _check_keys(trainer, [*trainer_arguments(), "gpus"], 'the section "lightning.trainer"')
     lightning.trainer = trainer
 
 
 def _check_mapping(section: Any, where: str) -> None:
     if not isinstance(section, DictConfig | dict):
-        raise UserError(f'the section "{where}" must hold names and values, got: {_first_line(section)}')
+        raise UserError(f'the section "{where}" must be a mapping of keys to values, not: {_first_line(section)}')
 
 
 def _check_keys(config: DictConfig, known: Iterable[str], where: str) -> None:
     known = tuple(known)
     for key in config:
         if key not in known:
-            listed = f"; known are {', '.join(known)}" if len(known) < 10 else ""
+            listed = f"; known keys: {', '.join(known)}" if len(known) < 10 else ""
             raise UserError(f'{where} has an unknown key "{key}"{did_you_mean(str(key), known)}{listed}')
 
 

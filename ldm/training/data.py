@@ -1,4 +1,4 @@
-"""The data module that configurations name as `main.DataModuleFromConfig`."""
+"""Data module that configurations name as `main.DataModuleFromConfig`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ldm.config.instantiate import instantiate_from_config
 from ldm.errors import UserError, did_you_mean
-from ldm.training.loader import ResumableLoader, ShareRecords, narrow, seed_worker
+from ldm.training.loader import ResumableLoader, StreamWorkerInit, seed_worker, shard_stream
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ LATENT_CACHE_KEYS = ("variants", "path")
 
 
 class WrappedDataset(Dataset):
-    """Anything with a length and items as a PyTorch data set."""
+    """PyTorch data set around any object with a length and items."""
 
     def __init__(self, dataset: Any) -> None:
         self.data = dataset
@@ -34,20 +34,22 @@ class WrappedDataset(Dataset):
 
 
 class DataModuleFromConfig(LightningDataModule):
-    """Loaders for the data sets that configurations describe.
+    """Data module that builds data sets and their loaders from a configuration.
+
+    Training data is always shuffled.
 
     Args:
-        batch_size: items a batch, on each device.
-        train, validation, test, predict: a `target:` and `params:` each; those left out have no loader.
-        wrap: put a `WrappedDataset` around each set that is no stream.
-        num_workers: processes that load; by default twice the batch size, but not more than there are cores.
-        shuffle_test_loader, shuffle_val_dataloader: shuffle those too; training data always is.
-        use_worker_init_fn: kept for published configurations; workers are always seeded apart.
-        latent_cache: `{"variants": int, "path": str | None}` to compute the first stage's moments once, before
+        batch_size: number of items in a batch, on each device.
+        train, validation, test, predict: `target` and `params` of a data set; without them there is no loader.
+        wrap: wrap each data set that is not a stream in a `WrappedDataset`.
+        num_workers: number of loader processes (default: twice the batch size, at most the number of cores).
+        shuffle_test_loader, shuffle_val_dataloader: shuffle the test and validation data as well.
+        use_worker_init_fn: accepted for published configurations; each worker always has its own seed.
+        latent_cache: `{"variants": int, "path": str | None}` to compute the moments of the first stage once, before
             training (see `ldm.training.latents`).
 
     Raises:
-        UserError: a batch size below one, or an unknown key in `latent_cache`.
+        UserError: the batch size is not positive, or `latent_cache` has an unknown key.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class DataModuleFromConfig(LightningDataModule):
     ) -> None:
         super().__init__()
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise UserError(f"data.params.batch_size is {batch_size}; give a whole number from 1 on")
+            raise UserError(f"data.params.batch_size must be an integer of at least 1, not {batch_size}")
         for key in latent_cache or ():
             if key not in LATENT_CACHE_KEYS:
                 hint = did_you_mean(key, LATENT_CACHE_KEYS)
@@ -77,30 +79,32 @@ class DataModuleFromConfig(LightningDataModule):
         self.shuffle = {"test": shuffle_test_loader, "validation": shuffle_val_dataloader, "predict": False}
         self.use_worker_init_fn = use_worker_init_fn
         self.latent_cache = dict(latent_cache) if latent_cache else None
-        given = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.dataset_configs = {name: config for name, config in given.items() if config is not None}
+        configs = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.dataset_configs = {name: config for name, config in configs.items() if config is not None}
         self.datasets: dict[str, Any] = {}
-        # Lightning takes a loader's absence from the method's: only sets that exist may have one.
+        # Lightning looks for the loaders' methods, so only existing data sets may have one.
         hooks = {"train": "train", "validation": "val", "test": "test", "predict": "predict"}
         for name in self.dataset_configs:
             setattr(self, f"{hooks[name]}_dataloader", getattr(self, f"_{hooks[name]}_dataloader"))
 
     def prepare_data(self) -> None:
-        """Build the data sets, which may fetch and unpack; Lightning calls this in one process a machine."""
+        """Build the data sets, which may download files; Lightning calls this in one process per machine."""
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        """Build the data sets, once."""
+        """Build the data sets if they do not exist yet."""
         if self.datasets:
             return
         datasets = {name: instantiate_from_config(config) for name, config in self.dataset_configs.items()}
         for name, dataset in datasets.items():
             if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
                 raise UserError(f"the data set data.params.{name} is empty; check its files")
-            size = len(dataset) if hasattr(dataset, "__len__") else "a stream of"
-            logger.info("%s: %s, %s items", name, type(dataset).__name__, size)
-        wrapped = {name for name, d in datasets.items() if self.wrap and not isinstance(d, IterableDataset)}
-        self.datasets = {name: WrappedDataset(d) if name in wrapped else d for name, d in datasets.items()}
+            size = f"{len(dataset)} items" if hasattr(dataset, "__len__") else "a stream"
+            logger.info("%s: %s, %s", name, type(dataset).__name__, size)
+        self.datasets = {
+            name: WrappedDataset(dataset) if self.wrap and not isinstance(dataset, IterableDataset) else dataset
+            for name, dataset in datasets.items()
+        }
 
     def _train_dataloader(self) -> ResumableLoader:
         dataset = self.datasets["train"]
@@ -119,9 +123,9 @@ class DataModuleFromConfig(LightningDataModule):
     def _loader(self, name: str, shuffle: bool, limit: int | None = None) -> ResumableLoader:
         dataset = self.datasets[name]
         rank, replicas = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        streamed = isinstance(dataset, IterableDataset)
-        if streamed and self.num_workers == 0:
-            narrow(dataset, rank, replicas)
+        is_stream = isinstance(dataset, IterableDataset)
+        if is_stream and self.num_workers == 0:
+            shard_stream(dataset, rank, replicas)
         return ResumableLoader(
             dataset,
             self.batch_size,
@@ -131,14 +135,14 @@ class DataModuleFromConfig(LightningDataModule):
             replicas=replicas,
             limit=limit,
             num_workers=self.num_workers,
-            worker_init_fn=ShareRecords(rank, replicas) if streamed else seed_worker,
-            # Workers of the training set start anew each epoch: a continued run then augments as this one does.
+            worker_init_fn=StreamWorkerInit(rank, replicas) if is_stream else seed_worker,
+            # Training workers restart in each epoch, so that a resumed run repeats the same augmentation.
             persistent_workers=self.num_workers > 0 and name != "train",
             pin_memory=torch.cuda.is_available(),
         )
 
     def _limit(self, dataset: Any) -> int | None:
-        """Batches that the trainer takes of an epoch, when it was told to take fewer than there are."""
+        """Return the number of batches in an epoch if the trainer limits it."""
         limit = self.trainer.limit_train_batches if self.trainer is not None else None
         if limit is None or isinstance(dataset, IterableDataset):
             return None

@@ -1,4 +1,4 @@
-"""Latents computed once: training a diffusion model without running its first stage at every step."""
+"""Cache of latents, which trains a diffusion model without running its first stage at every step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ldm.errors import UserError
 from ldm.io.checkpoint.reading import read_checkpoint
-from ldm.io.checkpoint.writing import save_whole
+from ldm.io.checkpoint.writing import save_atomically
 from ldm.io.pixels import batch_entry, batch_images
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import CONDITIONING_KEY, LATENT_KEY, LatentDiffusion
@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 
 class CachedLatents(Dataset):
-    """A dataset whose images are replaced by the moments of their latents.
+    """Data set whose images are replaced by the moments of their latents.
 
-    An item is the original item without its pictures, that is its text, numbers and rows of whole numbers, plus
-    `latent_moments` (2c, h, w): mean and log-variance, from which the model samples anew each time. With several
-    variants every original item is there so many times, each time augmented otherwise. Of a model that is conditioned
-    on pictures, what its conditioning stage says of them is kept as `conditioning`.
+    An item contains the texts, numbers and rows of integers of the original item, and `latent_moments` (2c, h, w), the
+    mean and log-variance from which the model samples a latent each time. With several variants, each original item
+    occurs several times with different augmentation. For a model that is conditioned on images, an item also contains
+    the output of the conditioning stage as `conditioning`.
 
     Args:
         moments: (items, 2c, h, w) float16.
@@ -50,9 +50,9 @@ class CachedLatents(Dataset):
             item[CONDITIONING_KEY] = self.conditioning[index].float()
         return {**item, LATENT_KEY: self.moments[index].float()}
 
-    def serves(self, model: LatentDiffusion) -> bool:
-        """Whether what the model is conditioned on is kept."""
-        return self.conditioning is not None or _condition(model) in (None, *self.fields)
+    def has_conditioning(self, model: LatentDiffusion) -> bool:
+        """Return whether the items contain the conditioning of the model."""
+        return self.conditioning is not None or _conditioning_entry(model) in (None, *self.fields)
 
 
 def cache_latents(
@@ -61,44 +61,46 @@ def cache_latents(
     device: torch.device | str = "cpu",
     autocast_dtype: torch.dtype | None = None,
 ) -> None:
-    """Replace the training set of `data` by its latents, as its `latent_cache` asks.
+    """Replace the training set of `data` by its latents, according to its `latent_cache`.
 
-    `variants` (1) is how many times every item is encoded, with the augmentation of the data set; `path` (none) is
-    a file to keep the result in. A file there is used if it was made with this first stage and these settings, and
-    made anew otherwise.
+    `variants` (default: 1) is the number of times each item is encoded, with the augmentation of the data set. `path`
+    (default: none) is a file for the result. An existing file is used if it comes from the same first stage and
+    settings; otherwise it is computed again.
 
     Args:
-        device: where to encode.
-        autocast_dtype: encode under autocast in this precision.
+        data: the data module.
+        model: the model whose first stage encodes the images.
+        device: the device for encoding.
+        autocast_dtype: encode under autocast with this dtype.
 
     Raises:
-        UserError: the first stage is not an `AutoencoderKL`, whose moments are what is kept, the training set is a
-            stream, or the model is conditioned on what is not kept.
+        UserError: the first stage is not an `AutoencoderKL`, the training set is a stream, or the cache cannot contain
+            the conditioning of the model.
     """
     if not isinstance(getattr(model, "first_stage_model", None), AutoencoderKL):
-        raise UserError("latent_cache needs an AutoencoderKL as first stage; remove it from data.params")
+        raise UserError("latent_cache needs an AutoencoderKL as the first stage; remove it from data.params")
     data.setup()
     dataset, settings = data.datasets["train"], data.latent_cache
     if isinstance(dataset, IterableDataset):
         raise UserError("latent_cache needs a training set with a length; remove it from data.params")
     variants, path = settings.get("variants", 1), settings.get("path")
     key = _digest(model, data.dataset_configs["train"], len(dataset), variants, autocast_dtype)
-    cached = _stored(path, key)
-    if cached is None or not cached.serves(model):
+    cached = _read_cache(path, key)
+    if cached is None or not cached.has_conditioning(model):
         cached = _encode(dataset, model, variants, data.batch_size, torch.device(device), autocast_dtype)
         if path is not None:
             content = {"moments": cached.moments, "fields": cached.fields, "conditioning": cached.conditioning}
-            save_whole({"key": key, **content}, path)
+            save_atomically({"key": key, **content}, path)
     data.datasets["train"] = cached
 
 
-def _stored(path: str | None, key: str) -> CachedLatents | None:
-    """What the file at `path` holds, if it was made under `key`."""
+def _read_cache(path: str | None, key: str) -> CachedLatents | None:
+    """Read the latents from the file `path` if it has this key."""
     if path is None or not Path(path).is_file():
         return None
     stored = read_checkpoint(path)
     if stored.get("key") != key:
-        log.info("the latents in %s belong to another first stage or data set; making them anew", path)
+        log.info("computing latents again: those in %s come from another first stage or data set", path)
         return None
     log.info("using the latents in %s", path)
     return CachedLatents(stored["moments"], stored["fields"], stored.get("conditioning"))
@@ -121,21 +123,21 @@ def _encode(
     with tqdm(total=variants * len(dataset), desc="encoding latents", unit="image") as progress:
         for _ in range(variants):
             for batch in loader:
-                small = _small_fields(batch, model.first_stage_key)
-                pictures = _condition(model) not in (None, *small)
+                batch_fields = _non_image_fields(batch, model.first_stage_key)
+                has_image_conditioning = _conditioning_entry(model) not in (None, *batch_fields)
                 images = batch_images(batch, model.first_stage_key).to(device)
                 with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                    if pictures:
-                        conditioning.append(_encode_condition(model, batch).to("cpu", torch.float16))
+                    if has_image_conditioning:
+                        conditioning.append(_encode_conditioning(model, batch).to("cpu", torch.float16))
                     moments.append(model.first_stage_model.encode(images).parameters.to("cpu", torch.float16))
-                for key, values in small.items():
+                for key, values in batch_fields.items():
                     fields.setdefault(key, []).extend(values)
                 progress.update(len(images))
     return CachedLatents(torch.cat(moments), fields, torch.cat(conditioning) if conditioning else None)
 
 
-def _small_fields(batch: dict[str, Any], image_key: str) -> dict[str, list[Any]]:
-    """The entries that are not pictures: text, tensors with one number an item, or with a row of whole numbers."""
+def _non_image_fields(batch: dict[str, Any], image_key: str) -> dict[str, list[Any]]:
+    """Return the entries of a batch that are texts, one number per item, or one row of integers per item."""
     fields: dict[str, list[Any]] = {}
     for key, value in batch.items():
         if isinstance(value, torch.Tensor):
@@ -148,35 +150,35 @@ def _small_fields(batch: dict[str, Any], image_key: str) -> dict[str, list[Any]]
     return fields
 
 
-def _condition(model: LatentDiffusion) -> str | None:
-    """The entry of a batch that the model is conditioned on."""
+def _conditioning_entry(model: LatentDiffusion) -> str | None:
+    """Return the key of the batch entry that the model is conditioned on, or None."""
     return None if model.model.conditioning_key is None else model.cond_stage_key
 
 
-def _encode_condition(model: LatentDiffusion, batch: dict[str, Any]) -> torch.Tensor:
-    """What the conditioning stage says of a batch's pictures, (B, c', h, w).
+def _encode_conditioning(model: LatentDiffusion, batch: dict[str, Any]) -> torch.Tensor:
+    """Encode the images that condition the model, (B, c', h, w).
 
     Raises:
-        UserError: they are not there, or it may say something else later.
+        UserError: the batch does not contain them, or their encoding changes during training.
     """
     key = model.cond_stage_key
     batch_entry(batch, key)
     if model.cond_stage_trainable or model.cond_dropout > 0 or model.shorten_cond_schedule:
         raise UserError(
-            f'latent_cache cannot keep "{key}", the model\'s cond_stage_key, which its training changes '
+            f'latent_cache cannot contain "{key}", the model\'s cond_stage_key, whose encoding changes in training '
             "(cond_stage_trainable, cond_dropout or num_timesteps_cond); remove it from data.params"
         )
     encoded = model.get_learned_conditioning(model.raw_conditioning(batch))
     if not isinstance(encoded, torch.Tensor) or encoded.dim() != 4:
-        raise UserError(f'latent_cache cannot keep "{key}", the model\'s cond_stage_key; remove it from data.params')
+        raise UserError(f'latent_cache cannot contain "{key}", the model\'s cond_stage_key; remove it from data.params')
     return encoded
 
 
 def _digest(model: LatentDiffusion, *settings: Any) -> str:
-    """A hash of the frozen stages' weights and of the settings that decide what is encoded, and how."""
+    """Return a hash of the settings and of the frozen stages' weights, which determine the latents."""
     digest = hashlib.sha256(repr(settings).encode())
     stages = [model.first_stage_model]
-    if _condition(model) is not None and not model.cond_stage_trainable:
+    if _conditioning_entry(model) is not None and not model.cond_stage_trainable:
         digest.update(f"{model.cond_stage_key} {model.cond_stage_model}".encode())
         stages += [model.cond_stage_model] if model.cond_stage_model is not model.first_stage_model else []
     for stage in stages:

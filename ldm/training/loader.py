@@ -1,4 +1,4 @@
-"""A data loader whose order depends on the seed alone and which continues in the middle of an epoch."""
+"""Data loader whose order depends on the seed alone and which resumes in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Lists of indices; every pass over the data has its own order, a function of the seed and its number.
+    """Sampler of batches of indices; seed and epoch determine the order of each epoch.
 
     Args:
-        size: of the data set.
-        batch_size: of each list; the last one may be shorter.
-        shuffle: or keep the order.
-        seed: of the orders.
-        rank, replicas: this process takes every `replicas`-th index from `rank` on, padded to equal counts.
+        size: number of items in the data set.
+        batch_size: number of indices in a batch; the last batch may be smaller.
+        shuffle: shuffle the indices in each epoch.
+        seed: seed of the orders.
+        rank, replicas: this process uses every `replicas`-th index from `rank` on, padded to equal counts.
     """
 
     def __init__(self, size: int, batch_size: int, shuffle: bool, seed: int, rank: int = 0, replicas: int = 1) -> None:
@@ -34,21 +34,23 @@ class EpochBatches(Sampler[list[int]]):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.size, generator=generator).tolist() if self.shuffle else list(range(self.size))
         order += order[: -len(order) % self.replicas]
-        mine = order[self.rank :: self.replicas]
-        for first in range(self.start * self.batch_size, len(mine), self.batch_size):
-            yield mine[first : first + self.batch_size]
+        indices = order[self.rank :: self.replicas]
+        for first in range(self.start * self.batch_size, len(indices), self.batch_size):
+            yield indices[first : first + self.batch_size]
 
     def __len__(self) -> int:
         return math.ceil(math.ceil(self.size / self.replicas) / self.batch_size)
 
 
 class ResumableLoader(DataLoader):
-    """A loader that knows its epoch and position, which Lightning keeps in checkpoints.
+    """Data loader that tracks its epoch and position, which Lightning saves in checkpoints.
 
     Args:
-        dataset: iterable ones keep their own order and restart from their beginning.
-        limit: batches that the trainer takes of an epoch, when fewer than there are.
-        shuffle, seed, rank, replicas: as `EpochBatches`.
+        dataset: the data set; an iterable one keeps its own order and restarts from its beginning.
+        batch_size: number of items in a batch.
+        limit: number of batches that the trainer uses of an epoch, if it does not use all.
+        shuffle, seed, rank, replicas: see `EpochBatches`.
+        options: further arguments of `DataLoader`.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class ResumableLoader(DataLoader):
         limit: int | None = None,
         **options: Any,
     ) -> None:
-        # Its own generator, so that starting an epoch takes nothing from the global random numbers.
+        # With its own generator, the start of an epoch leaves PyTorch's global generator unchanged.
         options["generator"] = torch.Generator()
         if isinstance(dataset, IterableDataset):
             super().__init__(dataset, batch_size=batch_size, **options)
@@ -74,7 +76,7 @@ class ResumableLoader(DataLoader):
         self.epoch, self.position, self._used = 0, 0, False
 
     def __iter__(self) -> Iterator[Any]:
-        # Lightning may begin an epoch twice; only one that gave a batch is over.
+        # Lightning may start an epoch twice; the epoch is over only if it returned a batch.
         if self._used:
             self.epoch, self.position, self._used = self.epoch + 1, 0, False
         if self.batches is not None:
@@ -88,11 +90,11 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where it stands: the epoch, how many of its batches were handed out, and the seed of its orders."""
+        """Return the epoch, the number of batches returned in it, and the seed."""
         return {"epoch": self.epoch, "position": self.position, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from there; the next iteration gives what is left of the epoch, or the next one."""
+        """Restore epoch, position and seed; the next iteration resumes the epoch or starts the next one."""
         self.epoch, self.position, self.seed = state["epoch"], state["position"], state["seed"]
         if self.batches is None:
             self.position = 0
@@ -101,23 +103,27 @@ class ResumableLoader(DataLoader):
 
 
 def seed_worker(worker_id: int) -> None:
-    """Seed a worker's NumPy and `random`, as PyTorch seeds its own numbers: differently in each and every epoch."""
+    """Seed NumPy and `random` in a worker with PyTorch's seed, which differs in every worker and epoch."""
     seed = torch.initial_seed() % 2**32
     np.random.seed(seed)
     random.seed(seed)
 
 
-def narrow(dataset: Any, part: int, parts: int) -> None:
-    """Leave a stream, or each one in a chain, every `parts`-th of its `valid_ids`, from number `part` on."""
+def shard_stream(dataset: Any, index: int, count: int) -> None:
+    """Restrict a stream, or each stream of a chain, to every `count`-th of its `valid_ids` from `index` on."""
     for stream in getattr(dataset, "datasets", [dataset]):
         ids = getattr(stream, "valid_ids", None)
         if ids is not None:
-            stream.sample_ids = [ids[index] for index in range(part, len(ids), parts)]
+            stream.sample_ids = [ids[i] for i in range(index, len(ids), count)]
 
 
 @dataclass(frozen=True)
-class ShareRecords:
-    """A `worker_init_fn` that also gives each worker of each process its own part of a stream's records."""
+class StreamWorkerInit:
+    """`worker_init_fn` that seeds a worker and restricts it to its own shard of a stream.
+
+    Args:
+        rank, replicas: index of this process, and number of processes.
+    """
 
     rank: int
     replicas: int
@@ -125,5 +131,5 @@ class ShareRecords:
     def __call__(self, worker_id: int) -> None:
         seed_worker(worker_id)
         worker = get_worker_info()
-        part = self.rank * worker.num_workers + worker_id
-        narrow(worker.dataset, part, self.replicas * worker.num_workers)
+        index = self.rank * worker.num_workers + worker_id
+        shard_stream(worker.dataset, index, self.replicas * worker.num_workers)

@@ -1,7 +1,7 @@
-"""Learning-rate multipliers by step, for `torch.optim.lr_scheduler.LambdaLR`.
+"""Learning-rate schedules for `torch.optim.lr_scheduler.LambdaLR`.
 
-Each is called with the number of steps done and gives the factor on the base learning rate.
-`verbosity_interval` above 0 logs the factor that often.
+A schedule maps the number of completed steps to a factor of the base learning rate. If `verbosity_interval` is
+positive, it logs the factor once per that many steps.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Sequence
 logger = logging.getLogger(__name__)
 
 
-def _half_cosine(share: float) -> float:
-    """From 1 at share 0 to 0 at share 1."""
-    return 0.5 * (1.0 + math.cos(math.pi * share))
+def _half_cosine(progress: float) -> float:
+    """Decay from 1 at progress 0 to 0 at progress 1."""
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class LambdaWarmUpCosineScheduler:
-    """Linear from `lr_start` to `lr_max` in `warm_up_steps`, then a half cosine to `lr_min` at `max_decay_steps`.
+    """Linear warm-up from `lr_start` to `lr_max`, then cosine decay to `lr_min` at `max_decay_steps`.
 
-    The configured base learning rate is best 1, so that the factors are learning rates themselves.
+    With a base learning rate of 1, the factors are the learning rates themselves.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class LambdaWarmUpCosineScheduler:
         self.last_lr = 0.0
 
     def schedule(self, n: int) -> float:
-        """The factor after `n` steps."""
+        """Return the factor after `n` steps."""
         if n < self.lr_warm_up_steps:
             self.last_lr = self.lr_start + (self.lr_max - self.lr_start) * n / self.lr_warm_up_steps
         else:
             decay_steps = max(1, self.lr_max_decay_steps - self.lr_warm_up_steps)
-            share = min((n - self.lr_warm_up_steps) / decay_steps, 1.0)
-            self.last_lr = self.lr_min + (self.lr_max - self.lr_min) * _half_cosine(share)
+            progress = min((n - self.lr_warm_up_steps) / decay_steps, 1.0)
+            self.last_lr = self.lr_min + (self.lr_max - self.lr_min) * _half_cosine(progress)
         if self.verbosity_interval > 0 and n % self.verbosity_interval == 0:
             logger.info("step %d: learning-rate factor %g", n, self.last_lr)
         return self.last_lr
@@ -58,9 +58,9 @@ class LambdaWarmUpCosineScheduler:
 
 
 class LambdaWarmUpCosineScheduler2:
-    """Cycles, each of them linear from `f_start` to `f_max` in `warm_up_steps`, then a half cosine to `f_min`.
+    """Cycles of a linear warm-up from `f_start` to `f_max` in `warm_up_steps` and a cosine decay to `f_min`.
 
-    Every argument but the last is a list with one entry a cycle.
+    All arguments except `verbosity_interval` are lists with one entry per cycle.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LambdaWarmUpCosineScheduler2:
         cycle_lengths: Sequence[int],
         verbosity_interval: int = 0,
     ) -> None:
-        if len({len(given) for given in (warm_up_steps, f_min, f_max, f_start, cycle_lengths)}) != 1:
+        if len({len(values) for values in (warm_up_steps, f_min, f_max, f_start, cycle_lengths)}) != 1:
             raise ValueError("warm_up_steps, f_min, f_max, f_start and cycle_lengths need one entry for each cycle")
         self.lr_warm_up_steps = warm_up_steps
         self.f_min = f_min
@@ -84,17 +84,17 @@ class LambdaWarmUpCosineScheduler2:
         self.last_f = 0.0
 
     def find_in_interval(self, n: int) -> int:
-        """The cycle that step `n` is in; its last step belongs to it, and the last cycle never ends."""
+        """Return the cycle of step `n`; a cycle includes its last step, and the last cycle does not end."""
         cycles = len(self.cycle_lengths)
         return next((cycle for cycle in range(cycles) if n <= self.cum_cycles[cycle + 1]), cycles - 1)
 
     def _decay(self, cycle: int, n: int) -> float:
         warm_up, length = self.lr_warm_up_steps[cycle], self.cycle_lengths[cycle]
-        share = min((n - warm_up) / max(1, length - warm_up), 1.0)
-        return self.f_min[cycle] + (self.f_max[cycle] - self.f_min[cycle]) * _half_cosine(share)
+        progress = min((n - warm_up) / max(1, length - warm_up), 1.0)
+        return self.f_min[cycle] + (self.f_max[cycle] - self.f_min[cycle]) * _half_cosine(progress)
 
     def schedule(self, n: int) -> float:
-        """The factor after `n` steps."""
+        """Return the factor after `n` steps."""
         cycle = self.find_in_interval(n)
         step = n - self.cum_cycles[cycle]
         if step < self.lr_warm_up_steps[cycle]:
@@ -111,7 +111,7 @@ class LambdaWarmUpCosineScheduler2:
 
 
 class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
-    """As `LambdaWarmUpCosineScheduler2`, with a straight line from `f_max` to `f_min` instead of the cosine."""
+    """Variant of `LambdaWarmUpCosineScheduler2` with a linear decay from `f_max` to `f_min`."""
 
     def _decay(self, cycle: int, n: int) -> float:
         length = self.cycle_lengths[cycle]

@@ -1,7 +1,7 @@
 """Lightning adapters that train plain models.
 
-An adapter owns optimizers, logging and validation. Its state dict is the model's own, without a prefix, so that
-checkpoints hold the published names.
+An adapter owns optimizers, logging and validation. Its state dict is that of the model without a prefix, so that
+checkpoints have the published names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RNG_KEY = "rng"
 
 @dataclasses.dataclass(frozen=True)
 class ManualOptimization:
-    """What Lightning's Trainer refuses to do for several optimizers, so that the adapter does it itself."""
+    """Arguments that Lightning's Trainer rejects for several optimizers, and that the adapter applies itself."""
 
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = None
@@ -35,14 +35,14 @@ class ManualOptimization:
 
 
 def lightning_module(model: nn.Module, manual: ManualOptimization | None = None) -> LightningModule:
-    """The adapter that trains `model`; a LightningModule is returned as it is.
+    """Return the adapter that trains `model`; a LightningModule is returned unchanged.
 
     Args:
-        model: with `adversarial_loss` (first stages) or `shared_step` (diffusion models and classifiers).
-        manual: for first stages, what the Trainer cannot do for them.
+        model: a model with `adversarial_loss` (first stages) or `shared_step` (diffusion models and classifiers).
+        manual: arguments that the adapter of a first stage applies instead of the Trainer.
 
     Raises:
-        UserError: the model has neither, or no loss to train with.
+        UserError: the model has neither method.
     """
     if isinstance(model, LightningModule):
         return model
@@ -54,12 +54,12 @@ def lightning_module(model: nn.Module, manual: ManualOptimization | None = None)
         return DiffusionTraining(model)
     raise UserError(
         f"{type(model).__name__} cannot be trained: it has neither adversarial_loss nor shared_step; "
-        "give model.target a first stage or a diffusion model"
+        "set model.target to a first stage or a diffusion model"
     )
 
 
 class ModelTraining(LightningModule):
-    """What the adapters share: the model's own state dict, random states in checkpoints, pictures."""
+    """Base class of the adapters: state dict, random states in checkpoints, and sample images."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -68,32 +68,32 @@ class ModelTraining(LightningModule):
         self._training_rng: dict[str, Any] | None = None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The model's state dict."""
+        """Return the state dict of the model."""
         return self.model.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the model's state dict."""
+        """Load the state dict of the model."""
         return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
 
     @property
     def learning_rate(self) -> float:
-        """The model's, which the run has set."""
+        """Learning rate of the model, which the run has set."""
         return float(self.model.learning_rate)
 
     def log_images(self, batch: Mapping[str, Any], **options: Any) -> dict[str, Tensor]:
-        """The model's pictures of a batch."""
+        """Return the images that the model generates for a batch."""
         return self.model.log_images(batch, **options)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random states, so that a continued run draws what an uninterrupted one would have drawn."""
+        """Save the random states, so that a resumed run repeats the random numbers of an uninterrupted one."""
         checkpoint[RNG_KEY] = self._training_rng or rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the random states until training starts; setting up draws numbers too."""
+        """Remember the random states until training starts, because setup also uses random numbers."""
         self._saved_rng = checkpoint.get(RNG_KEY)
 
     def on_train_start(self) -> None:
-        """Set the random states, and give every process its own."""
+        """Restore the random states, or seed each of several processes differently."""
         if self.trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + self.trainer.global_rank + self.trainer.global_step)
         elif self._saved_rng is not None:
@@ -101,11 +101,11 @@ class ModelTraining(LightningModule):
         self._saved_rng = None
 
     def on_validation_start(self) -> None:
-        """Set the training's random states aside: how often one validates must not change what is learnt."""
+        """Save the random states, so that validation does not change training."""
         self._training_rng = rng_state()
 
     def on_validation_end(self) -> None:
-        """Take the training's random states up again."""
+        """Restore the random states of training."""
         if self._training_rng is not None:
             set_rng_state(self._training_rng)
         self._training_rng = None
@@ -115,20 +115,22 @@ class ModelTraining(LightningModule):
         if config is None:
             return []
         schedule = instantiate_from_config(config).schedule
-        return [{"scheduler": LambdaLR(each, schedule), "interval": "step", "frequency": 1} for each in optimizers]
+        return [
+            {"scheduler": LambdaLR(optimizer, schedule), "interval": "step", "frequency": 1} for optimizer in optimizers
+        ]
 
 
 class OneLossTraining(ModelTraining):
-    """Trains a model whose `shared_step` gives one loss: AdamW, learning rates by step."""
+    """Base class of adapters for models whose `shared_step` returns one loss, trained with AdamW."""
 
     def configure_optimizers(self) -> Any:
-        """AdamW over what the model names, with the learning-rate schedule where it has one."""
+        """Return AdamW over the model's `optimizer_parameters`, with its learning-rate schedule if it has one."""
         decay = getattr(self.model, "weight_decay", 1e-2)
         optimizer = fused(AdamW, self.model.optimizer_parameters(), lr=self.learning_rate, weight_decay=decay)
         return [optimizer], self._schedulers([optimizer])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss of one batch."""
+        """Return the loss of one batch."""
         loss, log = self.model.shared_step(batch)
         size = _batch_size(batch)
         self.log_dict(log, prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
@@ -140,36 +142,36 @@ class OneLossTraining(ModelTraining):
 
 
 class DiffusionTraining(OneLossTraining):
-    """Trains a diffusion model: one loss, a moving average of the weights."""
+    """Adapter of a diffusion model, with a moving average of the weights."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Let the model prepare, e.g. measure the scale of its latents on the very first batch."""
+        """Call the model before each batch, e.g. to measure the scale of its latents on the first batch of all."""
         first = self.current_epoch == 0 and self.global_step == 0 and batch_idx == 0
         self.model.before_training_batch(batch, first)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and average at once: a checkpoint of this step must hold the average that belongs to it."""
+        """Step and update the moving average, so that checkpoints contain the average of their step."""
         super().optimizer_step(*args, **kwargs)
         self.model.update_ema()
 
     @torch.no_grad()
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """The loss with the live weights, and under names with `_ema` with the averaged ones."""
+        """Log the loss with the live weights and, under names with `_ema`, with the averaged weights."""
         _, log = self.model.shared_step(batch)
-        averaged = log
+        ema_log = log
         if getattr(self.model, "use_ema", True):
             with self.model.ema_scope():
-                _, averaged = self.model.shared_step(batch)
-        log = {**log, **{f"{key}_ema": value for key, value in averaged.items()}}
+                _, ema_log = self.model.shared_step(batch)
+        log = {**log, **{f"{key}_ema": value for key, value in ema_log.items()}}
         self.log_dict(log, on_step=False, on_epoch=True, batch_size=_batch_size(batch), sync_dist=True)
 
 
 class ClassifierTraining(OneLossTraining):
-    """Trains a classifier of noisy latents."""
+    """Adapter of a classifier of noisy latents."""
 
     @torch.no_grad()
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Loss and accuracies at random steps, and the accuracy at each level of noise."""
+        """Log the loss and the accuracies at random timesteps, and the accuracy at each noise level."""
         x = self.model.get_input(batch)
         _, log = self.model.shared_step(batch, x=x)
         log = {**log, **self.model.noise_accuracies(batch, x)}
@@ -177,10 +179,10 @@ class ClassifierTraining(OneLossTraining):
 
 
 class AutoencoderTraining(ModelTraining):
-    """Trains a first stage against a discriminator, two optimizers in turn (arXiv:2012.09841).
+    """Adapter of a first stage with a discriminator: two optimizers step in turn (arXiv:2012.09841).
 
-    One pass through the autoencoder serves both. The trainer's `global_step` counts the autoencoder's steps only,
-    so `disc_start`, `max_steps` and file names mean what they meant when Lightning stepped both optimizers itself.
+    Both losses share one forward pass of the autoencoder. The trainer's `global_step` counts only the steps of the
+    autoencoder, so `disc_start`, `max_steps` and file names have the published meaning.
     """
 
     def __init__(self, model: nn.Module, manual: ManualOptimization) -> None:
@@ -189,7 +191,7 @@ class AutoencoderTraining(ModelTraining):
         self.manual = manual
 
     def configure_optimizers(self) -> Any:
-        """Adam for the autoencoder and, if there is one, for the discriminator."""
+        """Return Adam for the autoencoder and, if there is one, for the discriminator."""
         generator, discriminator = self.model.optimizer_parameters()
         factor = getattr(self.model, "lr_g_factor", 1.0)
         optimizers = [fused(Adam, generator, lr=factor * self.learning_rate, betas=(0.5, 0.9))]
@@ -198,19 +200,18 @@ class AutoencoderTraining(ModelTraining):
         return optimizers, self._schedulers(optimizers)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Add one batch's gradients; step when enough of them are in."""
+        """Accumulate the gradients of one batch, and step after `accumulate_grad_batches` batches."""
         optimizers = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         step = self.global_step
-        every = self.manual.accumulate_grad_batches
-        last = (batch_idx + 1) % every == 0 or self.trainer.is_last_batch
+        is_step = (batch_idx + 1) % self.manual.accumulate_grad_batches == 0 or self.trainer.is_last_batch
 
-        # The discriminator only judges here: it must not gather gradients from the autoencoder's loss.
+        # The discriminator must not accumulate gradients of the autoencoder's loss.
         self.toggle_optimizer(optimizers[0])
         rec = self.model.reconstruct(batch)
         self._backward(rec, 0, step, batch, "aeloss")
         self.untoggle_optimizer(optimizers[0])
-        if last:
+        if is_step:
             self._clip(optimizers[0])
             optimizers[0].step()
             optimizers[0].zero_grad()
@@ -218,11 +219,11 @@ class AutoencoderTraining(ModelTraining):
                 self.model.update_ema()
         if len(optimizers) > 1:
             self._backward(_detached(rec), 1, step, batch, "discloss")
-            if last:
+            if is_step:
                 self._clip(optimizers[1])
                 self._uncounted_step(optimizers[1])
                 optimizers[1].zero_grad()
-        if last:
+        if is_step:
             for scheduler in _as_list(self.lr_schedulers()):
                 scheduler.step()
 
@@ -236,18 +237,18 @@ class AutoencoderTraining(ModelTraining):
     def _clip(self, optimizer: LightningOptimizer) -> None:
         if self.manual.gradient_clip_val:
             algorithm = self.manual.gradient_clip_algorithm or "norm"
-            # In float16 the gradients still carry the loss's scale here.
+            # In float16 the gradients are still scaled here.
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
             limit = self.manual.gradient_clip_val * (scaler.get_scale() if scaler else 1.0)
             self.clip_gradients(optimizer, limit, algorithm)
 
     def _uncounted_step(self, optimizer: LightningOptimizer) -> None:
-        """Step through the strategy, which heeds the precision, but past the count of steps."""
+        """Step through the strategy, which handles the precision, without counting the step."""
         self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=lambda: None)
 
     @torch.no_grad()
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Both losses, under `val/` and, with averaged weights, under `val_ema/`."""
+        """Log both losses under `val/` and, with averaged weights, under `val_ema/`."""
         self._validate(batch, "val")
         if getattr(self.model, "use_ema", False):
             with self.model.ema_scope():
@@ -260,12 +261,12 @@ class AutoencoderTraining(ModelTraining):
             self.log_dict(log, on_step=False, on_epoch=True, batch_size=_batch_size(batch), sync_dist=True)
 
 
-def _as_list(given: Any) -> list[Any]:
-    return given if isinstance(given, list) else [] if given is None else [given]
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _detached(rec: Any) -> Any:
-    """The same reconstruction without the way back into the autoencoder."""
+    """Return the reconstruction detached from the graph of the autoencoder."""
     return dataclasses.replace(rec, outputs=rec.outputs.detach())
 
 

@@ -1,4 +1,4 @@
-"""Optimizers that step through memory once."""
+"""Fused optimizers."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ FUSED_DEVICES = ("cpu", "cuda")
 
 
 def fused(kind: type[Adam], parameters: Sequence[nn.Parameter], **options: Any) -> Adam:
-    """An Adam or AdamW that runs fused: one pass for all its operations, instead of one for each.
+    """Create a fused Adam or AdamW, which updates all its tensors in one pass over memory.
 
-    On devices without such a kernel it runs as torch chooses. Three habits of torch are undone:
+    On devices without a fused kernel, PyTorch chooses the implementation. Three defaults of PyTorch are changed:
 
-    - A fused optimizer says that it divides gradients by float16 training's scale itself, and Lightning then refuses
-      to clip them, even in bfloat16, which has no scale. Here the scaler divides, as it does for any other optimizer.
-    - Loading a state replaces the choice by that of the file. Here it stays, whatever wrote the file.
-    - The kernel for the CPU takes it for granted that the state lies in memory as its parameter does, and reads other
-      elements where it does not. A loaded state is laid out like its parameter. (Gradients are, by autograd.)
+    - A fused optimizer announces that it unscales float16 gradients itself, and Lightning then refuses to clip them,
+      even in bfloat16, which needs no scaling. Here the gradient scaler unscales, as for any other optimizer.
+    - Loading a state replaces the implementation by that of the file. Here the optimizer stays fused.
+    - The CPU kernel assumes that a state has the memory layout of its parameter, and otherwise reads other elements.
+      Here a loaded state is copied to the layout of its parameter. (Autograd does so for gradients.)
 
     Args:
         kind: `Adam` or `AdamW`.
-        parameters: what it trains, on their device already.
+        parameters: the parameters to train, on their final device.
         options: arguments of `kind`, such as `lr` and `betas`.
     """
     if not all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters):
         return kind(parameters, **options)
     optimizer = kind(parameters, fused=True, **options)
     optimizer._step_supports_amp_scaling = False
-    optimizer.register_load_state_dict_pre_hook(_stay_fused)
-    optimizer.register_load_state_dict_post_hook(_lay_out)
+    optimizer.register_load_state_dict_pre_hook(_keep_fused)
+    optimizer.register_load_state_dict_post_hook(_match_layout)
     return optimizer
 
 
-def _stay_fused(optimizer: Adam, state: dict[str, Any]) -> dict[str, Any]:
+def _keep_fused(optimizer: Adam, state: dict[str, Any]) -> dict[str, Any]:
     groups = [{**group, "fused": True, "foreach": None} for group in state["param_groups"]]
     return {**state, "param_groups": groups}
 
 
-def _lay_out(optimizer: Adam) -> None:
+def _match_layout(optimizer: Adam) -> None:
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():

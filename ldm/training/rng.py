@@ -1,4 +1,4 @@
-"""The state of every random number generator, in a form that safe checkpoints can hold."""
+"""States of all random number generators, in a form that safe checkpoints can contain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of PyTorch's, NumPy's and Python's generators, as tensors, numbers and tuples."""
+    """Return the states of the generators of PyTorch, NumPy and Python, as tensors, numbers and tuples."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -21,10 +21,10 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put the generators where `rng_state` found them; CUDA's only where there are as many devices."""
+    """Restore the states from `rng_state`; those of CUDA only if the number of devices is the same."""
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+        torch.cuda.set_rng_state_all([device_state.cpu() for device_state in state["cuda"]])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]

@@ -1,4 +1,4 @@
-"""A training run: what the plan says, built, fitted and tested."""
+"""Training run: build the components of a plan, train and test."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ldm.training.allocator import keep_freed_memory
 from ldm.training.configuration import START_TIME_VARIABLE, Plan
 
 if TYPE_CHECKING:
-    from ldm.training.assembly import Parts
+    from ldm.training.assembly import Components
 
 logger = logging.getLogger(__name__)
 
-# Lightning's hints that are beside the point here.
+# Warnings of Lightning that do not apply here.
 IRRELEVANT_WARNINGS = (
     ".*does not have many workers.*",
     ".*no pre-optimization state was saved.*",
@@ -37,49 +37,49 @@ IRRELEVANT_WARNINGS = (
 
 
 def run(plan: Plan) -> None:
-    """Carry out a plan.
+    """Train and test according to a plan.
 
     Raises:
-        UserError: something in the plan cannot be built; nothing is on disk then.
+        UserError: a component of the plan cannot be built; nothing has been written.
     """
     settings = trainer_settings(plan)
-    check_numbers(plan, settings)
+    check_values(plan, settings)
     if settings["accelerator"] == "cpu":
         keep_freed_memory()
-    _quieten()
+    _filter_logs()
     from pytorch_lightning import seed_everything
 
     from ldm.training.assembly import assemble
 
     seed_everything(plan.seed, workers=True, verbose=False)
-    parts = assemble(plan, settings)
+    components = assemble(plan, settings)
     os.environ[START_TIME_VARIABLE] = plan.now
     try:
         if plan.train:
-            fit(plan, parts)
+            fit(plan, components)
         if plan.test:
-            test(plan, parts)
+            test(plan, components)
     finally:
         os.environ.pop(START_TIME_VARIABLE, None)
 
 
-def _quieten() -> None:
+def _filter_logs() -> None:
     for message in IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_no_tips)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_not_tip)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         logging.getLogger("ldm").setLevel(logging.WARNING)
 
 
-def _no_tips(record: logging.LogRecord) -> bool:
+def _is_not_tip(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("💡")
 
 
 def trainer_settings(plan: Plan) -> dict[str, Any]:
-    """The Trainer's arguments, `gpus` translated; without any word on devices, the CPU.
+    """Return the Trainer's arguments with `gpus` replaced by devices; the default device is the CPU.
 
     Raises:
-        UserError: CUDA devices are asked for where there are none, or too few.
+        UserError: the machine does not have the requested GPUs.
     """
     settings: dict[str, Any] = OmegaConf.to_container(plan.lightning.trainer, resolve=True)
     gpus = settings.pop("gpus", None)
@@ -99,52 +99,52 @@ def trainer_settings(plan: Plan) -> dict[str, Any]:
 
 
 def _device_type(accelerator: str) -> str:
-    """The type of device that Lightning's word stands for."""
+    """Return the device type that an accelerator of Lightning uses."""
     if accelerator in ("gpu", "auto"):
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return accelerator if accelerator in ("cuda", "mps") else "cpu"
 
 
 def parse_gpus(gpus: Any) -> list[int] | int:
-    """`"0,"` and `"0,1"` list devices, `"2"` counts them and `"-1"` means all.
+    """Parse `--gpus`: `"0,"` and `"0,1"` are lists of devices, `"2"` is a number of devices, `"-1"` means all.
 
     Raises:
-        UserError: it is neither.
+        UserError: the value is none of these.
     """
     text = str(gpus).strip() if not isinstance(gpus, list) else ",".join(map(str, gpus)) + ","
     try:
         return [int(part) for part in text.split(",") if part.strip()] if "," in text else int(text)
     except ValueError:
-        raise UserError(f'--gpus "{gpus}" is not understood; write "0," or "0,1" for devices, or how many') from None
+        raise UserError(f'--gpus "{gpus}" is invalid; give devices such as "0," or "0,1", or their number') from None
 
 
 def _check_gpus(devices: Any) -> None:
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if available == 0 and not torch.backends.mps.is_available():
-        raise UserError("a GPU is asked for and this machine has none that PyTorch can use; leave --gpus out")
-    wanted = max(devices, default=-1) + 1 if isinstance(devices, list) else devices
-    if available and isinstance(wanted, int) and wanted > available:
-        raise UserError(f"--gpus asks for more than the {available} devices that this machine has")
+        raise UserError("PyTorch finds no GPU on this machine; leave out --gpus and --accelerator")
+    needed = max(devices, default=-1) + 1 if isinstance(devices, list) else devices
+    if available and isinstance(needed, int) and needed > available:
+        raise UserError(f"--gpus needs {needed} devices, and this machine has {available}; give fewer")
 
 
-def check_numbers(plan: Plan, settings: dict[str, Any]) -> None:
-    """Find wrong numbers before anything is built."""
+def check_values(plan: Plan, settings: dict[str, Any]) -> None:
+    """Raise UserError if the learning rate or the number of accumulated batches is invalid."""
     if plan.train and not isinstance(plan.config.model.get("base_learning_rate"), float | int):
-        raise UserError("the configuration needs a number as model.base_learning_rate, e.g. 4.5e-6")
+        raise UserError("model.base_learning_rate must be a number, e.g. 4.5e-6; add it to the configuration")
     batches = settings.get("accumulate_grad_batches", 1)
     if not isinstance(batches, int) or batches < 1:
-        raise UserError(f"lightning.trainer.accumulate_grad_batches is {batches}; give a whole number from 1 on")
+        raise UserError(f"lightning.trainer.accumulate_grad_batches must be an integer of at least 1, not {batches}")
 
 
-def fit(plan: Plan, parts: Parts) -> None:
-    """Train; continue from the plan's checkpoint where it has one."""
-    trainer = parts.trainer
-    parts.last.listen()
+def fit(plan: Plan, components: Components) -> None:
+    """Train, resuming from the checkpoint of the plan if there is one."""
+    trainer = components.trainer
+    components.last.install_handlers()
     checkpoint = str(plan.checkpoint) if plan.checkpoint else None
     try:
-        trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint)
+        trainer.fit(components.module, datamodule=components.data, ckpt_path=checkpoint)
     except SystemExit:
-        if trainer.interrupted:  # how Lightning leaves after Ctrl-C
+        if trainer.interrupted:  # Lightning exits this way after Ctrl-C
             raise KeyboardInterrupt from None
         raise
     except Exception as error:
@@ -154,7 +154,7 @@ def fit(plan: Plan, parts: Parts) -> None:
             pdb.post_mortem(error.__traceback__)
         raise
     finally:
-        parts.last.stop_listening()  # Lightning itself would leave Ctrl-C ignored
+        components.last.restore_handlers()  # Lightning would leave Ctrl-C ignored
         if plan.debug and plan.checkpoint is None and trainer.is_global_zero and plan.folder.is_dir():
             _move_to_debug_runs(plan.folder)
 
@@ -163,15 +163,15 @@ def _move_to_debug_runs(folder: Path) -> None:
     target = folder.parent / "debug_runs" / folder.name
     target.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(target)
-    logger.info('this run is now in "%s"', target)
+    logger.info('moved the log folder to "%s"', target)
 
 
-def test(plan: Plan, parts: Parts) -> None:
-    """Test, when both the model and the data have something to test with."""
+def test(plan: Plan, components: Components) -> None:
+    """Test, if the model has a test step and the data has a test set."""
     from pytorch_lightning.utilities.model_helpers import is_overridden
 
-    if not is_overridden("test_step", parts.module) or not is_overridden("test_dataloader", parts.data):
-        logger.info("no test: the model has no test step, or the data no test set")
+    if not is_overridden("test_step", components.module) or not is_overridden("test_dataloader", components.data):
+        logger.info("skipping the test: the model has no test step, or the data has no test set")
         return
     checkpoint = str(plan.checkpoint) if plan.checkpoint and not plan.train else None
-    parts.trainer.test(parts.module, datamodule=parts.data, ckpt_path=checkpoint)
+    components.trainer.test(components.module, datamodule=components.data, ckpt_path=checkpoint)

@@ -1,4 +1,4 @@
-"""How Lightning's checkpoints reach the disk and come back: whole, and without running code out of them."""
+"""Read and write Lightning's checkpoints atomically and without running code from them."""
 
 from __future__ import annotations
 
@@ -13,52 +13,55 @@ from torch import nn
 from ldm.config.targets import shown
 from ldm.errors import UserError
 from ldm.io.checkpoint.reading import read_checkpoint, read_state_dict
-from ldm.io.checkpoint.writing import save_whole
+from ldm.io.checkpoint.writing import save_atomically
 
-# What a checkpoint holds besides weights when a run can continue from it.
+# Entries besides the weights that a checkpoint needs for resuming a run.
 TRAINING_STATE = {"optimizer_states": list, "lr_schedulers": list, "loops": dict, "global_step": int}
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it; reads tensors and plain values only."""
+    """Checkpoint plugin that writes atomically, and reads only tensors and plain values."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Write `checkpoint` to `path`, which holds the old file until the new one is complete."""
-        save_whole(checkpoint, path)
+        """Write `checkpoint` to `path`, which keeps the old file until the new one is complete."""
+        save_atomically(checkpoint, path)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint, safely whatever `weights_only` says."""
+        """Read a checkpoint safely, regardless of `weights_only`."""
         checkpoint = read_checkpoint(path)
-        # The file is mapped into memory: states that are kept must not depend on it.
+        # The file is mapped into memory, and the optimizers must not depend on it.
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = copy.deepcopy(checkpoint["optimizer_states"])
         return checkpoint
 
 
 def check_resumable(path: Path, model: nn.Module, max_steps: int) -> None:
-    """Make sure that training can continue from `path`.
+    """Check that training can resume from `path`.
 
     Raises:
-        UserError: as `read_state_dict`; or the file holds weights alone, another model, or a run that is over.
+        UserError: as `read_state_dict`; or the file contains only weights, another model, or a finished run.
     """
     checkpoint = read_checkpoint(path)
     for entry in ("state_dict", *TRAINING_STATE):
         if entry not in checkpoint:
             raise UserError(
-                f'cannot continue from "{path}": it holds no {entry}; '
-                "start a new run from its weights with model.params.ckpt_path"
+                f'cannot resume from "{path}": it contains no {entry}; '
+                "to start a new run from its weights, give model.params.ckpt_path=PATH"
             )
     saved, own = read_state_dict(path), model.state_dict()
     for name in (*checkpoint["state_dict"], *own):
         if name not in saved or name not in own or saved[name].shape != own[name].shape:
-            raise UserError(f'cannot continue from "{path}": it holds another model, they differ in {shown(name)}')
+            raise UserError(
+                f'cannot resume from "{path}": the model differs from it in {shown(name)}; '
+                "use the configuration of that run"
+            )
     for entry, kind in TRAINING_STATE.items():
         if not isinstance(checkpoint[entry], kind):
-            raise UserError(f'cannot continue from "{path}": its {entry} cannot be used; give another checkpoint')
-    done = checkpoint["global_step"]
-    if 0 <= max_steps <= done:
-        raise UserError(f'"{path}" has done {done} steps already; give more than that as --max_steps')
+            raise UserError(f'cannot resume from "{path}": its entry "{entry}" is damaged; give another checkpoint')
+    step = checkpoint["global_step"]
+    if 0 <= max_steps <= step:
+        raise UserError(f'"{path}" is already at step {step}; give a larger --max_steps')

@@ -293,7 +293,7 @@ def test_without_the_weights_it_says_where_they_are(load_script, monkeypatch, tm
 def test_without_transformers_the_extra_is_named(knn2img, hide_package, capsys):
     hide_package("transformers")
     assert knn2img() == 2
-    assert 'install it with pip install "ldm[clip]"' in capsys.readouterr().err
+    assert 'install it with pip install -e ".[clip]"' in capsys.readouterr().err
 
 
 def test_the_example_works_as_typed(knn2img, place):

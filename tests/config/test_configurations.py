@@ -1,4 +1,4 @@
-"""Every `target:` of the published configurations names something, and without its data says so in one line."""
+"""Every `target:` of the published configurations exists, and missing data raise an error of one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WITH_DATA = [path for path in CONFIGURATIONS if re.search("^data:", (ROOT / path
 
 
 def targets(config: Any) -> Iterator[str]:
-    """Every target in a configuration, however deep."""
+    """Yield every target in a configuration, at any depth."""
     if isinstance(config, dict):
         if isinstance(config.get("target"), str):
             yield config["target"]
@@ -41,7 +41,7 @@ def test_every_target_resolves(path):
 
 
 @pytest.mark.parametrize("path", WITH_DATA)
-def test_without_its_data_a_configuration_says_so_in_one_line(path, tmp_path, monkeypatch):
+def test_missing_data_raise_user_error(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = OmegaConf.to_container(OmegaConf.load(ROOT / path), resolve=True)
@@ -53,7 +53,7 @@ def test_without_its_data_a_configuration_says_so_in_one_line(path, tmp_path, mo
         assert "\n" not in str(raised.value)
 
 
-def test_a_misspelt_data_set_gets_a_hint():
+def test_a_misspelt_target_or_parameter_gets_a_hint():
     for target, meant in [
         ("ldm.data.lsun.LSUNBedroomTrain", "LSUNBedroomsTrain"),
         ("ldm.data.imagnet.ImageNetTrain", "imagenet"),
@@ -66,7 +66,7 @@ def test_a_misspelt_data_set_gets_a_hint():
 
 
 @pytest.mark.parametrize(
-    ("params", "said"),
+    ("params", "message"),
     [
         ([1], '"params" must hold names and values'),
         (3, '"params" must hold names and values'),
@@ -79,8 +79,8 @@ def test_a_misspelt_data_set_gets_a_hint():
     ],
     ids=str,
 )
-def test_values_that_cannot_be_meant_are_told(params, said):
-    with pytest.raises(UserError, match=re.escape(said)) as error:
+def test_values_of_a_wrong_type_raise_user_error(params, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         instantiate_from_config({"target": "ldm.models.diffusion.ddpm.DDPM", "params": with_network(params)})
     assert "\n" not in str(error.value)
 
@@ -90,6 +90,6 @@ def with_network(params):
     return {"unet_config": network, "timesteps": 5, **params} if isinstance(params, dict) else params
 
 
-def test_keys_that_are_no_text_are_told_by_classes_that_take_any_parameter():
+def test_a_key_that_is_not_text_raises_user_error_for_classes_with_any_parameter():
     with pytest.raises(UserError, match=r'torch\.nn\.Identity has no parameter "None"'):
         instantiate_from_config({"target": "torch.nn.Identity", "params": {None: 1}})

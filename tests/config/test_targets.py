@@ -1,4 +1,4 @@
-"""What a configuration may name, and the many things that it may not."""
+"""Targets that a configuration may name, and targets that are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make():
     return Set()
 """
 
-# Refused by name alone: nothing is imported.
+# Refused by name, before any import.
 HOSTILE = [
     "os.system",
     "posix.system",
@@ -100,8 +100,8 @@ HOSTILE = [
     ["ldm.util.UserError"],
     {"target": "ldm.util.UserError"},
 ]
-# They lead into the package and out of it again: to another module's objects, or to what is no class.
-THROUGH_OURS = [
+# Attributes of modules of this package that are defined elsewhere or are not classes.
+REACHABLE_FROM_OURS = [
     "ldm.config.instantiate.importlib.import_module",
     "ldm.config.instantiate.importlib",
     "ldm.util.inspect",
@@ -136,7 +136,7 @@ THROUGH_OURS = [
 
 @pytest.fixture
 def canary(tmp_path, monkeypatch):
-    """The file that importing the module `canary` would leave."""
+    """File that importing the module `canary` creates."""
     (tmp_path / "canary.py").write_text(CANARY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "canary", raising=False)
@@ -153,67 +153,67 @@ def refused(target) -> str:
 
 
 @pytest.mark.parametrize("target", HOSTILE, ids=lambda target: ascii(target)[:40])
-def test_nothing_is_imported_for_a_foreign_target(target, canary, monkeypatch):
+def test_a_refused_target_imports_nothing(target, canary, monkeypatch):
     monkeypatch.setattr(instantiate.importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
     before = set(sys.modules)
     refused(target)
     assert set(sys.modules) == before and not canary.exists()
 
 
-@pytest.mark.parametrize("target", THROUGH_OURS)
-def test_a_module_of_ours_lends_nothing_that_it_does_not_define(target):
+@pytest.mark.parametrize("target", REACHABLE_FROM_OURS)
+def test_objects_that_a_module_imports_are_refused(target):
     assert target in refused(target)
 
 
-def test_the_message_names_the_target_and_what_to_do():
+def test_the_message_names_the_target_and_the_option():
     message = refused("mydata.sets.Mine")
     assert '"mydata.sets.Mine"' in message and message.endswith("give --allow-target mydata.sets")
 
 
-def test_an_allowed_prefix_opens_that_package_alone(canary):
+def test_an_allowed_prefix_allows_only_that_package(canary):
     with targets.allowing("canary"):
         assert type(instantiate_from_config({"target": "canary.Set"})).__name__ == "Set"
         assert instantiate_from_config({"target": "canary.make"}).__class__.__module__ == "canary"
         assert "is neither a class nor a function" in refused("canary.pathlib")
-        for foreign in ("canary2.Set", "os.system", "canary._Set"):
-            refused(foreign)
+        for other in ("canary2.Set", "os.system", "canary._Set"):
+            refused(other)
     assert canary.exists()
     refused("canary.Set")
 
 
-def test_what_an_allowed_module_borrowed_elsewhere_is_not_allowed_with_it(monkeypatch):
-    borrowing = ModuleType("borrowing")
-    borrowing.system, borrowing.Popen = os.system, subprocess.Popen
-    monkeypatch.setitem(sys.modules, "borrowing", borrowing)
-    with targets.allowing("borrowing"):
-        assert "--allow-target posix" in refused("borrowing.system") or os.name != "posix"
-        assert refused("borrowing.Popen").endswith("--allow-target subprocess")
+def test_objects_that_an_allowed_module_imports_are_not_allowed(monkeypatch):
+    importer = ModuleType("importer")
+    importer.system, importer.Popen = os.system, subprocess.Popen
+    monkeypatch.setitem(sys.modules, "importer", importer)
+    with targets.allowing("importer"):
+        assert "--allow-target posix" in refused("importer.system") or os.name != "posix"
+        assert refused("importer.Popen").endswith("--allow-target subprocess")
         with targets.allowing("subprocess"):
-            assert get_obj_from_str("borrowing.Popen") is subprocess.Popen
+            assert get_obj_from_str("importer.Popen") is subprocess.Popen
 
 
-def test_a_logger_that_is_not_listed_can_be_allowed():
+def test_an_unlisted_logger_can_be_allowed():
     target = "pytorch_lightning.loggers.CometLogger"
     assert refused(target).endswith("give --allow-target pytorch_lightning.loggers")
     with targets.allowing("pytorch_lightning.loggers"):
         assert get_obj_from_str(target).__name__ == "CometLogger"
 
 
-def test_one_class_can_be_allowed_alone(canary):
+def test_a_single_class_can_be_allowed(canary):
     with targets.allowing("canary.Set"):
         get_obj_from_str("canary.Set")
         refused("canary.make")
 
 
 @pytest.mark.parametrize("prefix", ["", ".", "a.", ".a", "a b", "a..b", "*", "_a", "a/b", "х", "a" * 300, None, 3])
-def test_a_prefix_that_is_no_dotted_path_allows_nothing(prefix):
-    with pytest.raises(ValueError, match="is no prefix"):
+def test_an_invalid_prefix_allows_nothing(prefix):
+    with pytest.raises(ValueError, match="is not a prefix"):
         targets.allow("mydata", prefix)
     refused("mydata.Set")
 
 
-def test_another_main_is_not_ours(tmp_path, monkeypatch):
-    """Python looks into the working folder first, where a downloaded configuration may bring company."""
+def test_another_main_module_is_refused(tmp_path, monkeypatch):
+    """Python imports from the working folder first, which may contain a downloaded `main.py`."""
     (tmp_path / "main.py").write_text(CANARY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "main", raising=False)
@@ -225,7 +225,7 @@ def test_another_main_is_not_ours(tmp_path, monkeypatch):
     sys.modules.pop("main")
 
 
-def test_the_option_opens_and_the_end_of_the_command_closes(canary):
+def test_the_option_allows_targets_until_the_command_ends(canary):
     found = []
 
     @cli.command
@@ -248,8 +248,8 @@ def test_every_command_that_builds_a_model_has_the_option(command, load_script, 
     with pytest.raises(SystemExit) as status:
         module.main(["--allow-target", "no such thing"])
     assert status.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: --allow-target:") and len(said.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: --allow-target:") and len(printed.splitlines()) == 1
 
 
 def targets_in(folder) -> set[str]:
@@ -258,14 +258,14 @@ def targets_in(folder) -> set[str]:
     return {found for file in files for found in re.findall(r"target: *[\"']?([\w.]+)", file.read_text())}
 
 
-def test_every_configuration_of_ours_names_only_what_it_may(repo_root):
+def test_every_shipped_configuration_names_only_allowed_targets(repo_root):
     named = targets_in(repo_root)
     assert len(named) > 30
     assert {target: targets.refusal(target) for target in named if targets.refusal(target)} == {}
     assert all(isinstance(get_obj_from_str(target), type) for target in named)
 
 
-def test_listed_classes_of_torch_and_lightning_are_found():
+def test_listed_classes_of_torch_and_lightning_exist():
     for target in sorted(targets.LISTED):
         if not target.startswith("lightning.") and not target.endswith(".TestTubeLogger"):
             assert isinstance(get_obj_from_str(target), type)

@@ -1,9 +1,7 @@
 import dataclasses
 import hashlib
-import importlib.util
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,12 +30,8 @@ COUNT = 1366
 
 
 @pytest.fixture(scope="module")
-def build_script():
-    path = Path(__file__).parents[2] / "scripts" / "build_emoji_data.py"
-    spec = importlib.util.spec_from_file_location("build_emoji_data", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def build_script(load_script):
+    return load_script("build_emoji_data")
 
 
 def class_of(name):
@@ -48,7 +42,7 @@ def class_of(name):
 
 
 @pytest.mark.parametrize("size", [64, 128])
-def test_pixels_are_the_recorded_ones(size):
+def test_pixels_match_recorded_checksums(size):
     drawings = load_drawings(size)
     recorded = json.loads((DEFAULT_ROOT / "checksums.json").read_text())
     assert drawings.rgba.shape == (COUNT, size, size, 4) and len(drawings) == recorded["drawings"] == COUNT
@@ -63,7 +57,7 @@ def test_every_drawing_is_visible_and_distinct():
     assert not rgba[rgba[..., 3] == 0].any()
 
 
-def test_names():
+def test_names_are_unique_and_lower_case():
     drawings = load_drawings(64)
     assert list(drawings.codepoints) == sorted(set(drawings.codepoints))
     assert len(set(drawings.unicode_names)) == len(set(drawings.cldr_names)) == COUNT
@@ -75,11 +69,11 @@ def test_names():
         assert name == name.lower().strip() and not set(name) & set("_:’")
 
 
-def test_sizes_together_stay_small():
+def test_data_folder_is_below_10_mb():
     assert sum(path.stat().st_size for path in DEFAULT_ROOT.iterdir()) < 10e6
 
 
-def test_licences_are_shipped():
+def test_data_folder_contains_licences():
     assert "SIL OPEN FONT LICENSE Version 1.1" in (DEFAULT_ROOT / "LICENSE-OFL-1.1.txt").read_text()
     assert "Apache License" in (DEFAULT_ROOT / "LICENSE-APACHE-2.0.txt").read_text()
 
@@ -94,7 +88,7 @@ def test_contact_sheet_round_trip():
         split_sheet(sheet, 30, 3)
 
 
-def test_missing_data_is_the_users_to_mend(tmp_path):
+def test_missing_data_raises_user_error(tmp_path):
     with pytest.raises(UserError, match=r"names\.tsv is missing"):
         EmojiTrain(root=tmp_path / "nowhere")
     (tmp_path / "names.tsv").write_text("header\nU+1F680\trocket\trocket\n")
@@ -104,7 +98,7 @@ def test_missing_data_is_the_users_to_mend(tmp_path):
         load_drawings(65)
 
 
-# --- the rebuild ---
+# --- building the data ---
 
 
 def test_small_drawings_are_weighted_means_of_large_ones(build_script):
@@ -119,7 +113,7 @@ def test_small_drawings_are_weighted_means_of_large_ones(build_script):
     assert np.abs(small[:200, ..., :3][solid] - expected).max() <= 0.5
 
 
-def test_vocabulary_is_what_the_names_give(build_script):
+def test_vocabulary_matches_names(build_script):
     tokens = (DEFAULT_ROOT / "vocab.txt").read_text(encoding="utf-8").splitlines()
     drawings = load_drawings(64)
     names = list(zip(drawings.codepoints, drawings.unicode_names, drawings.cldr_names, strict=True))
@@ -128,7 +122,16 @@ def test_vocabulary_is_what_the_names_give(build_script):
     assert len(set(tokens)) == len(tokens)
 
 
-def test_font_gives_the_shipped_data(build_script):
+def test_text_files_match_names(build_script):
+    drawings = load_drawings(64)
+    names = list(zip(drawings.codepoints, drawings.unicode_names, drawings.cldr_names, strict=True))
+    texts = build_script.texts(names, {size: load_drawings(size).rgba for size in (64, 128)})
+    assert set(texts) == {"names.tsv", "class_names.txt", "vocab.txt", "checksums.json"}
+    for name, text in texts.items():
+        assert (DEFAULT_ROOT / name).read_text(encoding="utf-8") == text, name
+
+
+def test_font_renders_shipped_drawings(build_script):
     pytest.importorskip("emoji")
     if not build_script.FONT.is_file():
         pytest.skip("fonts-noto-color-emoji is not installed")
@@ -141,7 +144,7 @@ def test_font_gives_the_shipped_data(build_script):
         assert np.array_equal(build_script.render(font, chr(codepoint)), drawings.rgba[index])
 
 
-def test_vocabulary_knows_every_word_and_spells_the_others(build_script):
+def test_vocabulary_tokenizes_captions_and_unknown_words(build_script):
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.BertWordPieceTokenizer(str(DEFAULT_ROOT / "vocab.txt"), lowercase=True)
     drawings = load_drawings(64)
@@ -157,7 +160,7 @@ def test_vocabulary_knows_every_word_and_spells_the_others(build_script):
 # --- held-out pairs ---
 
 
-def test_a_tenth_is_held_out_evenly():
+def test_a_tenth_of_pairs_is_held_out_evenly():
     pairs = [(i, colour) for i in range(COUNT) for colour in COLOURS if is_held_out(i, colour)]
     assert abs(len(pairs) / (COUNT * len(COLOURS)) - 0.1) < 1e-3
     assert max(sum(is_held_out(i, c) for c in COLOURS) for i in range(COUNT)) == 1
@@ -165,14 +168,14 @@ def test_a_tenth_is_held_out_evenly():
     assert min(per_colour) > 0.7 * len(pairs) / 8 and max(per_colour) < 1.3 * len(pairs) / 8
 
 
-def test_held_out_pairs_never_change():
-    # Models were trained without these pairs: another choice would spoil their test.
+def test_held_out_pairs_are_fixed():
+    # Trained models have not seen these pairs; another choice would invalidate their evaluation.
     choice = ",".join(str(held_out_colour(i)) for i in range(COUNT))
     digest = hashlib.sha256(choice.encode()).hexdigest()
     assert digest == "4f49666664ed124d4801d4004b2f7c92d8b085fe4de709b5a68ee7a25231f2c2"
 
 
-def test_training_never_shows_a_held_out_pair():
+def test_training_contains_no_held_out_pair():
     train, held_out, seen = EmojiTrain(), EmojiValidation(), EmojiValidation(split="seen")
     assert not set(train.pairs) & set(held_out.pairs)
     assert train.pairs == seen.pairs and len(seen) + len(held_out) == COUNT * len(COLOURS)
@@ -181,10 +184,10 @@ def test_training_never_shows_a_held_out_pair():
         assert (item["class_label"], item["background"]) == train.pairs[position]
 
 
-# --- composing ---
+# --- compositing ---
 
 
-def test_backgrounds_are_far_apart():
+def test_backgrounds_have_distinct_colours():
     for a, b in itertools.combinations(BACKGROUNDS.values(), 2):
         assert np.linalg.norm(np.subtract(a, b)) > 100
 
@@ -200,7 +203,7 @@ def test_unscaled_composition_is_alpha_compositing(colour):
     assert image.min() >= -1 and image.max() <= 1
 
 
-def test_background_shows_where_nothing_is_drawn():
+def test_background_fills_transparent_pixels():
     validation = EmojiValidation()
     for position in range(0, len(validation), 37):
         item = validation[position]
@@ -211,23 +214,23 @@ def test_background_shows_where_nothing_is_drawn():
 
 @pytest.mark.parametrize("scale", [0.5, 0.86, 0.93, 1.7])
 def test_scaling_leaves_no_fringe(scale):
-    """A uniform drawing on its own colour must vanish, whatever its edges."""
+    """A drawing in the colour of its background is invisible at every scale."""
     rgba = np.zeros((64, 64, 4), np.uint8)
     y, x = np.mgrid[:64, :64]
     rgba[..., 3] = np.clip(255 * (20 - np.hypot(x - 32, y - 32)), 0, 255)
     rgba[..., :3][rgba[..., 3] > 0] = BACKGROUNDS["yellow"]
     image = compose(rgba, "yellow", scale, 0.01, -0.03)
-    # eight-bit premultiplied values are off by one at most
+    # Premultiplied 8-bit values have an error of at most one.
     np.testing.assert_allclose(image, np.broadcast_to(image[0, 0], image.shape), atol=2.01 / 127.5)
 
 
 def test_shift_moves_whole_pixels_right_and_down():
     rgba = load_drawings(64).rgba[class_of("rocket")]
-    still, moved = compose(rgba, "green"), compose(rgba, "green", shift_x=4 / 64, shift_y=-3 / 64)
-    np.testing.assert_array_equal(moved[:-3, 4:], still[3:, :-4])
+    centred, moved = compose(rgba, "green"), compose(rgba, "green", shift_x=4 / 64, shift_y=-3 / 64)
+    np.testing.assert_array_equal(moved[:-3, 4:], centred[3:, :-4])
     np.testing.assert_allclose(moved[-3:], np.broadcast_to(moved[-1, 0], moved[-3:].shape))
-    gone = compose(rgba, "green", shift_x=3.0)
-    assert (gone == gone[0, 0]).all()
+    outside = compose(rgba, "green", shift_x=3.0)
+    assert (outside == outside[0, 0]).all()
 
 
 def test_scale_keeps_the_drawing_centred():
@@ -241,7 +244,7 @@ def test_scale_keeps_the_drawing_centred():
 # --- data sets ---
 
 
-def test_train_item():
+def test_train_item_entries():
     item = EmojiTrain()[17]
     assert item["image"].shape == (64, 64, 3) and item["image"].dtype == np.float32
     assert item["mask"].shape == (64, 64, 1) and set(np.unique(item["mask"])) == {0.0, 1.0}
@@ -260,7 +263,7 @@ def test_train_captions_use_both_names_and_sometimes_the_name_alone():
     assert all("background" in EmojiTrain(name_only_prob=0.0)[i]["caption"] for i in range(50))
 
 
-def test_train_is_random_and_follows_the_seed():
+def test_train_items_depend_on_the_seed():
     train = EmojiTrain()
     torch.manual_seed(3)
     first, second = train[5], train[5]
@@ -290,7 +293,7 @@ def test_train_crop(size, crop):
 
 
 @pytest.mark.parametrize("size", [32, 64, 96, 128])
-def test_validation_is_fixed(size):
+def test_validation_is_deterministic(size):
     one, two = EmojiValidation(size=size), EmojiValidation(size=size)
     a, b = one[7], two[7]
     assert a["image"].shape == (size, size, 3) and np.array_equal(a["image"], b["image"])
@@ -314,20 +317,20 @@ def test_batches_have_the_published_keys():
         ({"size": 0}, "size"),
     ],
 )
-def test_wrong_parameters(parameters, message):
+def test_invalid_parameter_raises_user_error(parameters, message):
     with pytest.raises(UserError, match=message):
         EmojiTrain(**parameters)
 
 
-def test_wrong_split():
+def test_unknown_split_raises_user_error():
     with pytest.raises(UserError, match="held_out"):
         EmojiValidation(split="test")
 
 
-# --- the base of streamed sets ---
+# --- the base class of streams ---
 
 
-def test_iterable_base():
+def test_iterable_base_class():
     class Squares(Txt2ImgIterableBaseDataset):
         def __iter__(self):
             return ({"image": i * i} for i in self.sample_ids)

@@ -1,4 +1,4 @@
-"""Faces: arrays or pictures, resized to squares."""
+"""Face data sets: arrays and images, resized to squares."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm.data import faceshq
 from ldm.errors import UserError
 
 
-def test_published_arrays_and_lists(tmp_path, monkeypatch):
+def test_published_arrays_and_lists_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arrays = [write(tmp_path / f"data/celebahq/imgHQ0000{i}.npy", height=32, width=32, seed=i) for i in range(3)]
     (tmp_path / "data/celebahqtrain.txt").write_text("imgHQ00002.npy\nimgHQ00000.npy\n")
@@ -20,15 +20,15 @@ def test_published_arrays_and_lists(tmp_path, monkeypatch):
     assert np.array_equal(dataset[0]["image"], values(arrays[2]))
 
 
-def test_any_folder_of_pictures_is_made_square(tmp_path):
+def test_images_of_any_folder_become_square(tmp_path):
     array = write(tmp_path / "x.png", height=24, width=36)
     image = faceshq.FFHQTrain(size=24, data_root=str(tmp_path))[0]["image"]
     assert np.array_equal(image, values(array[:, 6:30]))
     assert faceshq.FFHQValidation(size=8, data_root=str(tmp_path), keys=["image"])[0]["image"].shape == (8, 8, 3)
 
 
-def test_a_quarter_of_the_size_is_the_mean_of_four_pixels_as_in_opencv(tmp_path):
-    """OpenCV's bilinear interpolation skips pixels: of each 4 × 4 it takes the middle 2 × 2."""
+def test_bilinear_resizing_matches_opencv(tmp_path):
+    """OpenCV's bilinear interpolation skips pixels: it averages the central 2 × 2 of each 4 × 4 pixels."""
     array = write(tmp_path / "x.png", height=32, width=32).astype(float)
     expected = array.reshape(8, 4, 8, 4, 3)[:, 1:3, :, 1:3].mean(axis=(1, 3))
     image = faceshq.FFHQTrain(size=8, data_root=str(tmp_path))[0]["image"]
@@ -36,7 +36,7 @@ def test_a_quarter_of_the_size_is_the_mean_of_four_pixels_as_in_opencv(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["CelebAHQTrain", "CelebAHQValidation", "FFHQTrain", "FFHQValidation"])
-def test_both_published_paths_are_one_class(name, tmp_path, monkeypatch):
+def test_taming_target_is_the_same_class(name, tmp_path, monkeypatch):
     assert get_obj_from_str(f"taming.data.faceshq.{name}") is getattr(faceshq, name)
     monkeypatch.chdir(tmp_path)
     folder = "data/celebahq" if name.startswith("Celeb") else "data/ffhq"

@@ -1,4 +1,4 @@
-"""ImageNet in a folder: classes, names, crops, and where it is looked for."""
+"""ImageNet in a folder: classes, names, crops, and the default folders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SYNSETS = ["n01440764", "n01443537", "n02084071", "n03000001"]
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The published places in a cache of its own; returns the training folder."""
+    """Create the published folders in a temporary cache; return the folder of the last split."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for split in ("train", "validation"):
         data = tmp_path / "autoencoders" / "data" / f"ILSVRC2012_{split}" / "data"
@@ -35,7 +35,7 @@ def cache(tmp_path, monkeypatch):
     return data
 
 
-def test_items_hold_what_was_published(cache):
+def test_items_have_published_entries(cache):
     dataset = ImageNetValidation({"size": 24})
     assert len(dataset) == 5
     item = dataset[1]
@@ -49,12 +49,12 @@ def test_items_hold_what_was_published(cache):
         "human_label": "tench, Tinca tinca",
     }
     assert [dataset.entries(i)["class_label"] for i in range(5)] == [0, 0, 1, 2, 3]
-    assert dataset.entries(4)["human_label"] == "n03000001", "without a name the synset stands for it"
+    assert dataset.entries(4)["human_label"] == "n03000001", "without a name the label is the synset"
     batch = default_collate([dataset[i] for i in range(3)])
     assert batch["class_label"].tolist() == [0, 0, 1] and batch["image"].shape == (3, 24, 24, 3)
 
 
-def test_training_crops_anywhere_and_validation_in_the_middle(cache):
+def test_training_crops_are_random_and_validation_crops_are_central(cache):
     train, validation = ImageNetTrain({"size": 24}), ImageNetValidation({"size": 24})
     torch.manual_seed(0)
     assert len({train[0]["image"].tobytes() for _ in range(20)}) > 5
@@ -63,23 +63,23 @@ def test_training_crops_anywhere_and_validation_in_the_middle(cache):
     assert validation[0]["image"].shape == (24, 24, 3) and ImageNetTrain()[0]["image"].shape == (24, 36, 3)
 
 
-def test_some_classes_only(cache):
-    chosen = ImageNetTrain({"sub_indices": "1, 3"})
-    assert [chosen.entries(i)["synsets"] for i in range(len(chosen))] == ["n01443537", "n03000001"]
-    assert [chosen.entries(i)["class_label"] for i in range(len(chosen))] == [0, 1]
-    kept = ImageNetTrain({"sub_indices": "1, 3", "keep_orig_class_label": True})
-    assert [kept.entries(i)["class_label"] for i in range(len(kept))] == [1, 3]
+def test_sub_indices_select_classes(cache):
+    subset = ImageNetTrain({"sub_indices": "1, 3"})
+    assert [subset.entries(i)["synsets"] for i in range(len(subset))] == ["n01443537", "n03000001"]
+    assert [subset.entries(i)["class_label"] for i in range(len(subset))] == [0, 1]
+    original = ImageNetTrain({"sub_indices": "1, 3", "keep_orig_class_label": True})
+    assert [original.entries(i)["class_label"] for i in range(len(original))] == [1, 3]
 
 
-def test_indices_are_numbers_and_ranges():
+def test_parse_indices_accepts_numbers_and_ranges():
     assert parse_indices("0-2, 7,5 - 6", 8) == [0, 1, 2, 5, 6, 7]
     for text in ("8", "a", "3-", ""):
-        with pytest.raises(UserError, match="must be numbers and ranges below 8"):
+        with pytest.raises(UserError, match="must be indices and ranges below 8"):
             parse_indices(text, 8)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_folder_of_ones_own(depth, cache):
+def test_data_root_can_be_either_folder_level(depth, cache):
     root = [cache, cache.parent.parent, cache.parents[2]][depth]
     if depth == 2:
         with pytest.raises(UserError, match=f'no synset folders such as n01440764 in "{root}"'):
@@ -89,7 +89,7 @@ def test_a_folder_of_ones_own(depth, cache):
         assert dataset.entries(0)["file_path_"] == str(cache / "n01440764" / "n01440764_0.png")
 
 
-def test_without_imagenet_the_place_is_named(tmp_path, monkeypatch):
+def test_missing_images_raise_user_error_with_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"ILSVRC2012_train/data.; unpack ImageNet there, or set data_root") as raised:
         ImageNetTrain({"size": 256})
@@ -97,16 +97,16 @@ def test_without_imagenet_the_place_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="ILSVRC2012_validation"):
         ImageNetSRValidation(size=256, degradation="pil_nearest")
     (tmp_path / "n00000001").mkdir()
-    with pytest.raises(UserError, match="hold no pictures"):
+    with pytest.raises(UserError, match="contain no images"):
         ImageNetTrain(data_root=str(tmp_path))
 
 
-def test_misspelt_settings_are_named(cache):
+def test_unknown_config_key_raises_user_error(cache):
     with pytest.raises(UserError, match='config has no "sise" \\(did you mean "size"'):
         ImageNetTrain({"sise": 256})
 
 
-def test_pairs_have_the_pictures_class_too(cache):
+def test_super_resolution_pairs_have_class_labels(cache):
     item = ImageNetSRTrain(size=16, degradation="cv_area", downscale_f=4, min_crop_f=1.0, random_crop=False)[3]
     assert (item["class_label"], item["synsets"]) == (3, "n03000001")
     assert item["image"].shape == (16, 16, 3) and item["LR_image"].shape == (4, 4, 3)

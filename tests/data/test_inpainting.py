@@ -1,4 +1,4 @@
-"""Random masks, and the items that in-painting trains on."""
+"""Random masks, and data sets for inpainting and super-resolution models."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ import pytest
 import torch
 
 from ldm.data.emoji import EmojiValidation
-from ldm.data.inpainting import LARGEST_SHARE, MaskedPictures, masked, random_mask
+from ldm.data.inpainting import MAX_COVERAGE, MaskedPictures, masked, random_mask
 from ldm.data.superresolution import SmallerPictures
 from ldm.errors import UserError
 
 SOURCE = {"target": "ldm.data.emoji.EmojiValidation", "params": {"size": 64, "names": ["rocket", "fox"]}}
 
 
-def test_masks_cover_something_and_leave_something():
+def test_masks_cover_part_of_the_image():
     masks = [random_mask(24, 40, np.random.default_rng(i)) for i in range(200)]
-    shares = np.array([(mask > 0).mean() for mask in masks])
+    coverage = np.array([(mask > 0).mean() for mask in masks])
     assert all(mask.shape == (24, 40, 1) and set(np.unique(mask)) == {-1, 1} for mask in masks)
-    assert shares.min() > 0 and shares.max() <= LARGEST_SHARE and shares.std() > 0.05
-    assert 0.1 < shares.mean() < 0.4
-    reached = np.mean([mask > 0 for mask in masks], axis=0)
-    assert reached.min() > 0.02, "some place is never masked"
+    assert coverage.min() > 0 and coverage.max() <= MAX_COVERAGE and coverage.std() > 0.05
+    assert 0.1 < coverage.mean() < 0.4
+    frequency = np.mean([mask > 0 for mask in masks], axis=0)
+    assert frequency.min() > 0.02, "some pixel is never masked"
 
 
-def test_masks_fit_the_smallest_pictures():
+def test_masks_fit_tiny_images():
     for i in range(50):
         assert (random_mask(3, 2, np.random.default_rng(i)) > 0).any()
 
 
-def test_items_hold_what_a_model_is_conditioned_on():
-    pictures, plain = MaskedPictures(SOURCE), EmojiValidation(64, names=["rocket", "fox"])
-    assert len(pictures) == len(plain)
-    item = pictures[0]
-    hole = item["mask"][..., 0] > 0
-    assert (item["image"] == plain[0]["image"]).all() and item["caption"] == plain[0]["caption"]
-    assert (item["masked_image"][hole] == -1).all()
-    assert (item["masked_image"][~hole] == item["image"][~hole]).all()
+def test_items_contain_mask_and_masked_image():
+    dataset, source = MaskedPictures(SOURCE), EmojiValidation(64, names=["rocket", "fox"])
+    assert len(dataset) == len(source)
+    item = dataset[0]
+    is_masked = item["mask"][..., 0] > 0
+    assert (item["image"] == source[0]["image"]).all() and item["caption"] == source[0]["caption"]
+    assert (item["masked_image"][is_masked] == -1).all()
+    assert (item["masked_image"][~is_masked] == item["image"][~is_masked]).all()
     assert item["masked_image"].dtype == item["mask"].dtype == np.float32
     assert (masked(item["image"], -np.ones_like(item["mask"])) == item["image"]).all()
 
 
-def test_training_masks_come_from_torchs_generator_and_fixed_ones_from_the_item():
+def test_masks_depend_on_torch_seed_or_item_index():
     training, fixed = MaskedPictures(SOURCE), MaskedPictures(SOURCE, fixed=True)
 
     def two(dataset, seed):
@@ -53,7 +53,7 @@ def test_training_masks_come_from_torchs_generator_and_fixed_ones_from_the_item(
     assert (two(fixed, 1)[0] == two(fixed, 2)[1]).all() and (fixed[0]["mask"] != fixed[1]["mask"]).any()
 
 
-def test_smaller_pictures_are_pillows():
+def test_smaller_images_are_resized_by_pillow():
     from PIL import Image
 
     item = SmallerPictures(SOURCE)[0]

@@ -1,4 +1,4 @@
-"""LSUN: squares from the middle, mirrored at random."""
+"""LSUN: central squares, randomly mirrored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm.errors import UserError
 
 @pytest.fixture
 def churches(tmp_path, monkeypatch):
-    """The published places of the lists and pictures of churches; returns a picture's pixels."""
+    """Create the published lists and images of churches; return the pixels of an image."""
     monkeypatch.chdir(tmp_path)
     array = write(tmp_path / "data/lsun/churches/ab/one.webp")
     array = np.asarray(Image.open(tmp_path / "data/lsun/churches/ab/one.webp").convert("RGB"))
@@ -24,7 +24,7 @@ def churches(tmp_path, monkeypatch):
     return array
 
 
-def test_the_middle_is_resized_as_pillow_does(churches):
+def test_central_square_is_resized_by_pillow(churches):
     config = {"target": "ldm.data.lsun.LSUNChurchesValidation", "params": {"size": 16}}
     item = instantiate_from_config(config)[0]
     expected = Image.fromarray(churches[:, 6:30]).resize((16, 16), Image.Resampling.BICUBIC)
@@ -35,17 +35,17 @@ def test_the_middle_is_resized_as_pillow_does(churches):
     assert np.array_equal(nearest, values(churches[1::2, 7:30:2]))
 
 
-def test_half_of_the_training_pictures_are_mirrored(churches):
+def test_half_of_training_images_are_mirrored(churches):
     dataset = lsun.LSUNChurchesTrain(size=16)
     plain = lsun.LSUNChurchesTrain(size=16, flip_p=0.0)[0]["image"]
     torch.manual_seed(0)
-    draws = [dataset[0]["image"] for _ in range(100)]
-    mirrored = sum(np.array_equal(draw, plain[:, ::-1]) for draw in draws)
-    assert mirrored + sum(np.array_equal(draw, plain) for draw in draws) == 100
+    images = [dataset[0]["image"] for _ in range(100)]
+    mirrored = sum(np.array_equal(image, plain[:, ::-1]) for image in images)
+    assert mirrored + sum(np.array_equal(image, plain) for image in images) == 100
     assert 35 <= mirrored <= 65  # three standard deviations
 
 
-def test_the_published_places(tmp_path, monkeypatch):
+def test_missing_published_folder_raises_user_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, where in [
         ("LSUNBedroomsTrain", "data/lsun/bedrooms"),
@@ -59,6 +59,6 @@ def test_the_published_places(tmp_path, monkeypatch):
         lsun.LSUNBedroomsTrain(size=256)
 
 
-def test_an_unknown_interpolation_is_refused(churches):
+def test_unknown_interpolation_raises_user_error(churches):
     with pytest.raises(UserError, match='did you mean "bicubic"'):
         lsun.LSUNChurchesTrain(interpolation="bicubc")

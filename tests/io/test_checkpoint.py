@@ -1,4 +1,4 @@
-"""Reading and writing weights."""
+"""Checkpoints: read, load and write weights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def equal(a, b) -> bool:
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors", "weights"])
 @pytest.mark.parametrize("form", ["lightning", "bare", "old", "safetensors"])
-def test_the_content_decides_how_a_file_is_read(tmp_path, model, form, name):
+def test_the_content_decides_the_format(tmp_path, model, form, name):
     path, weights = tmp_path / name, model.state_dict()
     if form == "safetensors":
         save(weights, path)
@@ -59,7 +59,7 @@ def test_the_content_decides_how_a_file_is_read(tmp_path, model, form, name):
     assert equal(read_state_dict(path), weights)
 
 
-def test_everything_beside_the_weights_is_there(tmp_path, model):
+def test_entries_beside_the_weights_are_read(tmp_path, model):
     path = written(tmp_path / "last.ckpt", {"state_dict": model.state_dict(), "global_step": 7})
     assert read_checkpoint(path)["global_step"] == 7
     save(model.state_dict(), tmp_path / "m", {"step": "9"})
@@ -67,20 +67,20 @@ def test_everything_beside_the_weights_is_there(tmp_path, model):
 
 
 @pytest.mark.parametrize("where", ["missing.ckpt", "."])
-def test_a_path_that_is_no_file_is_told(tmp_path, where):
+def test_a_path_that_is_not_a_file_raises_user_error(tmp_path, where):
     with pytest.raises(UserError, match="checkpoint"):
         read_checkpoint(tmp_path / where)
 
 
 @pytest.mark.parametrize("content", [[1, 2], 3, {}, {"epoch": 3}, {"state_dict": [1]}, {"state_dict": {"a": 1}}])
-def test_a_file_without_weights_is_told(tmp_path, content):
+def test_a_file_without_weights_raises_user_error(tmp_path, content):
     with pytest.raises(UserError, match="weights"):
         read_state_dict(written(tmp_path / "x.ckpt", content))
 
 
 @pytest.mark.parametrize("new", [True, False])
 def test_checkpoints_of_lightning_1_load_without_lightning(tmp_path, model, monkeypatch, new):
-    """Published files have classes among the keys of `callbacks`; opening one neither imports nor calls them."""
+    """Published files have classes as keys of `callbacks`; reading neither imports nor calls them."""
     names = "pytorch_lightning.callbacks.retired", "pytorch_lightning.utilities.parsing"
     calls = []
 
@@ -115,11 +115,13 @@ def test_checkpoints_of_lightning_1_load_without_lightning(tmp_path, model, monk
     assert checkpoint["hyper_parameters"] == {"lr": 1e-4, "nested": {"steps": 10}}
     assert not calls
     assert names[0] not in sys.modules
-    assert not [g for g in torch.serialization.get_safe_globals() if isinstance(g, tuple)], "the stand-ins stayed"
+    assert not [g for g in torch.serialization.get_safe_globals() if isinstance(g, tuple)], (
+        "the replacements are still registered"
+    )
 
 
-def test_numbers_of_numpy_are_read_as_plain_ones(tmp_path, model):
-    """Learning-rate schedules computed with NumPy left its scalars in published checkpoints."""
+def test_numpy_scalars_are_read_as_python_numbers(tmp_path, model):
+    """Published checkpoints contain NumPy scalars of learning-rate schedules."""
     rates = [np.float64(1.5e-4), np.float32(0.25), np.int64(-3), np.bool_(True), np.dtype(">f8").type(2.5)]
     path = written(tmp_path / "x.ckpt", {"state_dict": model.state_dict(), "lr_schedulers": [{"_last_lr": rates}]})
     read = read_checkpoint(path)["lr_schedulers"][0]["_last_lr"]
@@ -127,7 +129,7 @@ def test_numbers_of_numpy_are_read_as_plain_ones(tmp_path, model):
     assert [type(number) for number in read] == [float, float, int, bool, float]
 
 
-def test_what_is_no_tensor_among_the_weights_is_left_out_and_told(tmp_path, model, caplog):
+def test_entries_that_are_not_tensors_are_dropped_and_logged(tmp_path, model, caplog):
     content = {"state_dict": {**model.state_dict(), "note": "x", 3: torch.ones(1), "step\n": 7}}
     path = written(tmp_path / "x.ckpt", content)
     with caplog.at_level(logging.WARNING):
@@ -135,8 +137,8 @@ def test_what_is_no_tensor_among_the_weights_is_left_out_and_told(tmp_path, mode
     assert "3 names not tensors" in caplog.text and "note, <int>, step?" in caplog.text
 
 
-def test_an_archive_by_hand_is_read(tmp_path):
-    """What the hostile archives are made with makes good ones too."""
+def test_a_hand_made_archive_is_read(tmp_path):
+    """The functions that build hostile archives also build valid ones."""
     path = tmp_path / "x.ckpt"
     path.write_bytes(in_zip(tensor(3), **{"data/0": np.array([1, 2, 3], "<f4").tobytes()}))
     assert read_state_dict(path)["w"].tolist() == [1, 2, 3]
@@ -153,7 +155,7 @@ def test_weights_are_copied_and_converted(tmp_path, model):
     assert equal(fresh.state_dict(), {name: value.float() for name, value in half.items()})
 
 
-def test_mismatches_are_logged_by_name(model, caplog):
+def test_mismatched_names_are_logged(model, caplog):
     weights = {
         **model.state_dict(),
         "extra.weight": torch.ones(1),
@@ -168,8 +170,8 @@ def test_mismatches_are_logged_by_name(model, caplog):
     assert "ddim_" not in caplog.text and "loss." not in caplog.text
 
 
-def test_a_diffusion_model_needs_no_loss_of_its_first_stage(caplog):
-    """Present or not, where the file was trained or where it is read, it is passed over in silence."""
+def test_the_loss_of_a_first_stage_is_ignored(caplog):
+    """No warning is logged, whether the file or the model has the loss."""
     first_stage = nn.ModuleDict({"decoder": nn.Linear(2, 2), "loss": nn.Linear(9, 9)})
     full, bare = (
         nn.ModuleDict({"first_stage_model": nn.ModuleDict(each)})
@@ -181,7 +183,7 @@ def test_a_diffusion_model_needs_no_loss_of_its_first_stage(caplog):
     assert not caplog.records
 
 
-def test_stray_names_load_where_the_model_has_them():
+def test_weights_of_a_loss_load_if_the_model_has_them():
     module = nn.ModuleDict({"loss": nn.Linear(2, 2)})
     weights = {"loss.weight": torch.full((2, 2), 5.0), "loss.bias": torch.zeros(2)}
     load_weights(module, weights)
@@ -190,7 +192,7 @@ def test_stray_names_load_where_the_model_has_them():
 
 @pytest.mark.parametrize("given", [(), (1,), (1, 1)], ids=str)
 @pytest.mark.parametrize("own", [(), (1,), (1, 1)], ids=str)
-def test_one_number_fits_whatever_its_dimensions(own, given):
+def test_a_scalar_fits_with_any_number_of_dimensions(own, given):
     module = nn.ParameterDict({"scale": torch.zeros(own)})
     load_weights(module, {"scale": torch.full(given, 3.0)})
     assert torch.equal(module["scale"], torch.full(own, 3.0))
@@ -212,19 +214,19 @@ def test_ignored_names_keep_their_values(model):
         (lambda w: [w.pop(name) for name in list(w)], "lacks 100.0%"),
     ],
 )
-def test_a_foreign_checkpoint_changes_nothing(model, change, match):
+def test_a_checkpoint_of_another_model_changes_nothing(model, change, match):
     fresh = Small()
     before = {name: value.clone() for name, value in fresh.state_dict().items()}
     weights = dict(model.state_dict())
     change(weights)
-    with pytest.raises(UserError, match=f"foreign checkpoint.*{match}"):
+    with pytest.raises(UserError, match=f"belongs to another model.*{match}"):
         load_weights(fresh, weights)
     assert equal(fresh.state_dict(), before)
 
 
 @pytest.mark.parametrize(("lacking", "accepted"), [("two", True), ("three", False)])
-def test_a_thousandth_of_the_weights_may_be_missing(lacking, accepted, caplog):
-    """Counted in numbers, not in names: two of 2005 are, three are not."""
+def test_a_thousandth_of_the_parameters_may_be_missing(lacking, accepted, caplog):
+    """The number of values counts, not of names: 2 of 2005 may be missing, 3 may not."""
     sizes = {"many": 2000, "two": 2, "three": 3}
 
     def make():
@@ -241,8 +243,8 @@ def test_a_thousandth_of_the_weights_may_be_missing(lacking, accepted, caplog):
         assert module["many"].sum() == 0
 
 
-def test_averages_replace_the_live_weights():
-    """With the names that `LitEma` gives, for a model that averages a part of itself and one that averages all."""
+def test_moving_averages_replace_the_live_weights():
+    """The names are those of `LitEma`, for a model that averages a part and one that averages everything."""
     part = nn.Module()
     part.model = Small()
     part.model_ema = LitEma(part.model)
@@ -259,8 +261,8 @@ def test_averages_replace_the_live_weights():
         assert not (live[f"{prefix}first.weight"] == 7).any() and live.keys() == weights.keys()
 
 
-def test_saved_weights_come_back_with_their_metadata(tmp_path, model):
-    model.shared = model.first  # two names, one memory
+def test_saved_weights_are_read_back_with_metadata(tmp_path, model):
+    model.shared = model.first  # two names for the same memory
     path = tmp_path / "new" / "model.safetensors"
     save_safetensors(model, path, {"step": 3})
     assert equal(load_file(path), model.state_dict())
@@ -268,7 +270,7 @@ def test_saved_weights_come_back_with_their_metadata(tmp_path, model):
     assert json.dumps(sorted(entry.name for entry in path.parent.iterdir())) == '["model.safetensors"]'
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, model, monkeypatch):
+def test_a_failed_save_keeps_the_old_file(tmp_path, model, monkeypatch):
     path = tmp_path / "model.safetensors"
     save_safetensors(model, path)
     before = path.read_bytes()
@@ -293,17 +295,17 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, model, monkeypatch):
         ({"global_step": torch.ones(3), "metadata": torch.ones(3)}, 0),
     ],
 )
-def test_a_checkpoint_tells_its_training_step(tmp_path, content, step):
+def test_the_training_step_of_a_checkpoint(tmp_path, content, step):
     assert training_step(written(tmp_path / "model.ckpt", content)) == step
 
 
 @pytest.mark.parametrize(("noted", "step"), [({"step": 8038}, 8038), ({"step": "unknown"}, 0), ({}, 0)])
-def test_an_exported_model_tells_its_training_step(tmp_path, model, noted, step):
+def test_the_training_step_of_an_exported_model(tmp_path, model, noted, step):
     save_safetensors(model, tmp_path / "model.safetensors", noted)
     assert training_step(tmp_path / "model.safetensors") == step
 
 
-def test_weights_may_be_read_by_whom_other_new_files_may_be(model, tmp_path):
+def test_saved_files_have_the_default_permissions(model, tmp_path):
     (tmp_path / "other").touch()
     save_safetensors(model, tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

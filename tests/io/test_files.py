@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all."""
+"""Files and folders are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def contents(folder) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_folder_takes_the_place_of_what_was_there(tmp_path):
+def test_a_folder_replaces_the_old_one(tmp_path):
     for number in range(2):
         with atomic_folder(tmp_path / "new" / "folder") as folder:
             (folder / f"file{number}").write_text(str(number))
@@ -22,7 +22,7 @@ def test_a_folder_takes_the_place_of_what_was_there(tmp_path):
     assert os.listdir(tmp_path / "new") == ["folder"]
 
 
-def test_a_link_to_a_folder_stays_one(tmp_path):
+def test_a_symbolic_link_to_a_folder_is_kept(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     with atomic_folder(tmp_path / "link") as folder:
@@ -32,7 +32,7 @@ def test_a_link_to_a_folder_stays_one(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError])
-def test_a_folder_stays_as_it_was_when_the_block_fails(tmp_path, error):
+def test_a_folder_is_unchanged_when_the_block_fails(tmp_path, error):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("old")
     with pytest.raises(UserError if error is OSError else error), atomic_folder(tmp_path / "folder") as folder:
@@ -41,16 +41,16 @@ def test_a_folder_stays_as_it_was_when_the_block_fails(tmp_path, error):
     assert contents(tmp_path) == {"folder/file": "old"} and os.listdir(tmp_path) == ["folder"]
 
 
-def test_a_folder_stays_as_it_was_when_it_cannot_be_replaced(tmp_path):
+def test_a_folder_is_unchanged_when_it_cannot_be_replaced(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("old")
     with pytest.raises(UserError, match="choose another place"), atomic_folder(tmp_path / "folder") as folder:
-        folder.rmdir()  # so that moving it into place fails, after the old one was moved away
+        folder.rmdir()  # renaming it fails then, after the old folder was renamed
     assert contents(tmp_path) == {"folder/file": "old"} and os.listdir(tmp_path) == ["folder"]
 
 
 @pytest.mark.parametrize("writing", [atomic_path, atomic_folder])
-def test_where_nothing_can_be_written_is_told(tmp_path, writing):
+def test_an_unwritable_path_raises_user_error(tmp_path, writing):
     (tmp_path / "file").touch()
     refused = pytest.raises(UserError, match=r'cannot write ".*inside": .*; choose another place')
     with refused, writing(tmp_path / "file" / "inside"):

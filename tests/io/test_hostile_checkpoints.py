@@ -1,4 +1,4 @@
-"""No file runs code, and every file that is no checkpoint is refused with its cause in one line."""
+"""Reading a checkpoint never runs code, and every malformed file raises an error of one line."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ DAMAGED = damaged()
 
 @pytest.fixture
 def trap(tmp_path):
-    """The folder that appears when the code in a file runs."""
+    """Folder that the code in a hostile file would create."""
     copyreg.add_extension("os", "mkdir", EXTENSION)
     copyreg._extension_cache.pop(EXTENSION, None)
     yield tmp_path / "trap"
     copyreg.remove_extension("os", "mkdir", EXTENSION)
 
 
-def test_there_are_enough_of_them():
+def test_there_are_enough_hostile_files():
     assert len(NAMES) > 60 and len(DAMAGED) > 60
 
 
 @pytest.mark.parametrize("name", sorted(pickles(Path("trap"))))
-def test_the_traps_work(name, trap):
-    """Opened the careless way each of these pickles runs its code, so that the next test can fail."""
+def test_the_pickles_run_code_when_loaded_carelessly(name, trap):
+    """`pickle.loads` runs the code in each file, so that the next test could fail."""
     pickle.loads(pickles(trap)[name])
     assert trap.is_dir()
 
@@ -53,11 +53,11 @@ def test_no_file_runs_code(name, suffix, trap, tmp_path):
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_every_flaw_is_told_in_one_line(name, tmp_path):
-    content, said = DAMAGED[name]
+def test_every_fault_is_an_error_of_one_line(name, tmp_path):
+    content, message = DAMAGED[name]
     path = tmp_path / "file.ckpt"
     path.write_bytes(content)
-    assert said in refused(read_state_dict, path)
+    assert message in refused(read_state_dict, path)
 
 
 def refused(read, path) -> str:
@@ -69,14 +69,14 @@ def refused(read, path) -> str:
     return message
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
-def test_a_pipe_is_not_waited_for(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_a_pipe_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert "no ordinary file" in refused(read_checkpoint, tmp_path / "pipe")
+    assert "not a regular file" in refused(read_checkpoint, tmp_path / "pipe")
 
 
-def test_the_name_of_a_lightning_class_opens_nothing(trap, tmp_path):
-    """Names of Lightning's get stand-ins, whatever stands behind them."""
+def test_names_of_lightning_import_nothing(trap, tmp_path):
+    """Names that start like those of Lightning are replaced and not looked up."""
     before = set(sys.modules)
     for body in (b"cpytorch_lightning.os\nmkdir\n", b"cpytorch_lightning\nos.mkdir\n", b"clightning.os\nmkdir\n"):
         path = tmp_path / "file.ckpt"
@@ -86,8 +86,8 @@ def test_the_name_of_a_lightning_class_opens_nothing(trap, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["zip", "old file", "safetensors"])
-def test_changed_bytes_are_told_or_do_not_matter(kind, tmp_path):
-    """Whatever is changed in a good file, it is read or refused; nothing else happens."""
+def test_changed_bytes_are_read_or_refused(kind, tmp_path):
+    """A good file with random changes is read or raises `UserError`."""
     good = {"zip": saved({"state_dict": WEIGHTS}), "old file": saved(WEIGHTS, new=False)}
     content, generator = good.get(kind) or good_safetensors(), random.Random(0)
     path, outcomes = tmp_path / "file.ckpt", set()

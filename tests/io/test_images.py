@@ -1,4 +1,4 @@
-"""Reading, saving, value ranges and grids."""
+"""Images: load, save, value ranges and grids."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ldm.io.pixels import to_uint8
 
 
 @pytest.fixture
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     return np.random.RandomState(0).randint(0, 256, (24, 32, 3), dtype=np.uint8)
 
 
-def test_every_level_survives_reading_and_writing(tmp_path):
+def test_every_level_survives_save_and_load(tmp_path):
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     save_png(levels, tmp_path / "a.png")
     tensor = load_image(tmp_path / "a.png")
@@ -30,7 +30,7 @@ def test_every_level_survives_reading_and_writing(tmp_path):
     assert (to_uint8(tensor)[0] == levels).all()
 
 
-def test_levels_are_rounded_down_as_published():
+def test_levels_are_rounded_down_as_in_the_published_code():
     x = torch.rand(1, 3, 50, 50, generator=torch.Generator().manual_seed(0)) * 2 - 1
     published = (255 * ((x + 1) / 2).clamp(0, 1)).permute(0, 2, 3, 1).numpy().astype(np.uint8)
     difference = to_uint8(x).astype(int) - published
@@ -42,14 +42,14 @@ def test_levels_are_rounded_down_as_published():
     [((2, 3, 5, 6), (2, 5, 6, 3)), ((3, 5, 6), (5, 6, 3)), ((2, 5, 6, 3), (2, 5, 6, 3)), ((2, 1, 5, 6), (2, 5, 6, 1))],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_channels_come_last(shape, expected, dtype):
+def test_channels_are_last(shape, expected, dtype):
     x = torch.full(shape, 3.0, dtype=dtype)
     assert to_uint8(x).shape == expected and (to_uint8(x) == 255).all()
     assert to_uint8(x.float().numpy()).shape == expected
 
 
-def test_pixels_pass_unchanged_and_nan_is_black(picture):
-    assert (to_uint8(picture) == picture).all()
+def test_pixels_are_unchanged_and_nan_is_black(image):
+    assert (to_uint8(image) == image).all()
     assert (to_uint8(torch.full((3, 2, 2), torch.nan)) == 0).all()
     with pytest.raises(ValueError, match="channels"):
         to_uint8(torch.zeros(5, 5, 5))
@@ -58,41 +58,41 @@ def test_pixels_pass_unchanged_and_nan_is_black(picture):
 @pytest.mark.parametrize(
     ("count", "channels", "nrow", "padding"), [(7, 3, 3, 2), (2, 1, 8, 2), (4, 3, 2, 0), (1, 3, 4, 2)]
 )
-def test_grids_are_laid_out_as_torchvision_does(count, channels, nrow, padding):
+def test_grids_equal_those_of_torchvision(count, channels, nrow, padding):
     x = torch.rand(count, channels, 5, 6, generator=torch.Generator().manual_seed(1)) * 2 - 1
     expected = torchvision.utils.make_grid(torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2), nrow, padding)
     grid = make_grid(x, nrow, padding)
     assert grid.dtype == np.uint8 and (grid == expected.permute(1, 2, 0).numpy()).all()
 
 
-def test_a_grid_needs_pictures():
+def test_a_grid_needs_images():
     with pytest.raises(ValueError, match="grid"):
         make_grid(torch.zeros(0, 3, 4, 4))
 
 
-def test_text_comes_back_from_a_png(tmp_path, picture):
+def test_a_png_stores_text(tmp_path, image):
     text = {"prompt": "grüße 🚀\nsecond line", "seed": 3}
-    save_png(picture, tmp_path / "new" / "a.png", text)
+    save_png(image, tmp_path / "new" / "a.png", text)
     with Image.open(tmp_path / "new" / "a.png") as file:
         assert file.text == {"prompt": "grüße 🚀\nsecond line", "seed": "3"}
-        assert (np.asarray(file) == picture).all()
+        assert (np.asarray(file) == image).all()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path, picture):
+def test_an_unwritable_path_raises_user_error(tmp_path, image):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        save_png(picture, tmp_path / "file" / "a.png")
+        save_png(image, tmp_path / "file" / "a.png")
 
 
 @pytest.mark.parametrize(("size", "shape"), [(None, (24, 32)), (16, (16, 16)), ((8, 12), (8, 12))])
-def test_pictures_are_cropped_and_resized(tmp_path, picture, size, shape):
-    save_png(picture, tmp_path / "a.png")
+def test_images_are_cropped_and_resized(tmp_path, image, size, shape):
+    save_png(image, tmp_path / "a.png")
     assert load_image(tmp_path / "a.png", size).shape == (1, 3, *shape)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
-def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
+def test_every_mode_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new(mode, (4, 4)).save(path)
     x = load_image(path)
@@ -100,7 +100,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
-def test_sixteen_bits_keep_their_brightness(tmp_path, suffix):
+def test_16_bits_keep_their_brightness(tmp_path, suffix):
     levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(levels).save(tmp_path / f"a.{suffix}", "PPM" if suffix == "pgm" else None)
     pixels = np.asarray(open_image(tmp_path / f"a.{suffix}"))
@@ -108,16 +108,16 @@ def test_sixteen_bits_keep_their_brightness(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_pixels_of_unknown_white_are_told(tmp_path, dtype):
+def test_pixels_of_32_bits_raise_user_error(tmp_path, dtype):
     Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match="32 bits"):
         open_image(tmp_path / "a.tif")
 
 
-def test_colours_of_every_mode_are_those_of_the_file(tmp_path, picture):
-    rgb = Image.fromarray(picture)
+def test_every_mode_keeps_its_colours(tmp_path, image):
+    rgb = Image.fromarray(image)
     rgb.convert("CMYK").save(tmp_path / "cmyk.tif")
-    assert (np.asarray(open_image(tmp_path / "cmyk.tif")) == picture).all()
+    assert (np.asarray(open_image(tmp_path / "cmyk.tif")) == image).all()
     flat = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     flat.save(tmp_path / "red.jpg", quality=100)
     assert np.abs(np.asarray(open_image(tmp_path / "red.jpg")).astype(int) - [255, 0, 0]).max() < 4
@@ -126,7 +126,7 @@ def test_colours_of_every_mode_are_those_of_the_file(tmp_path, picture):
     assert (np.asarray(open_image(tmp_path / "p.png")) == np.asarray(palette.convert("RGB"))).all()
 
 
-def test_of_an_animation_the_first_frame_counts(tmp_path):
+def test_the_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for name in ("a.gif", "a.webp", "a.png"):
         options = {"lossless": True} if name == "a.webp" else {}
@@ -135,23 +135,23 @@ def test_of_an_animation_the_first_frame_counts(tmp_path):
 
 
 def bomb(side):
-    """A PNG that says it has `side` × `side` pixels; there are none in it."""
+    """Return a PNG that claims `side` × `side` pixels and contains none."""
     header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     data = b"IDAT" + zlib.compress(b"")
     chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (header, data, b"IEND")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def test_huge_pictures_are_one_line(tmp_path, recwarn):
+def test_huge_images_raise_user_error(tmp_path, recwarn):
     (tmp_path / "a.png").write_bytes(bomb(50_000))
     with pytest.raises(UserError, match=r"a\.png.* more than 178 million pixels"):
         open_image(tmp_path / "a.png")
     assert not recwarn.list
 
 
-def test_large_pictures_are_read_without_a_warning(tmp_path, monkeypatch, recwarn, picture):
-    save_png(picture, tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", picture[..., 0].size - 1)
+def test_large_images_are_read_without_a_warning(tmp_path, monkeypatch, recwarn, image):
+    save_png(image, tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", image[..., 0].size - 1)
     assert open_image(tmp_path / "a.png").size == (32, 24)
     assert not recwarn.list
 
@@ -161,15 +161,15 @@ def test_transparent_parts_become_white(tmp_path):
     assert (load_image(tmp_path / "a.png") == 1).all()
 
 
-def test_the_camera_s_rotation_is_applied(tmp_path, picture):
+def test_the_exif_rotation_is_applied(tmp_path, image):
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(picture).save(tmp_path / "a.jpg", exif=exif)
+    Image.fromarray(image).save(tmp_path / "a.jpg", exif=exif)
     assert load_image(tmp_path / "a.jpg").shape == (1, 3, 32, 24)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"hello", b"\x89PNG\r\n\x1a\n1234"])
-def test_what_is_no_picture_is_told(tmp_path, content):
+def test_a_file_that_is_not_an_image_raises_user_error(tmp_path, content):
     path = tmp_path / "a.png"
     if content is not None:
         path.write_bytes(content)
@@ -177,15 +177,15 @@ def test_what_is_no_picture_is_told(tmp_path, content):
         load_image(path)
 
 
-def test_a_picture_cut_short_is_told(tmp_path, picture):
-    save_png(picture, tmp_path / "a.png")
-    whole = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cannot read the picture"):
+def test_a_truncated_image_raises_user_error(tmp_path, image):
+    save_png(image, tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot read the image"):
         load_image(tmp_path / "a.png")
 
 
-def test_numbering_goes_on_after_the_highest(tmp_path):
+def test_numbers_continue_after_the_highest(tmp_path):
     assert next_index(tmp_path / "absent") == 0
     for name in ("0000.png", "0007.png", "grid-0012.png", "a0099.png", "0050.jpg"):
         (tmp_path / name).touch()
@@ -200,33 +200,33 @@ def test_text_is_black_on_white_and_wraps():
     assert (x[2, :, 15:] < 0).any()
 
 
-def test_boxes_are_outlined_where_they_are_and_labelled():
-    picture = to_uint8(draw_boxes((40, 20), [(0.25, 0.0, 0.5, 1.0), (0.75, 0.0, 0.75, 0.5)], ["", ""]))
-    assert picture.shape == (20, 40, 3)
-    drawn = (picture != 255).any(axis=-1)
+def test_boxes_have_outlines_and_labels():
+    image = to_uint8(draw_boxes((40, 20), [(0.25, 0.0, 0.5, 1.0), (0.75, 0.0, 0.75, 0.5)], ["", ""]))
+    assert image.shape == (20, 40, 3)
+    outlined = (image != 255).any(axis=-1)
     expected = np.zeros((20, 40), bool)
     expected[:, [10, 20]] = expected[[0, 19], 10:21] = True  # 0.25 and 0.5 of 39, rounded
     expected[:11, 29] = True
-    assert (drawn == expected).all()
+    assert (outlined == expected).all()
     cat, dog = (to_uint8(draw_boxes((80, 40), [(0, 0, 1, 1)], [label])) for label in ("cat", "dog"))
     assert (cat != dog).any() and (cat[16:] == dog[16:]).all()
 
 
-def test_a_label_keeps_its_colour_and_boxes_outside_are_cut():
-    picture = to_uint8(draw_boxes((60, 60), [(0, 0, 0.2, 1), (0.4, 0, 0.6, 1), (0.8, -1, 3, 5)], ["a", "b", "a"]))
-    first, second, third = (tuple(picture[30, column]) for column in (0, 24, 47))
+def test_equal_labels_have_one_colour_and_boxes_are_cut_at_the_border():
+    image = to_uint8(draw_boxes((60, 60), [(0, 0, 0.2, 1), (0.4, 0, 0.6, 1), (0.8, -1, 3, 5)], ["a", "b", "a"]))
+    first, second, third = (tuple(image[30, column]) for column in (0, 24, 47))
     assert first == third != second
-    assert (picture[30, 59] == 255).all(), "its right edge lies outside"
+    assert (image[30, 59] == 255).all(), "its right edge lies outside"
 
 
-def test_transparency_is_kept_when_asked(tmp_path):
+def test_transparency_is_kept_on_request(tmp_path):
     Image.new("RGBA", (2, 2), (10, 20, 30, 40)).save(tmp_path / "x.png")
     Image.new("RGB", (2, 2)).save(tmp_path / "y.png")
     assert open_image(tmp_path / "x.png", keep_alpha=True).getpixel((0, 0)) == (10, 20, 30, 40)
     assert open_image(tmp_path / "y.png", keep_alpha=True).mode == "RGB"
 
 
-def test_large_pictures_are_averaged_down():
+def test_large_images_are_averaged_down():
     image = np.zeros((40, 20, 3), np.uint8)
     image[:, ::2] = 100
     small = shrink(image, 20)

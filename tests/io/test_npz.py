@@ -1,4 +1,4 @@
-"""Archives of NumPy that are written row by row."""
+"""NumPy archives that are written row by row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm.io.npz import Rows, write_npz
 
 
 @pytest.mark.parametrize("array", [np.arange(24, dtype=np.uint8).reshape(2, 3, 4), np.arange(5), np.ones((0, 2), "f4")])
-def test_an_archive_is_that_of_numpy(tmp_path, array):
+def test_an_archive_equals_that_of_numpy(tmp_path, array):
     write_npz(tmp_path / "a" / "x.npz", {"arr_0": Rows(array.shape, array.dtype, iter(array)), "b": Rows.of(array[:1])})
     with np.load(tmp_path / "a" / "x.npz", allow_pickle=False) as read:
         assert read.files == ["arr_0", "b"]
@@ -22,8 +22,8 @@ def test_an_archive_is_that_of_numpy(tmp_path, array):
     assert len(whole.getvalue()) == (tmp_path / "a" / "x.npz").stat().st_size
 
 
-def test_rows_are_asked_for_one_at_a_time(tmp_path):
-    """The whole would not fit into memory: only one row is alive at a time."""
+def test_rows_are_consumed_one_at_a_time(tmp_path):
+    """Only one row is in memory at a time."""
     alive = []
 
     def rows():
@@ -45,7 +45,7 @@ def test_rows_are_asked_for_one_at_a_time(tmp_path):
         ([np.zeros(3)], "row 0"),
     ],
 )
-def test_what_does_not_fit_leaves_no_file(tmp_path, rows, message):
+def test_wrong_rows_leave_no_file(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         write_npz(tmp_path / "x.npz", {"arr_0": Rows((2, 3), np.dtype("u1"), rows)})
     assert not list(tmp_path.iterdir())

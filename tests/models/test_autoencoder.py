@@ -1,4 +1,4 @@
-"""First stages: recorded outputs, state-dict names, and what training and previews ask of them."""
+"""Tests of the first stages: recorded outputs, state-dict names, training and previews."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def vq_model(cls=VQModel, lossconfig=NO_LOSS, ddconfig=DDCONFIG, **options) -> V
     torch.manual_seed(0)
     model = cls(ddconfig=ddconfig, lossconfig=lossconfig, n_embed=16, embed_dim=2, **options)
     if "ckpt_path" not in options:
-        torch.nn.init.normal_(model.quantize.embedding.weight)  # wide enough that every entry is used
+        torch.nn.init.normal_(model.quantize.embedding.weight)  # wide enough to use every entry
     return model
 
 
@@ -59,33 +59,33 @@ def batch(size: int = 16, channels: int = 3) -> dict[str, torch.Tensor]:
 # Recorded outputs
 
 
-def test_recorded_autoencoder_kl():
+def test_autoencoder_kl_matches_record():
     assert_replayed("autoencoder_kl")
 
 
 @pytest.mark.parametrize("name", ["vq_interface", "vq_interface_no_attention", "vq_interface_linear_attention"])
-def test_recorded_vq_interface(name):
+def test_vq_interface_matches_record(name):
     assert_replayed(name)
 
 
-def test_recorded_vq_model():
+def test_vq_model_matches_record():
     assert_replayed("vq_model")
 
 
 # Building
 
 
-def test_unknown_keys_of_the_networks_are_named():
+def test_unknown_ddconfig_key_raises_user_error():
     with pytest.raises(UserError, match='"attn_typ" \\(did you mean "attn_type"'):
         kl_model(ddconfig={**DDCONFIG, "attn_typ": "none"})
 
 
-def test_kl_needs_double_z():
+def test_autoencoder_kl_requires_double_z():
     with pytest.raises(UserError, match="double_z: true"):
         AutoencoderKL(DDCONFIG, NO_LOSS, embed_dim=2)
 
 
-def test_published_defaults():
+def test_defaults_match_published_ones():
     model = vq_model(lr_g_factor=2.0, scheduler_config={"target": "x"}, monitor="val/rec_loss")
     assert (model.learning_rate, model.lr_g_factor, model.monitor) == (4.5e-6, 2.0, "val/rec_loss")
     assert model.scheduler_config == {"target": "x"}
@@ -96,7 +96,7 @@ def test_published_defaults():
 
 
 @pytest.mark.parametrize("make", [kl_model, vq_model])
-def test_weights_from_a_checkpoint(make, tmp_path):
+def test_checkpoint_loads_weights_except_ignored_keys(make, tmp_path):
     source = make()
     with torch.no_grad():
         for parameter in source.parameters():
@@ -111,7 +111,7 @@ def test_weights_from_a_checkpoint(make, tmp_path):
     assert torch.equal(partial.decoder.conv_in.weight, make().decoder.conv_in.weight)
 
 
-def test_a_missing_checkpoint_is_the_users_mistake(tmp_path):
+def test_missing_checkpoint_raises_user_error(tmp_path):
     with pytest.raises(UserError, match=r"absent.ckpt"):
         kl_model(ckpt_path=tmp_path / "absent.ckpt")
 
@@ -119,7 +119,7 @@ def test_a_missing_checkpoint_is_the_users_mistake(tmp_path):
 # Encoding and decoding
 
 
-def test_kl_forward_draws_from_the_posterior():
+def test_kl_forward_samples_the_posterior():
     model, x = kl_model().eval(), torch.rand(2, 3, 16, 16)
     torch.manual_seed(3)
     reconstruction, posterior = model(x)
@@ -129,7 +129,7 @@ def test_kl_forward_draws_from_the_posterior():
     assert posterior.mean.shape == (2, 2, 8, 8)
 
 
-def test_vq_encode_decode_and_codes():
+def test_vq_encode_decode_and_decode_code_agree():
     model, x = vq_model(sane_index_shape=True).eval(), torch.rand(2, 3, 16, 16)
     reconstruction, loss, indices = model(x, return_pred_indices=True)
     quantized, same_loss, (_, _, same_indices) = model.encode(x)
@@ -143,7 +143,7 @@ def test_vq_encode_decode_and_codes():
         model.decode_code(indices.flatten())
 
 
-def test_the_interface_is_the_same_model():
+def test_vq_interface_matches_vq_model():
     x = torch.rand(2, 3, 16, 16)
     model, interface = vq_model().eval(), vq_model(VQModelInterface).eval()
     torch.testing.assert_close(interface.encode(x), model.encode_to_prequant(x))
@@ -154,7 +154,7 @@ def test_the_interface_is_the_same_model():
 
 
 @pytest.mark.parametrize("make", [kl_model, vq_model])
-def test_half_precision_and_layout_need_no_other_code(make):
+def test_half_precision_and_channels_last_match_float32(make):
     model, x = make().eval(), torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         torch.manual_seed(0)
@@ -170,7 +170,7 @@ def test_half_precision_and_layout_need_no_other_code(make):
         assert model.to(torch.bfloat16)(x.to(torch.bfloat16))[0].dtype is torch.bfloat16
 
 
-def test_identity():
+def test_identity_first_stage_returns_its_input():
     x = torch.rand(1, 3, 4, 4)
     identity = IdentityFirstStage(embed_dim=3, ddconfig={})
     assert identity.encode(x) is identity.decode(x, True) is identity.quantize(x) is identity(x) is x
@@ -180,7 +180,7 @@ def test_identity():
 # Batches
 
 
-def test_get_input():
+def test_get_input_returns_float32_channels_first():
     model = kl_model()
     images = batch()["image"]
     x = model.get_input({"image": images.double()}, "image")
@@ -190,7 +190,7 @@ def test_get_input():
     assert model.get_input({"mask": images[..., 0]}, "mask").shape == (2, 1, 16, 16)
 
 
-def test_batches_are_resized_within_the_range():
+def test_batches_are_resized_within_batch_resize_range():
     model = vq_model(batch_resize_range=(16, 48))
     np.random.seed(0)
     sizes = [model.get_input(batch(), "image").shape[2:] for _ in range(60)]
@@ -199,7 +199,7 @@ def test_batches_are_resized_within_the_range():
     assert {height for height, _ in sizes[5:]} == {16, 32, 48}
 
 
-def test_segmentation_in_colours():
+def test_to_rgb_converts_segmentation_maps_to_colours():
     model = kl_model(ddconfig={**DDCONFIG, "in_channels": 5, "out_ch": 5}, colorize_nlabels=5, image_key="segmentation")
     labels = F.one_hot(torch.arange(16).view(1, 4, 4) % 5, 5).permute(0, 3, 1, 2).float()
     colours = model.to_rgb(labels)
@@ -211,10 +211,10 @@ def test_segmentation_in_colours():
     log = model.log_images({"segmentation": torch.rand(1, 16, 16, 5)})
     assert {image.shape for image in log.values()} == {(1, 3, 16, 16)}
     del model.colorize
-    assert torch.equal(model.to_rgb(labels), model.to_rgb(labels))  # drawn once
+    assert torch.equal(model.to_rgb(labels), model.to_rgb(labels))  # fixed colours
 
 
-def test_log_images():
+def test_log_images_returns_inputs_and_reconstructions():
     model = kl_model().eval()
     assert list(model.log_images(batch(), only_inputs=True)) == ["inputs"]
     torch.manual_seed(4)
@@ -240,7 +240,7 @@ def names_of(model, parameters) -> set[str]:
     return {names[id(parameter)].split(".")[0] for parameter in parameters}
 
 
-def test_parameters_of_the_two_players():
+def test_optimizer_parameters_of_autoencoder_and_discriminator():
     for model, own in (
         (kl_model(kl_loss(disc_factor=1.0)), {"encoder", "decoder", "quant_conv", "post_quant_conv"}),
         (
@@ -257,21 +257,21 @@ def test_parameters_of_the_two_players():
     assert kl_model().optimizer_parameters()[1] == []
 
 
-def test_a_frozen_encoder_keeps_latents_while_the_decoder_learns():
+def test_freeze_encoder_trains_decoder_and_keeps_latents():
     model = kl_model(kl_loss(), freeze_encoder=True)
     assert list(model.state_dict()) == list(kl_model(kl_loss()).state_dict())
     generator, _ = model.optimizer_parameters()
     assert names_of(model, generator) == {"decoder", "post_quant_conv"}
     x = model.get_input(batch(), "image")
-    latents, pictures = model.encode(x).mode(), model(x, sample_posterior=False)[0]
+    latents, images = model.encode(x).mode(), model(x, sample_posterior=False)[0]
     optimizer = torch.optim.Adam(generator, lr=3e-3)
     model.adversarial_loss(model.reconstruct(batch()), 0, 0)[0].backward()
     optimizer.step()
     assert torch.equal(model.encode(x).mode(), latents)
-    assert not torch.equal(model(x, sample_posterior=False)[0], pictures)
+    assert not torch.equal(model(x, sample_posterior=False)[0], images)
 
 
-def test_a_model_without_a_loss_cannot_be_trained():
+def test_training_without_loss_raises_user_error():
     for lossconfig in (NO_LOSS, {"target": "ldm.modules.losses.contperceptual.DummyLoss"}):
         model = kl_model(lossconfig)
         rec = model.reconstruct(batch())
@@ -297,7 +297,7 @@ def test_training_lowers_the_loss(make, loss):
     assert history[-1] < 0.8 * history[0]
 
 
-def test_logs_name_their_split():
+def test_log_keys_start_with_split():
     model = vq_model(lossconfig=vq_loss()).eval()
     with torch.no_grad():
         _, log = model.adversarial_loss(model.reconstruct(batch()), 0, 0, split="val")
@@ -305,7 +305,7 @@ def test_logs_name_their_split():
     assert {"val/perplexity", "val/rec_loss"} <= set(log)
 
 
-def test_same_seed_same_loss():
+def test_same_seed_gives_same_loss():
     values = []
     for _ in range(2):
         model = kl_model(kl_loss())
@@ -314,7 +314,8 @@ def test_same_seed_same_loss():
     assert torch.equal(*values)
 
 
-def test_moving_average():
+def test_ema_scope_uses_averaged_weights(caplog):
+    caplog.set_level("DEBUG", logger="ldm.modules.ema")
     model = vq_model(use_ema=True).eval()
     assert "model_ema.decoderconv_outweight" in model.state_dict()
     x = batch()["image"].permute(0, 3, 1, 2)
@@ -325,6 +326,7 @@ def test_moving_average():
         with model.ema_scope("a test"):
             before = model(x)[0]
             assert torch.equal(model.decoder.conv_out.weight, averaged)
+        assert caplog.messages == ["a test: using the averaged weights"]
         torch.testing.assert_close(model(x)[0], after)
         log = model.log_images(batch(), plot_ema=True)
     assert list(log) == ["inputs", "reconstructions", "reconstructions_ema"]
@@ -336,7 +338,7 @@ def test_moving_average():
     torch.testing.assert_close(moved, averaged + (1 - 2 / 11))
 
 
-def test_without_a_moving_average_the_scope_changes_nothing():
+def test_ema_scope_without_ema_does_nothing():
     model = vq_model()
     weight = model.decoder.conv_out.weight.clone()
     model.update_ema()

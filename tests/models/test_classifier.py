@@ -1,4 +1,4 @@
-"""Classifiers of noisy latents: how they are built and trained; and classifier guidance against closed forms."""
+"""Tests of classifiers of noisy latents, and of classifier guidance against closed forms."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ TARGET = "ldm.models.diffusion.classifier.NoisyLatentImageClassifier"
 
 @pytest.fixture(scope="module")
 def diffusion(tmp_path_factory):
-    """The folder of a tiny diffusion model, and the model."""
+    """Return the folder of a tiny diffusion model, and the model."""
     folder = tmp_path_factory.mktemp("diffusion")
     return folder, write_model(folder)
 
 
 def classifier(diffusion, **params):
     torch.manual_seed(1)
-    given = {"num_classes": 6, "label_key": "class_label", "pool": "adaptive", **params}
-    model = NoisyLatentImageClassifier(str(diffusion[0]), **given)
+    options = {"num_classes": 6, "label_key": "class_label", "pool": "adaptive", **params}
+    model = NoisyLatentImageClassifier(str(diffusion[0]), **options)
     with torch.no_grad():
         for parameter in model.model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -50,7 +50,7 @@ def label_batch(n=4):
 # -- the model -------------------------------------------------------------------------------------------------
 
 
-def test_the_network_is_built_after_the_diffusion_models(diffusion):
+def test_network_follows_unet_of_diffusion_model(diffusion):
     labels = classifier(diffusion)
     assert type(labels.model) is EncoderUNetModel
     assert (labels.model.in_channels, labels.model.out_channels, labels.model.pool) == (3, 6, "adaptive")
@@ -61,7 +61,7 @@ def test_the_network_is_built_after_the_diffusion_models(diffusion):
     assert maps(x, t).shape == (2, 6, 8, 8)
 
 
-def test_the_diffusion_model_is_the_folders_and_frozen(diffusion):
+def test_diffusion_model_is_loaded_and_frozen(diffusion):
     source = diffusion[1]
     model = classifier(diffusion).train()
     loaded = model.diffusion_model.state_dict()
@@ -74,13 +74,13 @@ def test_the_diffusion_model_is_the_folders_and_frozen(diffusion):
 
 
 @pytest.mark.parametrize("part", [{"load_only_unet": True}, {"ignore_keys": ["first_stage_model."]}])
-def test_a_part_that_the_diffusion_model_started_from_does_not_count(part, tmp_path):
+def test_partial_loading_options_of_diffusion_model_are_ignored(part, tmp_path):
     source = write_model(tmp_path, text_config(**part))
     loaded = classifier((tmp_path, source)).diffusion_model.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in source.state_dict().items())
 
 
-def test_a_log_folder_gives_its_latest_configuration_and_weights(diffusion, tmp_path):
+def test_log_folder_uses_latest_configuration_and_weights(diffusion, tmp_path):
     folder, source = diffusion
     config = OmegaConf.load(folder / "config.yaml")
     (tmp_path / "configs").mkdir()
@@ -95,7 +95,7 @@ def test_a_log_folder_gives_its_latest_configuration_and_weights(diffusion, tmp_
     assert torch.equal(model.diffusion_model.state_dict()[name], source.state_dict()[name])
 
 
-def test_other_weights_of_the_diffusion_model_can_be_named(diffusion, tmp_path):
+def test_diffusion_ckpt_path_overrides_weights(diffusion, tmp_path):
     source = diffusion[1]
     weights = {name: value + 1 if value.is_floating_point() else value for name, value in source.state_dict().items()}
     torch.save({"state_dict": weights}, tmp_path / "other.ckpt")
@@ -104,18 +104,18 @@ def test_other_weights_of_the_diffusion_model_can_be_named(diffusion, tmp_path):
     assert torch.equal(model.diffusion_model.state_dict()[name], weights[name])
 
 
-def test_weights_of_a_classifier_are_loaded_and_foreign_ones_refused(diffusion, tmp_path):
+def test_ckpt_path_loads_classifier_and_rejects_other_models(diffusion, tmp_path):
     source = classifier(diffusion)
     torch.save({"state_dict": source.state_dict()}, tmp_path / "classifier.ckpt")
     torch.manual_seed(5)
     path = str(tmp_path / "classifier.ckpt")
     model = NoisyLatentImageClassifier(str(diffusion[0]), 6, path, pool="adaptive", label_key="class_label")
     assert all(torch.equal(value, source.model.state_dict()[name]) for name, value in model.model.state_dict().items())
-    with pytest.raises(UserError, match="foreign checkpoint"):
+    with pytest.raises(UserError, match="belongs to another model"):
         classifier(diffusion, ckpt_path=str(diffusion[0] / "model.ckpt"))
 
 
-def test_loss_and_accuracies_are_those_of_the_noised_latents(diffusion):
+def test_loss_and_accuracies_match_noised_latents(diffusion):
     model, batch = classifier(diffusion).eval(), label_batch()
     torch.manual_seed(2)
     loss, log = model.shared_step(batch)
@@ -129,7 +129,7 @@ def test_loss_and_accuracies_are_those_of_the_noised_latents(diffusion):
     assert set(model.train().shared_step(batch)[1]) == {"train/loss", "train/acc@1", "train/acc@5"}
 
 
-def test_top_k_counts_what_is_among_the_likeliest():
+def test_compute_top_k_counts_targets_among_most_likely_classes():
     logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
     targets = torch.tensor([0, 1, 2, 2])
     shares = [NoisyLatentImageClassifier.compute_top_k(logits, targets, k).item() for k in (1, 2, 5)]
@@ -138,13 +138,13 @@ def test_top_k_counts_what_is_among_the_likeliest():
     assert NoisyLatentImageClassifier.compute_top_k(maps, targets.reshape(1, 2, 2), 1).item() == 0.5
 
 
-def test_accuracies_are_told_at_so_many_levels_of_noise(diffusion):
+def test_noise_accuracies_cover_log_steps_noise_levels(diffusion):
     model = classifier(diffusion, log_steps=4).eval()
     accuracies = model.noise_accuracies(label_batch())
     assert list(accuracies) == [f"val/acc@1_t{t:04}" for t in (0, 25, 50, 75)]
 
 
-def test_validation_encodes_a_batch_once_and_no_caption(diffusion, monkeypatch):
+def test_validation_encodes_images_once_and_no_caption(diffusion, monkeypatch):
     model, passes, logged = classifier(diffusion, log_steps=4).eval(), [], {}
     encode = model.diffusion_model.first_stage_model.encode
     monkeypatch.setattr(model.diffusion_model.first_stage_model, "encode", lambda x: passes.append(x) or encode(x))
@@ -156,42 +156,42 @@ def test_validation_encodes_a_batch_once_and_no_caption(diffusion, monkeypatch):
     assert {"val/loss", "val/acc@1_t0000", "val/acc@1_t0075"} < logged.keys()
 
 
-def test_maps_of_classes_are_taken_at_the_latents_size(diffusion):
+def test_segmentation_targets_have_latent_size(diffusion):
     model = classifier(diffusion, label_key="segmentation")
     ids = torch.randint(0, 6, (2, 16, 16), generator=torch.Generator().manual_seed(0))
     one_hot = torch.nn.functional.one_hot(ids, 6).float()
-    for given in (ids, one_hot):
-        targets = model.get_targets({"segmentation": given}, (8, 8))
+    for maps in (ids, one_hot):
+        targets = model.get_targets({"segmentation": maps}, (8, 8))
         assert torch.equal(targets, ids[:, ::2, ::2])
     loss, log = model.shared_step({**label_batch(2), "segmentation": ids})
     assert loss.item() == pytest.approx(math.log(6), abs=1.0)
     assert 0 <= log["train/acc@1"] <= log["train/acc@5"] <= 1
 
 
-def test_previews_show_inputs_labels_and_predictions(diffusion):
+def test_log_images_returns_inputs_labels_and_predictions(diffusion):
     model = classifier(diffusion, log_steps=2).eval()
     batch = label_batch()
-    pictures = model.log_images(batch, N=3)
-    assert set(pictures) == {"inputs", "labels", "inputs@t0000", "pred@t0000", "inputs@t0050", "pred@t0050"}
-    assert torch.equal(pictures["inputs"], batch["image"][:3].movedim(-1, 1))
-    assert {tuple(picture.shape) for picture in pictures.values()} == {(3, 3, 16, 16)}
+    images = model.log_images(batch, N=3)
+    assert set(images) == {"inputs", "labels", "inputs@t0000", "pred@t0000", "inputs@t0050", "pred@t0050"}
+    assert torch.equal(images["inputs"], batch["image"][:3].movedim(-1, 1))
+    assert {tuple(image.shape) for image in images.values()} == {(3, 3, 16, 16)}
 
 
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"label_key": None}, 'no classifier of "caption"; set label_key to one of class_label, segmentation'),
+        ({"label_key": None}, 'cannot classify "caption"; set label_key to one of class_label, segmentation'),
         ({"label_key": "class_labels"}, 'did you mean "class_label"'),
         ({"pool": "mean"}, 'pool "mean" is unknown'),
         ({"diffusion_ckpt_path": "nowhere.ckpt"}, 'no checkpoint "nowhere.ckpt"'),
     ],
 )
-def test_wrong_parameters_are_named(params, message, diffusion):
+def test_wrong_parameters_raise_user_error(params, message, diffusion):
     with pytest.raises(UserError, match=message):
         classifier(diffusion, **params)
 
 
-def test_a_folder_without_a_diffusion_model_is_refused(tmp_path):
+def test_folder_without_diffusion_model_raises_user_error(tmp_path):
     with pytest.raises(UserError, match="no model"):
         classifier((tmp_path / "nowhere", None))
     OmegaConf.save({"model": text_config()["params"]["first_stage_config"]}, tmp_path / "config.yaml")
@@ -201,13 +201,13 @@ def test_a_folder_without_a_diffusion_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("params", [{}, {"params": None}, {"params": {"in_channels": 3}}])
-def test_another_network_than_a_unet_is_refused(params, tmp_path):
+def test_network_without_out_channels_raises_user_error(params, tmp_path):
     write_model(tmp_path, text_config(unet_config={"target": "torch.nn.Identity", **params}))
-    with pytest.raises(UserError, match="its unet_config gives no out_channels"):
+    with pytest.raises(UserError, match="its unet_config has no out_channels"):
         classifier((tmp_path, None))
 
 
-def test_a_classifier_is_trained_from_yaml(diffusion, tmp_path, monkeypatch):
+def test_classifier_trains_from_yaml(diffusion, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = {"diffusion_path": str(diffusion[0]), "num_classes": 1366, "label_key": "class_label", "log_steps": 2}
     schedule = {"warm_up_steps": [1], "cycle_lengths": [9], "f_start": [0.1], "f_max": [1.0], "f_min": [1.0]}
@@ -220,8 +220,8 @@ def test_a_classifier_is_trained_from_yaml(diffusion, tmp_path, monkeypatch):
         "lightning": {"trainer": {"max_steps": 2, "limit_train_batches": 2, "limit_val_batches": 1}},
     }
     OmegaConf.save(config, "classifier.yaml")
-    quiet = ["--enable_progress_bar", "false", "--enable_model_summary", "false"]
-    assert main.main(["-b", "classifier.yaml", "-t", "--no-test", *quiet]) == 0
+    trainer_options = ["--enable_progress_bar", "false", "--enable_model_summary", "false"]
+    assert main.main(["-b", "classifier.yaml", "-t", "--no-test", *trainer_options]) == 0
     (run,) = (tmp_path / "logs").iterdir()
     assert (run / "images" / "train" / "pred@t0050_gs-000001_e-000000_b-000000.png").is_file()
     best = torch.load(run / "checkpoints" / "epoch=000000.ckpt", weights_only=True)
@@ -229,14 +229,14 @@ def test_a_classifier_is_trained_from_yaml(diffusion, tmp_path, monkeypatch):
     weights = read_state_dict(run / "checkpoints" / "last.ckpt")
     source = {f"diffusion_model.{name}": value for name, value in diffusion[1].state_dict().items()}
     assert all(torch.equal(weights[name], value) for name, value in source.items())
-    assert weights["model.out.3.weight"].abs().max() > 0, "the last layer starts at zero: it has learnt"
+    assert weights["model.out.3.weight"].abs().max() > 0, "the last layer starts at zero, so it was trained"
 
 
 # -- guidance --------------------------------------------------------------------------------------------------
 
 
 class Mixture:
-    """The exact denoiser of data that is N(-mean, std²) or N(mean, std²) in all pixels, each half of the time."""
+    """Exact denoiser of an equal mixture of N(-mean, std²) and N(mean, std²), independently in every pixel."""
 
     parameterization = "eps"
     device = torch.device("cpu")
@@ -251,17 +251,17 @@ class Mixture:
         raise NotImplementedError
 
     def centres(self, x, t):
-        """The noised classes: their means (2, B, 1, 1, 1), and the variance both have."""
+        """Return the means (2, B, 1, 1, 1) of the noised classes, and their common variance."""
         alpha = extract_into_tensor(self.alphas_cumprod, t, x.shape)
         return torch.stack([-alpha.sqrt(), alpha.sqrt()]) * self.mean, alpha * self.std**2 + 1 - alpha
 
     def log_densities(self, x, t):
-        """log p(x_t | y) for both classes, up to a constant: (B, 2), the logits of the exact classifier."""
+        """Return log p(x_t | y) up to a constant for both classes, (B, 2): the logits of the exact classifier."""
         centres, variance = self.centres(x, t)
         return -((x - centres).square() / (2 * variance)).sum(dim=(2, 3, 4)).T
 
     def conditional(self, x, t, y):
-        """The noise prediction for class y: -√(1 - ᾱ) ∇ log p(x_t | y)."""
+        """Return the noise prediction for class y, -√(1 - ᾱ) ∇ log p(x_t | y)."""
         centres, variance = self.centres(x, t)
         alpha = extract_into_tensor(self.alphas_cumprod, t, x.shape)
         return (1 - alpha).sqrt() * (x - centres[y]) / variance
@@ -271,7 +271,7 @@ class Mixture:
         return sum(shares[:, y, None, None, None] * self.conditional(x, t, y) for y in (0, 1))
 
 
-def test_the_gradient_of_a_linear_classifier():
+def test_gradient_of_linear_classifier_matches_closed_form():
     """∇ log p(y|x) = w_y - Σ_k p_k w_k."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(5, 12, generator=generator)
@@ -283,14 +283,14 @@ def test_the_gradient_of_a_linear_classifier():
         assert_close(guidance.gradient(x, torch.zeros(3)), expected.reshape(x.shape), 1e-5)
 
 
-def test_the_gradient_of_maps_adds_up_over_their_pixels():
+def test_gradient_of_segmentation_sums_over_pixels():
     x, y = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4, 4, dtype=torch.long)
     gradient = ClassifierGuidance(lambda x, t: x, y).gradient(x, torch.zeros(2))
     assert_close(gradient, torch.eye(3)[y].movedim(-1, 1) - x.softmax(dim=1), 1e-5)
 
 
 @pytest.mark.parametrize("step", [1, 300, 999])
-def test_the_exact_classifier_makes_the_prediction_conditional(step):
+def test_exact_classifier_makes_prediction_conditional(step):
     """Bayes: ∇ log p(x) + ∇ log p(y|x) = ∇ log p(x|y)."""
     model = Mixture()
     x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -304,7 +304,7 @@ def test_the_exact_classifier_makes_the_prediction_conditional(step):
     assert torch.equal(ClassifierGuidance(model.log_densities, y, 0.0).modify_score(model, x, x, t, None), x)
 
 
-def test_guided_samples_are_of_the_class_asked_for():
+def test_guided_samples_belong_to_their_class():
     model = Mixture()
     y = torch.tensor([0, 1] * 32)
     torch.manual_seed(0)
@@ -313,13 +313,13 @@ def test_guided_samples_are_of_the_class_asked_for():
     )
     signs = 2.0 * y - 1
     pixels = x * signs[:, None, None, None]
-    # 256 pixels of N(0.6, 0.3²): the standard error of the mean is 0.019, that of the deviation 0.013.
+    # 256 pixels of N(0.6, 0.3²): the standard error is 0.019 for the mean and 0.013 for the standard deviation.
     assert pixels.mean().item() == pytest.approx(0.6, abs=0.06)
     assert pixels.std().item() == pytest.approx(0.3, abs=0.05)
 
 
-def test_a_classifier_guides_its_diffusion_model(diffusion):
-    """One step of DDIM is linear in the noise prediction, so the gradient's part of it is known."""
+def test_classifier_guides_its_diffusion_model(diffusion):
+    """A DDIM step is linear in the noise prediction, so the contribution of the gradient is known."""
     model = classifier(diffusion).eval()
     sampler, c = DDIMSampler(model.diffusion_model), model.diffusion_model.get_learned_conditioning(["", ""])
     x_T, y = torch.ones(2, 3, 8, 8), torch.tensor([2, 5])

@@ -1,4 +1,4 @@
-"""Models conditioned in two ways at once (hybrid) or on labels inside the network (adm): sampling and training."""
+"""Tests of hybrid models (concatenation and cross-attention) and adm models (class labels): sampling and training."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ SCALE = 3.0
 def model_of(unet, **params):
     torch.manual_seed(0)
     config = text_config(**params)
-    given = {**config["params"]["unet_config"]["params"], **unet}
-    config["params"]["unet_config"]["params"] = {name: value for name, value in given.items() if value is not None}
+    unet = {**config["params"]["unet_config"]["params"], **unet}
+    config["params"]["unet_config"]["params"] = {name: value for name, value in unet.items() if value is not None}
     return randomise(instantiate_from_config(config)).eval()
 
 
 @pytest.fixture(scope="module")
 def hybrid():
-    """A picture joined to the input, and a text attended to."""
+    """Return a model whose conditioning is a concatenated image and a text with cross-attention."""
     return model_of({"in_channels": 6}, conditioning_key="hybrid")
 
 
 @pytest.fixture(scope="module")
 def adm():
-    """Labels, the last of which stands for none, embedded by the network itself."""
+    """Return a model whose network embeds the labels; the last label is the empty conditioning."""
     unet = {"num_classes": 11, "use_spatial_transformer": False, "context_dim": None, "transformer_depth": None}
     identity = {"target": "ldm.modules.encoders.modules.IdentityEncoder"}
     stage = {"cond_stage_config": identity, "cond_stage_key": "class_label", "cond_stage_trainable": False}
     return model_of(unet, conditioning_key="adm", **stage)
 
 
-def draw(n, seed):
-    """A picture (n, 3, 8, 8) and a context (n, 5, 32)."""
+def random_conditioning(n, seed):
+    """Return an image (n, 3, 8, 8) and a context (n, 5, 32)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, *SHAPE, generator=generator), torch.randn(n, 5, 32, generator=generator)
 
 
-def pair_of(n=2):
-    """A conditioning and what guidance leads away from: the same picture, another text."""
-    (picture, words), (_, nothing) = draw(n, 1), draw(n, 2)
-    return {"c_concat": [picture], "c_crossattn": [words]}, {"c_concat": [picture], "c_crossattn": [nothing]}
+def guidance_pair(n=2):
+    """Return a conditional and an unconditional conditioning: the same image with two texts."""
+    (image, text), (_, empty) = random_conditioning(n, 1), random_conditioning(n, 2)
+    return {"c_concat": [image], "c_crossattn": [text]}, {"c_concat": [image], "c_crossattn": [empty]}
 
 
 def guided_step(model, sampler, x_T, predictions):
-    """DDIM's only step, of S = 1, along the guided combination of two predictions (unconditional, conditional)."""
+    """Return the only DDIM step of S = 1 for two predictions (unconditional, conditional) with guidance."""
     unconditional, conditional = predictions
     eps = unconditional + SCALE * (conditional - unconditional)
     alpha, alpha_prev = (float(table[0]) for table in (sampler.ddim_alphas, sampler.ddim_alphas_prev))
@@ -70,8 +70,8 @@ def sample(model, S, cond, empty, sampler=DDIMSampler, n=2, x_T=None):
 # -- hybrid ----------------------------------------------------------------------------------------------------
 
 
-def test_a_guided_step_of_a_hybrid_model(hybrid):
-    cond, empty = pair_of()
+def test_hybrid_guided_step_matches_ddim_formula(hybrid):
+    cond, empty = guidance_pair()
     x_T, sampler = torch.ones(2, *SHAPE), DDIMSampler(hybrid)
     sampler.make_schedule(1)
     t = torch.full((2,), int(sampler.ddim_timesteps[0]))
@@ -80,12 +80,12 @@ def test_a_guided_step_of_a_hybrid_model(hybrid):
         joined = torch.cat([x_T, cond["c_concat"][0]], dim=1)
         predictions = [network(joined, t, context=each["c_crossattn"][0]) for each in (empty, cond)]
     assert_close(sample(hybrid, 1, cond, empty), guided_step(hybrid, sampler, x_T, predictions), 1e-5)
-    assert (predictions[0] - predictions[1]).norm() > 0.01 * predictions[0].norm(), "the text is attended to"
+    assert (predictions[0] - predictions[1]).norm() > 0.01 * predictions[0].norm(), "the prediction depends on the text"
 
 
 @pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler])
-def test_every_item_of_a_hybrid_batch_has_its_own_conditioning(hybrid, sampler):
-    cond, empty = pair_of()
+def test_hybrid_samples_do_not_depend_on_batch(hybrid, sampler):
+    cond, empty = guidance_pair()
     together = sample(hybrid, 4, cond, empty, sampler)
     for i in range(2):
         one, none = ({key: [value[i : i + 1] for value in each[key]] for key in each} for each in (cond, empty))
@@ -93,8 +93,8 @@ def test_every_item_of_a_hybrid_batch_has_its_own_conditioning(hybrid, sampler):
     assert (together[0] - together[1]).norm() > 0.01 * together.norm()
 
 
-def test_lists_and_tensors_are_the_same_hybrid_conditioning(hybrid):
-    cond, empty = pair_of()
+def test_hybrid_conditioning_accepts_lists_and_tensors(hybrid):
+    cond, empty = guidance_pair()
     bare, none = ({key: value[0] for key, value in each.items()} for each in (cond, empty))
     assert torch.equal(sample(hybrid, 3, bare, none), sample(hybrid, 3, cond, empty))
     halves = {**cond, "c_crossattn": list(cond["c_crossattn"][0].split([2, 3], dim=1))}
@@ -104,8 +104,8 @@ def test_lists_and_tensors_are_the_same_hybrid_conditioning(hybrid):
     assert_close(*plain, 1e-6)
 
 
-def test_ancestral_sampling_takes_the_first_items_of_a_hybrid_conditioning(hybrid):
-    cond, _ = pair_of(3)
+def test_ancestral_sampling_uses_first_items_of_hybrid_conditioning(hybrid):
+    cond, _ = guidance_pair(3)
     one = {key: [value[0][:1]] for key, value in cond.items()}
     torch.manual_seed(0)
     x = hybrid.sample(cond, 1, timesteps=3, verbose=False)
@@ -113,8 +113,8 @@ def test_ancestral_sampling_takes_the_first_items_of_a_hybrid_conditioning(hybri
     assert torch.equal(hybrid.sample(one, 1, timesteps=3, verbose=False), x)
 
 
-def test_the_loss_of_a_hybrid_model(hybrid):
-    cond, _ = pair_of()
+def test_hybrid_loss_matches_formula(hybrid):
+    cond, _ = guidance_pair()
     z, noise, t = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE), torch.tensor([5, 60])
     loss, log = hybrid.p_losses(z, cond, t, noise)
     x = torch.cat([hybrid.q_sample(z, t, noise), cond["c_concat"][0]], dim=1)
@@ -123,13 +123,13 @@ def test_the_loss_of_a_hybrid_model(hybrid):
     assert_close(log["val/loss_simple"], loss.detach(), 1e-5)
 
 
-def test_a_training_step_of_a_hybrid_model():
-    """The conditioning stage makes both parts out of the batch, and both are learnt from."""
+def test_hybrid_training_step_has_gradients_for_both_conditionings():
+    """The conditioning stage returns both parts of the conditioning, and both have gradients."""
 
     class Stage(nn.Module):
         def encode(self, captions):
-            picture, words = draw(len(captions), 3)
-            return {"c_concat": [picture], "c_crossattn": [words]}
+            image, text = random_conditioning(len(captions), 3)
+            return {"c_concat": [image], "c_crossattn": [text]}
 
     model = model_of({"in_channels": 6}, conditioning_key="hybrid", cond_stage_trainable=False).train()
     model.cond_stage_model = Stage()
@@ -146,7 +146,7 @@ def test_a_training_step_of_a_hybrid_model():
 @pytest.mark.parametrize(
     "form", [lambda y: y, lambda y: [y], lambda y: {"c_crossattn": [y]}, lambda y: {"class_label": y}]
 )
-def test_a_guided_step_of_a_model_of_labels(adm, form):
+def test_adm_guided_step_matches_ddim_formula(adm, form):
     labels, none = torch.tensor([2, 7]), torch.tensor([10, 10])
     x_T, sampler = torch.ones(2, *SHAPE), DDIMSampler(adm)
     sampler.make_schedule(1)
@@ -159,23 +159,23 @@ def test_a_guided_step_of_a_model_of_labels(adm, form):
 
 
 @pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler])
-def test_every_item_has_its_own_label(adm, sampler):
+def test_adm_samples_do_not_depend_on_batch(adm, sampler):
     labels, none = torch.tensor([2, 7]), torch.tensor([10, 10])
     together = sample(adm, 4, labels, none, sampler)
     for i in range(2):
         assert_close(sample(adm, 4, labels[i : i + 1], none[:1], sampler, n=1), together[i : i + 1], 1e-4)
 
 
-def test_a_training_step_of_a_model_of_labels(adm):
+def test_adm_training_step_has_gradients_for_its_labels(adm):
     batch = {"image": torch.zeros(2, 16, 16, 3), "class_label": torch.tensor([2, 7])}
     adm.zero_grad()
     loss, _ = adm.shared_step(batch)
     loss.backward()
-    learnt = adm.model.diffusion_model.label_emb.weight.grad.norm(dim=1).nonzero().flatten()
-    assert learnt.tolist() == [2, 7]
+    trained = adm.model.diffusion_model.label_emb.weight.grad.norm(dim=1).nonzero().flatten()
+    assert trained.tolist() == [2, 7]
 
 
-def test_dropped_labels_are_the_networks_last(adm):
+def test_adm_dropped_labels_are_the_last_class(adm):
     adm.cond_dropout = 0.5
     torch.manual_seed(0)
     dropped = adm.drop_conditioning({"class_label": torch.arange(10).repeat(40)})["class_label"]
@@ -184,11 +184,11 @@ def test_dropped_labels_are_the_networks_last(adm):
 
 
 @pytest.mark.parametrize("names", [{"human_label": ["fox", "ship"]}, {}])
-def test_previews_of_a_model_of_labels(adm, names, monkeypatch):
-    words = []
-    monkeypatch.setattr(preview, "log_txt_as_img", lambda wh, xc, size: words.extend(xc) or torch.zeros(2, 3, *wh))
+def test_adm_previews_show_class_names(adm, names, monkeypatch):
+    texts = []
+    monkeypatch.setattr(preview, "log_txt_as_img", lambda wh, xc, size: texts.extend(xc) or torch.zeros(2, 3, *wh))
     batch = {"image": torch.zeros(2, 16, 16, 3), "class_label": torch.tensor([2, 7]), **names}
     options = {"plot_progressive_rows": False, "inpaint": False, "plot_diffusion_rows": False, "ddim_steps": 2}
-    pictures = adm.log_images(batch, N=2, unconditional_guidance_scale=SCALE, **options)
-    assert pictures["samples_guided"].shape == pictures["conditioning"].shape == (2, 3, 16, 16)
-    assert words == names.get("human_label", [2, 7])
+    images = adm.log_images(batch, N=2, unconditional_guidance_scale=SCALE, **options)
+    assert images["samples_guided"].shape == images["conditioning"].shape == (2, 3, 16, 16)
+    assert texts == names.get("human_label", [2, 7])

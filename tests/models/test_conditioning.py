@@ -1,4 +1,4 @@
-"""The structure of conditionings."""
+"""Tests of the structure of conditionings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ A, B = torch.zeros(2, 3), torch.ones(2, 3)
 
 
 class Recorder(nn.Module):
-    """Gives back what it is called with."""
+    """Network that returns its arguments."""
 
     def forward(self, x, t, **kw):
         return x, kw
@@ -28,7 +28,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(c, "instantiate_from_config", lambda config: Recorder())
 
 
-def test_each_key_hands_the_conditioning_over_in_its_way():
+def test_wrapper_passes_conditioning_for_each_key():
     x, t = torch.randn(2, 1, 4, 4), torch.zeros(2)
     image, words = torch.randn(2, 2, 4, 4), [torch.randn(2, 3, 5), torch.randn(2, 1, 5)]
     assert wrapper(None)(x, t)[1] == {}
@@ -40,28 +40,28 @@ def test_each_key_hands_the_conditioning_over_in_its_way():
     assert wrapper("adm")(x, t, c_crossattn=[words[0]])[1]["y"] is words[0]
 
 
-def test_a_missing_entry_is_named():
+def test_missing_conditioning_raises_value_error():
     with pytest.raises(ValueError, match='"hybrid" needs the entry "c_crossattn"'):
         wrapper("hybrid")(torch.zeros(1, 1, 2, 2), torch.zeros(1), c_concat=[torch.zeros(1, 1, 2, 2)])
 
 
-def test_an_unknown_key_is_refused():
+def test_unknown_conditioning_key_raises_user_error():
     with pytest.raises(UserError, match='did you mean "hybrid"'):
         wrapper("hybird")
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("cond", "expected"),
     [(None, {}), (A, {"c_crossattn": [A]}), ([A, B], {"c_crossattn": [A, B]}), ({"c_concat": A}, {"c_concat": [A]})],
 )
-def test_every_form_becomes_keyword_arguments(given, expected):
-    assert c.as_dict(given, "crossattn") == expected
-    if given is A:
-        assert c.as_dict(given, "concat") == {"c_concat": [A]}
+def test_as_dict_converts_every_form(cond, expected):
+    assert c.as_dict(cond, "crossattn") == expected
+    if cond is A:
+        assert c.as_dict(cond, "concat") == {"c_concat": [A]}
 
 
 @pytest.mark.parametrize("form", [lambda v: v, lambda v: [v], lambda v: {"c_concat": [v], "c_crossattn": v}])
-def test_pairs_and_slices_keep_the_structure(form):
+def test_pair_and_slice_batch_keep_the_structure(form):
     def first(cond):
         while not isinstance(cond, torch.Tensor):
             cond = next(iter(cond.values())) if isinstance(cond, dict) else cond[0]
@@ -75,8 +75,8 @@ def test_pairs_and_slices_keep_the_structure(form):
 
 
 @pytest.mark.parametrize("form", [lambda v: v, lambda v: [v], lambda v: {"c_concat": [v], "c_crossattn": v}])
-def test_a_pair_is_made_once_for_the_same_tensors(form):
-    """Also when the structure around them is made anew, as some callers do at every step."""
+def test_pairing_is_cached_for_the_same_tensors(form):
+    """The containers of the tensors may be new, as some callers create them at every step."""
     pairing, a, b = c.Pairing(), A.clone(), B.clone()
     first = pairing(form(a), form(b))
     assert pairing(form(a), form(b)) is first
@@ -86,7 +86,7 @@ def test_a_pair_is_made_once_for_the_same_tensors(form):
     assert pairing(form(a), form(B.clone())) is not first
 
 
-def test_a_pair_of_changed_tensors_is_made_anew():
+def test_pairing_is_recomputed_for_modified_tensors():
     pairing, a, b = c.Pairing(), A.clone(), B.clone()
     pairing(a, b)
     b.add_(1)

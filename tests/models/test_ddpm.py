@@ -1,4 +1,4 @@
-"""Diffusion models: losses against recorded numbers, latents, conditioning, precision, previews."""
+"""Tests of diffusion models: losses against recorded values, latents, conditioning, precision, previews."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 from parity_cases import assert_close, relative_error
 from parity_replay import assert_replayed, grad_norm
-from tiny_models import layout_config, randomise, text_config
+from tiny_models import layout_config, pixel_config, randomise, text_config
 
 from ldm.config.instantiate import instantiate_from_config
 from ldm.errors import UserError
 from ldm.io.grids import draw_boxes
 from ldm.io.pixels import in_random_colours
-from ldm.models.diffusion.ddpm import LATENT_KEY
+from ldm.models.diffusion.batch_keys import LATENT_KEY
+from ldm.models.diffusion.preview import as_rows
 from ldm.modules.diffusionmodules.parameterization import interpret, training_target
 from ldm.modules.encoders.layout import Box
 
@@ -32,12 +33,12 @@ def text_batch(n=2):
 
 
 @pytest.mark.parametrize("kind", ["eps_l2", "eps_l1", "x0_l2", "eps_elbo", "eps_learned_logvar"])
-def test_losses_and_gradients_are_the_recorded_ones(kind):
+def test_losses_and_gradients_match_record(kind):
     assert_replayed(f"train_loss_{kind}")
 
 
-def test_the_target_of_v_and_what_is_read_from_it():
-    """v = √ᾱ ε - √(1 - ᾱ) x_0, equation of arXiv:2202.00512: the direction at right angles to x_t."""
+def test_v_target_and_its_interpretation_match_closed_form():
+    """v = √ᾱ ε - √(1 - ᾱ) x_0 (arXiv:2202.00512), the derivative of x_t by the angle arccos √ᾱ."""
     x_start, noise = torch.randn(2, 3, 4, 4, 4).double()
     alpha = torch.tensor([0.2, 0.7, 0.99]).double().reshape(3, 1, 1, 1)
     x_t = alpha.sqrt() * x_start + (1 - alpha).sqrt() * noise
@@ -51,8 +52,8 @@ def test_the_target_of_v_and_what_is_read_from_it():
 
 @pytest.mark.parametrize("gamma", [5.0, 0.3])
 @pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
-def test_with_min_snr_the_loss_is_that_of_the_estimate(parameterization, gamma):
-    """min(SNR, γ) ‖x_0 - x̂_0‖², whatever the network predicts."""
+def test_min_snr_weights_error_of_x_start(parameterization, gamma):
+    """The loss is min(SNR, γ) ‖x_0 - x̂_0‖² for every parameterization."""
     model = text_model(parameterization=parameterization, min_snr_gamma=gamma)
     x_start, estimate, noise = torch.randn(3, 4, 3, 8, 8).unbind()
     t = torch.tensor([0, 20, 60, 99])
@@ -68,19 +69,19 @@ def test_with_min_snr_the_loss_is_that_of_the_estimate(parameterization, gamma):
     assert_close(log["train/loss_simple"], unweighted, 1e-6)
 
 
-def test_loss_weights_are_no_part_of_the_state():
+def test_loss_weights_are_not_in_state_dict():
     assert text_model(min_snr_gamma=5.0).state_dict().keys() == text_model().state_dict().keys()
 
 
-def test_the_text_conditional_loss_trains_the_encoder_too():
+def test_text_conditional_loss_matches_record():
     assert_replayed("text_train_loss")
 
 
-def test_the_schedule_buffers_are_the_recorded_ones():
+def test_schedule_buffers_match_record():
     assert_replayed("noise_schedule")
 
 
-def test_noising_and_its_inverse():
+def test_predict_start_from_noise_inverts_q_sample():
     model = text_model()
     x, noise, t = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([3, 90])
     assert_close(model.predict_start_from_noise(model.q_sample(x, t, noise), t, noise), x, 1e-5)
@@ -92,12 +93,12 @@ def test_noising_and_its_inverse():
 # -- state -----------------------------------------------------------------------------------------------------
 
 
-def test_scale_factor_is_a_buffer_only_when_measured():
+def test_scale_factor_is_a_buffer_only_with_scale_by_std():
     assert "scale_factor" not in text_model(scale_factor=0.5).state_dict()
     assert "scale_factor" in text_model(scale_by_std=True).state_dict()
 
 
-def test_the_schedule_stays_in_single_precision():
+def test_schedule_stays_in_float32():
     model = text_model(scale_by_std=True)
     before = model.alphas_cumprod.clone()
     model.to(torch.bfloat16)
@@ -106,22 +107,23 @@ def test_the_schedule_stays_in_single_precision():
     assert model.scale_factor.dtype == torch.float32
 
 
-def test_bfloat16_and_channels_last_need_no_change_to_the_model():
+def test_bfloat16_and_channels_last_match_float32():
     model = text_model().eval()
-    reference, _ = model.sample_log(None_conditioning(model), 2, True, 3, verbose=False, x_T=torch.ones(2, 3, 8, 8))
-    pictures = model.decode_first_stage(reference)
+    options = {"verbose": False, "x_T": torch.ones(2, 3, 8, 8)}
+    reference, _ = model.sample_log(empty_text_conditioning(model), 2, True, 3, **options)
+    images = model.decode_first_stage(reference)
     model.to(torch.bfloat16).to(memory_format=torch.channels_last)
-    sample, _ = model.sample_log(None_conditioning(model), 2, True, 3, verbose=False, x_T=torch.ones(2, 3, 8, 8))
+    sample, _ = model.sample_log(empty_text_conditioning(model), 2, True, 3, **options)
     assert sample.dtype == torch.float32
     assert_close(sample, reference, 5e-2)
-    assert_close(model.decode_first_stage(sample).float(), pictures, 5e-2)
+    assert_close(model.decode_first_stage(sample).float(), images, 5e-2)
 
 
-def None_conditioning(model):
+def empty_text_conditioning(model):
     return model.get_learned_conditioning(["", ""])
 
 
-def test_the_average_follows_the_weights_and_takes_their_place():
+def test_update_ema_and_ema_scope():
     model = text_model(use_ema=True)
     weight = model.model.diffusion_model.out[2].weight
     average = model.model_ema.diffusion_modelout2weight
@@ -130,13 +132,13 @@ def test_the_average_follows_the_weights_and_takes_their_place():
     with torch.no_grad():
         weight += 1
     model.update_ema()
-    assert_close(average, old + 9 / 11, 1e-5)  # the first warm-up decay is 2/11
+    assert_close(average, old + 9 / 11, 1e-5)  # the decay of the first update is 2/11
     with model.ema_scope():
         assert_close(weight, old + 9 / 11, 1e-5)
     assert_close(weight, old + 1, 1e-6)
 
 
-def test_a_checkpoint_without_averages_restarts_them(tmp_path):
+def test_checkpoint_without_ema_restarts_it(tmp_path):
     path = tmp_path / "model.ckpt"
     source = text_model()
     torch.save({"state_dict": source.state_dict()}, path)
@@ -146,8 +148,8 @@ def test_a_checkpoint_without_averages_restarts_them(tmp_path):
         assert torch.equal(getattr(model.model_ema, buffer), live[name])
 
 
-def test_training_starts_from_a_part_of_another_model_when_the_configuration_says_which(tmp_path):
-    """E.g. a model with another conditioning: its own parts keep their initial values, the rest is taken over."""
+def test_ignore_keys_loads_part_of_another_model(tmp_path):
+    """A model with another conditioning keeps the initial values of its own parts and loads the rest."""
     path, other = tmp_path / "model.ckpt", text_config()
     other["params"]["cond_stage_config"]["params"]["vocab_size"] = 2600
     source = randomise(instantiate_from_config(other))
@@ -166,7 +168,7 @@ def test_training_starts_from_a_part_of_another_model_when_the_configuration_say
 # -- latents and conditioning ----------------------------------------------------------------------------------
 
 
-def test_scaling_by_the_deviation_of_the_first_batch():
+def test_scale_by_std_uses_first_batch():
     model = text_model(scale_by_std=True)
     batch = text_batch()
     torch.manual_seed(3)
@@ -179,7 +181,7 @@ def test_scaling_by_the_deviation_of_the_first_batch():
     assert torch.equal(model.scale_factor, scale)
 
 
-def test_moments_in_a_batch_stand_in_for_the_pictures():
+def test_moments_in_batch_replace_images():
     model = text_model(scale_factor=0.5)
     batch = text_batch()
     moments = model.first_stage_model.encode(batch["image"].movedim(-1, 1)).parameters
@@ -191,7 +193,7 @@ def test_moments_in_a_batch_stand_in_for_the_pictures():
     assert c == c2 == batch["caption"]
 
 
-def test_captions_are_dropped_only_in_training_and_as_often_as_asked():
+def test_cond_dropout_drops_captions_in_training_only():
     model = text_model(cond_dropout=0.25)
     captions = ["fox"] * 4000
     torch.manual_seed(0)
@@ -201,26 +203,48 @@ def test_captions_are_dropped_only_in_training_and_as_often_as_asked():
     assert model.eval().get_input(batch, "image")[1] == ["fox", "rocket"]
 
 
-def test_no_dropout_draws_nothing():
+def test_no_cond_dropout_uses_no_random_numbers():
     model = text_model().train()
     batch = text_batch()
     torch.manual_seed(0)
     model.get_input(batch, "image")
     after = torch.rand(1)
     torch.manual_seed(0)
-    torch.randn(2, 3, 8, 8)  # the posterior's draw
+    torch.randn(2, 3, 8, 8)  # the sample of the posterior
     assert torch.equal(after, torch.rand(1))
 
 
-def test_dropped_maps_become_zero():
+def test_batches_with_key_txt_equal_batches_with_caption():
+    batch = text_batch()
+    txt_batch = {"image": batch["image"], "txt": batch["caption"]}
+    images = []
+    for key, each in (("caption", batch), ("txt", txt_batch)):
+        model = text_model(cond_stage_key=key, cond_dropout=0.5, log_every_t=50).train()
+        assert model.raw_conditioning(each) == batch["caption"]
+        torch.manual_seed(0)
+        loss, _ = model.shared_step(each)
+        torch.manual_seed(0)
+        images.append({"loss": loss, **model.eval().log_images(each, N=2, n_row=1, ddim_steps=1)})
+    assert images[0].keys() == images[1].keys() >= {"conditioning", "samples"}
+    assert all(torch.equal(image, images[1][name]) for name, image in images[0].items())
+
+
+@pytest.mark.parametrize("class_names", [["cat", "dog"], "imagenet", "names.txt", ()])
+def test_class_names_are_stored_as_given(class_names):
+    model = text_model(class_names=class_names)
+    assert model.class_names == class_names and type(model.class_names) is type(class_names)
+    assert model.state_dict().keys() == text_model().state_dict().keys()
+
+
+def test_dropped_maps_are_zero():
     torch.manual_seed(0)
     maps = text_model(cond_dropout=0.5).drop_conditioning(torch.ones(8, 2, 4, 4))
     assert set(maps.sum(dim=(1, 2, 3)).tolist()) == {0.0, 32.0}
 
 
-def test_a_missing_entry_of_the_batch_is_named():
+def test_missing_batch_entry_raises_user_error():
     batch = {"image": torch.zeros(1, 16, 16, 3), "captions": ["fox"]}
-    with pytest.raises(UserError, match='gives no "caption" \\(did you mean "captions"'):
+    with pytest.raises(UserError, match='returns no "caption" \\(did you mean "captions"'):
         text_model().get_input(batch, "image")
 
 
@@ -236,12 +260,12 @@ def test_a_missing_entry_of_the_batch_is_named():
         ({"cond_stage_keys": "caption"}, 'no parameter "cond_stage_keys" \\(did you mean "cond_stage_key"'),
     ],
 )
-def test_wrong_parameters_are_named(params, message):
+def test_wrong_parameters_raise_user_error(params, message):
     with pytest.raises(UserError, match=message):
         instantiate_from_config(text_config(**params))
 
 
-def test_the_noised_conditioning_follows_its_schedule():
+def test_num_timesteps_cond_sets_cond_ids():
     model = text_model(num_timesteps_cond=5)
     assert model.shorten_cond_schedule
     assert model.cond_ids[:5].tolist() == [0, 25, 50, 74, 99]
@@ -249,13 +273,13 @@ def test_the_noised_conditioning_follows_its_schedule():
 
 
 @pytest.mark.parametrize("params", [{}, {"parameterization": "v", "min_snr_gamma": 5.0}])
-def test_the_loss_of_a_batch_learns(params):
+def test_training_lowers_the_loss_of_a_batch(params):
     model = text_model(**params).train()
     batch = text_batch()
     optimizer = torch.optim.AdamW(model.optimizer_parameters(), lr=2e-3)
     losses = []
     for _ in range(30):
-        torch.manual_seed(0)  # the same noise and steps, so that the loss must fall
+        torch.manual_seed(0)  # the same noise and timesteps, so that the loss must decrease
         loss, _ = model.shared_step(batch)
         optimizer.zero_grad()
         loss.backward()
@@ -267,29 +291,49 @@ def test_the_loss_of_a_batch_learns(params):
 # -- previews --------------------------------------------------------------------------------------------------
 
 
-def test_previews_show_every_picture_asked_for():
+def test_log_images_returns_requested_previews():
     model = text_model(log_every_t=50).eval()
-    pictures = model.log_images(
+    images = model.log_images(
         text_batch(), N=2, n_row=2, ddim_steps=2, plot_denoise_rows=True, unconditional_guidance_scale=2.0
     )
-    assert set(pictures) == {
+    assert set(images) == {
         "inputs", "reconstruction", "conditioning", "diffusion_row", "samples", "samples_guided", "denoise_row",
         "mask", "samples_inpainting", "samples_outpainting", "progressive_row",
     }  # fmt: skip
-    assert torch.equal(pictures["inputs"], text_batch()["image"].movedim(-1, 1))
-    assert pictures["samples"].shape == (2, 3, 16, 16)
-    assert pictures["diffusion_row"].shape == (1, 3, 32, 48)  # 2 items × steps 0, 50, 99
+    assert torch.equal(images["inputs"], text_batch()["image"].movedim(-1, 1))
+    assert images["samples"].shape == (2, 3, 16, 16)
+    assert images["diffusion_row"].shape == (3, 32, 48)  # 2 items × timesteps 0, 50, 99
+    assert images["denoise_row"].shape == (3, 32, 48)  # 2 items × the start and grid indices 1, 0
+    assert images["progressive_row"].shape == (3, 32, 48)  # 2 items × timesteps 99, 50, 0
 
 
-def test_only_the_previews_named_are_made():
+def test_log_images_of_pixel_model_returns_rows():
+    torch.manual_seed(0)
+    model = randomise(instantiate_from_config(pixel_config(log_every_t=50))).eval()
+    images = model.log_images({"image": torch.zeros(3, 8, 8, 3)}, N=3, n_row=2)
+    assert {name: tuple(image.shape) for name, image in images.items()} == {
+        "inputs": (3, 3, 8, 8),
+        "diffusion_row": (3, 16, 24),
+        "samples": (3, 3, 8, 8),
+        "denoise_row": (3, 24, 32),
+    }
+
+
+def test_as_rows_puts_items_in_rows_and_batches_in_columns():
+    columns = [torch.randn(2, 3, 4, 5) for _ in range(3)]
+    expected = torch.cat([torch.cat([column[b] for column in columns], dim=2) for b in range(2)], dim=1)
+    assert torch.equal(as_rows(columns), expected)
+
+
+def test_return_keys_selects_previews():
     assert set(text_model().eval().log_images(text_batch(), return_keys=["inputs"], ddim_steps=1)) == {"inputs"}
 
 
 @pytest.mark.parametrize("ddim_steps", [20, None])
-def test_outpainting_keeps_the_middle_and_inpainting_the_border(ddim_steps):
-    """With the exact denoiser of pixels that are mostly 1, else -1, and a picture of -1: what is filled is 1."""
+def test_previews_inpaint_center_and_outpaint_border(ddim_steps):
+    """An exact denoiser of pixels that are mostly 1 fills the masked region of an image of -1 with 1."""
     model = text_model().eval()
-    log_odds = 3.5  # e^-7 of the pixels are -1
+    log_odds = 3.5  # a share of exp(-7) of the pixels is -1
 
     def apply_model(x, t, cond=None):
         alpha = model.alphas_cumprod[t].reshape(-1, 1, 1, 1)
@@ -300,30 +344,30 @@ def test_outpainting_keeps_the_middle_and_inpainting_the_border(ddim_steps):
     model.apply_model, model.decode_first_stage = apply_model, lambda z: z
     model.get_input = lambda *_, **__: (latents, None, latents, latents, None)
     torch.manual_seed(0)
-    pictures = model.log_images(
+    images = model.log_images(
         {}, ddim_steps=ddim_steps, sample=False, plot_progressive_rows=False, plot_diffusion_rows=False
     )
     middle = torch.zeros(8, 8, dtype=torch.bool)
     middle[2:6, 2:6] = True
-    inpainted, outpainted = pictures["samples_inpainting"], pictures["samples_outpainting"]
-    for filled in (inpainted[..., middle], outpainted[..., ~middle]):
-        assert (filled > 0.8).float().mean() > 0.95
-    for kept in (inpainted[..., ~middle], outpainted[..., middle]):
-        assert (kept < -0.8).all()
-    assert (pictures["mask"][..., middle] == -1).all() and (pictures["mask"][..., ~middle] == 1).all()
+    inpainted, outpainted = images["samples_inpainting"], images["samples_outpainting"]
+    for generated in (inpainted[..., middle], outpainted[..., ~middle]):
+        assert (generated > 0.8).float().mean() > 0.95
+    for known in (inpainted[..., ~middle], outpainted[..., middle]):
+        assert (known < -0.8).all()
+    assert (images["mask"][..., middle] == -1).all() and (images["mask"][..., ~middle] == 1).all()
 
 
-def test_colours_of_maps_are_always_the_same():
+def test_colours_of_maps_are_deterministic():
     maps = torch.rand(1, 7, 4, 4)
     torch.manual_seed(0)
-    pictures, drawn = in_random_colours(maps), torch.rand(1)
+    images, random = in_random_colours(maps), torch.rand(1)
     torch.manual_seed(0)
-    assert torch.equal(torch.rand(1), drawn)  # nothing was taken from the global generator
-    assert torch.equal(in_random_colours(maps), pictures)
-    assert tuple(float(v) for v in pictures.aminmax()) == (-1, 1)
+    assert torch.equal(torch.rand(1), random)  # the global generator is not used
+    assert torch.equal(in_random_colours(maps), images)
+    assert tuple(float(v) for v in images.aminmax()) == (-1, 1)
 
 
-def test_a_class_model_trains_with_dropped_labels():
+def test_class_model_drops_labels_in_training():
     classes = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"embed_dim": 32, "n_classes": 11}}
     classes["params"]["key"] = "class_label"
     model = text_model(cond_stage_config=classes, cond_stage_key="class_label", cond_dropout=0.5).train()
@@ -334,7 +378,7 @@ def test_a_class_model_trains_with_dropped_labels():
     assert (labels == 10).float().mean().item() == pytest.approx(0.5, abs=0.1)
 
 
-def test_only_the_network_can_be_loaded(tmp_path):
+def test_load_only_unet_loads_denoising_network_only(tmp_path):
     source = text_model()
     torch.save({"state_dict": source.state_dict()}, tmp_path / "model.ckpt")
     torch.manual_seed(9)
@@ -361,7 +405,7 @@ def layout_batch(model):
     return {"image": text_batch()["image"], "coordinates_bbox": tokens}
 
 
-def test_a_layout_model_trains_and_heeds_its_boxes():
+def test_layout_model_trains_and_depends_on_boxes():
     model = layout_model(cond_dropout=0.1).train()
     batch = layout_batch(model)
     loss, _ = model.shared_step(batch)
@@ -375,7 +419,7 @@ def test_a_layout_model_trains_and_heeds_its_boxes():
     assert relative_error(with_boxes, without) > 1e-3
 
 
-def test_layouts_are_dropped_to_layouts_without_boxes():
+def test_dropped_layouts_have_no_boxes():
     model = layout_model(cond_dropout=0.5).train()
     tokens = layout_batch(model)["coordinates_bbox"][:1].repeat(200, 1)
     torch.manual_seed(0)
@@ -384,14 +428,15 @@ def test_layouts_are_dropped_to_layouts_without_boxes():
     assert boxes.count(0) == pytest.approx(100, abs=28)  # four standard deviations
 
 
-def test_previews_show_the_boxes_with_their_labels():
+def test_layout_previews_show_boxes_with_labels():
     model = layout_model(class_names=["cat", "dog"], log_every_t=50).eval()
     batch = layout_batch(model)
     assert [model.class_name(label) for label in (1, 7)] == ["dog", "7"]
-    pictures = model.log_images(batch, N=2, n_row=1, ddim_steps=1, unconditional_guidance_scale=2.0)
-    assert {"samples", "samples_guided", "bbox_image"} <= pictures.keys()
+    assert layout_model(class_names="names.txt").class_name(1) == "1"
+    images = model.log_images(batch, N=2, n_row=1, ddim_steps=1, unconditional_guidance_scale=2.0)
+    assert {"samples", "samples_guided", "bbox_image"} <= images.keys()
     expected = draw_boxes((16, 16), [(0, 0, 0.5, 1), (0.25, 0.5, 1, 1)], ["dog", "7"], 8)
-    assert torch.equal(pictures["bbox_image"], torch.stack([expected, torch.ones(3, 16, 16)]))
+    assert torch.equal(images["bbox_image"], torch.stack([expected, torch.ones(3, 16, 16)]))
     assert set(model.log_images(batch, N=1, ddim_steps=1, return_keys=["bbox_image"])) == {"bbox_image"}
 
 
@@ -403,6 +448,6 @@ def test_previews_show_the_boxes_with_their_labels():
         ({"cond_stage_config": text_config()["params"]["cond_stage_config"]}, "reads tokens"),
     ],
 )
-def test_a_layout_model_needs_layouts(params, message):
+def test_layout_model_requires_layouts(params, message):
     with pytest.raises(UserError, match=message):
         layout_model(**params)

@@ -1,4 +1,4 @@
-"""Samplers against recorded samples, and against closed forms on a Gaussian target."""
+"""Tests of samplers against recorded samples, and against closed forms on a Gaussian target."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from closed_forms import Gaussian, Told
+from closed_forms import FixedEstimate, Gaussian
 from parity_cases import assert_close, build, load_case
 from parity_replay import PUBLISHED, SHAPE, assert_replayed
 
@@ -28,27 +28,27 @@ def model_of(name):
     "name",
     ["ddim_unconditional_eta0", "ddim_unconditional_eta1", "ddim_quantize_x0", "ddim_masked", "ddim_given_noise"],
 )
-def test_ddim_gives_the_recorded_samples(name):
+def test_ddim_matches_record(name):
     assert_replayed(name)
 
 
-def test_the_start_noise_is_the_first_draw_of_the_seed():
+def test_start_noise_is_sampled_first():
     assert_replayed("ddim_unconditional_eta0", "first_noise")
 
 
-def test_plms_gives_the_recorded_samples():
+def test_plms_matches_record():
     assert_replayed("plms_unconditional")
 
 
 @pytest.mark.parametrize("name", ["ddim_class_guidance", "plms_class_guidance"])
-def test_guidance_gives_the_recorded_samples(name):
+def test_guidance_matches_record(name):
     assert_replayed(name)
 
 
 @pytest.mark.parametrize(
     "form", [lambda c: c, lambda c: [c], lambda c: {"c_crossattn": [c]}, lambda c: {"c_crossattn": c}]
 )
-def test_every_form_of_conditioning_gives_the_same_guided_sample(form):
+def test_every_form_of_conditioning_matches_record(form):
     case, model = model_of("ddim_class_guidance")
     c = model.get_learned_conditioning({"class_label": torch.tensor([2, 7])})
     uc = model.get_learned_conditioning({"class_label": torch.tensor([10, 10])})
@@ -59,46 +59,46 @@ def test_every_form_of_conditioning_gives_the_same_guided_sample(form):
 
 
 class HybridGaussian(Gaussian):
-    """The mean is the sum of what is concatenated and what is attended to."""
+    """Exact denoiser whose mean is the sum of the concatenated and the cross-attention conditioning."""
 
     def apply_model(self, x, t, cond):
-        (concatenated,), (attended,) = cond["c_concat"], cond["c_crossattn"]
-        return Gaussian(concatenated + attended[:, :, None], self.std).apply_model(x, t, None)
+        (concat,), (crossattn,) = cond["c_concat"], cond["c_crossattn"]
+        return Gaussian(concat + crossattn[:, :, None], self.std).apply_model(x, t, None)
 
 
 @pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler])
-def test_hybrid_conditioning_is_guided_as_a_dict_of_lists(sampler):
-    """The prediction is affine in the mean, so guided sampling is sampling towards the guided mean."""
-    concatenated, x_T = torch.randn(2, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    words, none = torch.full((2, 1, 1), 0.4), torch.full((2, 1, 1), -0.2)
-    c, uc = ({"c_concat": [concatenated], "c_crossattn": [each]} for each in (words, none))
+def test_hybrid_guidance_moves_mean(sampler):
+    """The prediction is affine in the mean, so guided samples equal samples with the guided mean."""
+    concat, x_T = torch.randn(2, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    text, empty = torch.full((2, 1, 1), 0.4), torch.full((2, 1, 1), -0.2)
+    c, uc = ({"c_concat": [concat], "c_crossattn": [each]} for each in (text, empty))
     guidance = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": uc}
     guided, _ = sampler(HybridGaussian()).sample(8, 2, (1, 4, 4), c, x_T=x_T, verbose=False, **guidance)
-    towards = Gaussian(concatenated + (none + 3.0 * (words - none))[:, :, None])
-    assert_close(guided, sampler(towards).sample(8, 2, (1, 4, 4), x_T=x_T, verbose=False)[0], 1e-5)
+    guided_mean = Gaussian(concat + (empty + 3.0 * (text - empty))[:, :, None])
+    assert_close(guided, sampler(guided_mean).sample(8, 2, (1, 4, 4), x_T=x_T, verbose=False)[0], 1e-5)
 
 
-def test_ancestral_sampling_gives_the_recorded_sample():
+def test_ancestral_sampling_matches_record():
     assert_replayed("ddpm_ancestral")
 
 
-def test_progressive_denoising_gives_the_recorded_sample():
+def test_progressive_denoising_matches_record():
     assert_replayed("ddpm_progressive")
 
 
-def test_inpainting_by_concatenation():
+def test_inpainting_matches_record():
     assert_replayed("inpainting_pipeline")
 
 
-def test_super_resolution_by_concatenation():
+def test_super_resolution_matches_record():
     assert_replayed("super_resolution_pipeline")
 
 
-def test_semantic_synthesis():
+def test_semantic_synthesis_matches_record():
     assert_replayed("semantic_synthesis_pipeline")
 
 
-def test_text_to_image():
+def test_text_to_image_matches_record():
     assert_replayed("text_to_image_pipeline")
 
 
@@ -107,7 +107,7 @@ def test_text_to_image():
 
 @pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
 @pytest.mark.parametrize(("sampler", "S", "tol"), [(DDIMSampler, 500, 2e-2), (PLMSSampler, 100, 2e-2)])
-def test_deterministic_samplers_follow_the_probability_flow(sampler, S, tol, parameterization):
+def test_deterministic_samplers_follow_probability_flow(sampler, S, tol, parameterization):
     model = Gaussian(parameterization=parameterization)
     x_T = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
     sample, _ = sampler(model).sample(S, 1, (1, 3, 3), x_T=x_T, verbose=False)
@@ -115,7 +115,7 @@ def test_deterministic_samplers_follow_the_probability_flow(sampler, S, tol, par
 
 
 def run(sampler, S, x_T, **options):
-    """S steps of any sampler from given noise."""
+    """Run S steps of any sampler from the noise x_T."""
     options = {"verbose": False, **options}
     if isinstance(sampler, AncestralSampler):
         return sampler.run(x_T.shape, np.arange(S), None, SamplingOptions(**options), x_T)[0]
@@ -123,7 +123,7 @@ def run(sampler, S, x_T, **options):
 
 
 @pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler, DPMSolverSampler, AncestralSampler])
-def test_every_parameterization_gives_the_same_trajectory(sampler):
+def test_every_parameterization_gives_same_trajectory(sampler):
     x_T, ends = torch.randn(1, 1, 4, 4, dtype=torch.float64), []
     for parameterization in ("eps", "x0", "v"):
         torch.manual_seed(0)
@@ -134,10 +134,10 @@ def test_every_parameterization_gives_the_same_trajectory(sampler):
 
 
 @pytest.mark.parametrize("sampler", [DDIMSampler, AncestralSampler])
-def test_a_full_step_at_eta_one_is_the_posterior_of_the_chain(sampler):
+def test_full_step_at_eta_one_matches_posterior(sampler):
     """x_{t-1} = a x_t + b x_0 + c z, for each step of the model; q(x_{t-1} | x_t, x_0) by Bayes' rule."""
     T, (x, x_start, z) = 30, torch.eye(3, dtype=torch.float64).reshape(3, 3, 1, 1, 1)
-    model = Told(x_start, T)
+    model = FixedEstimate(x_start, T)
     sampler = sampler(model)
     if isinstance(sampler, DDIMSampler):
         sampler.make_schedule(T, ddim_eta=1.0)
@@ -145,24 +145,25 @@ def test_a_full_step_at_eta_one_is_the_posterior_of_the_chain(sampler):
     betas, alphas = (model.tables[name] for name in ("betas", "alphas_cumprod"))
     for t in range(T):
         a, b, c = sampler.step(x, t, None)[0].flatten()
-        if t == 0:  # the data are reached
+        if t == 0:  # the last step
             expected = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
         else:
-            precisions = (1 - betas[t]) / betas[t], 1 / (1 - alphas[t - 1])  # of x_t = √(1 - β) x_{t-1} + √β ε; of q
+            # Of x_{t-1}: by the likelihood q(x_t | x_{t-1}) and by the prior q(x_{t-1} | x_0).
+            precisions = (1 - betas[t]) / betas[t], 1 / (1 - alphas[t - 1])
             variance = 1 / sum(precisions)
             gains = precisions[0] / (1 - betas[t]).sqrt(), precisions[1] * alphas[t - 1].sqrt()
             expected = torch.stack([variance * gains[0], variance * gains[1], variance.sqrt()])
         assert_close(torch.stack([a, b, c]), expected, 1e-9)
 
 
-def end_law(sampler, S, **options):
-    """Mean and deviation of what a sampler draws, exactly.
+def sample_moments(sampler, S, **options):
+    """Return the exact mean and standard deviation of the samples.
 
-    For Gaussian data every sampler is an affine map of its draws: x_T and the S step noises. Item 0 of the batch
-    has them all at zero, each other item has one of them at one.
+    For Gaussian data every sampler is an affine map of its noise: x_T and the noise of S steps. Item 0 of the batch
+    has no noise, each other item has one of them at one.
     """
-    draws = torch.eye(S + 2, dtype=torch.float64)[:, 1:, None, None, None]
-    ends = run(sampler, S, draws[:, 0], normals_sequence=list(draws[:, 1:].movedim(1, 0)), **options).flatten()
+    noise = torch.eye(S + 2, dtype=torch.float64)[:, 1:, None, None, None]
+    ends = run(sampler, S, noise[:, 0], normals_sequence=list(noise[:, 1:].movedim(1, 0)), **options).flatten()
     return ends[0].item(), (ends[1:] - ends[0]).norm().item()
 
 
@@ -176,22 +177,23 @@ def end_law(sampler, S, **options):
         (DPMSolverSampler, 20, 0.0, 1e-4),
     ],
 )
-def test_every_sampler_ends_in_the_law_of_the_data(sampler, S, eta, tol):
+def test_samples_have_distribution_of_data(sampler, S, eta, tol):
     model = Gaussian()
-    mean, std = end_law(sampler(model), S, **({} if eta is None else {"eta": eta}))
-    # x_T is drawn from N(0, 1), which is not quite the law of x_T: solvers of the ODE keep the difference.
+    mean, std = sample_moments(sampler(model), S, **({} if eta is None else {"eta": eta}))
+    # N(0, 1) is not exactly the distribution of x_T. Solvers of the ODE preserve the difference.
     start = model.flow(0.0, model.alphas_cumprod[-1]) if eta == 0 else model.mean
     assert mean == pytest.approx(start, abs=tol)
     assert std == pytest.approx(model.std, abs=tol)
 
 
-def test_ddim_at_eta_one_on_all_steps_draws_what_ancestral_sampling_draws():
+def test_ddim_at_eta_one_on_full_grid_matches_ancestral_sampling():
     model = Gaussian(timesteps=300)
-    assert end_law(DDIMSampler(model), 300, eta=1.0) == pytest.approx(end_law(AncestralSampler(model), 300), rel=1e-9)
+    expected = sample_moments(AncestralSampler(model), 300)
+    assert sample_moments(DDIMSampler(model), 300, eta=1.0) == pytest.approx(expected, rel=1e-9)
 
 
 def chain_moments(model):
-    """Mean and deviation at the end of the reverse chain: every step is linear in x and adds Gaussian noise."""
+    """Return mean and standard deviation of the reverse chain, whose steps are linear and add Gaussian noise."""
     mean, variance = 0.0, 1.0
     for t in reversed(range(model.num_timesteps)):
         c1, c2 = (float(model.tables[f"posterior_mean_coef{i}"][t]) for i in (1, 2))
@@ -203,31 +205,31 @@ def chain_moments(model):
     return mean, math.sqrt(variance)
 
 
-@pytest.mark.parametrize("draw", ["ancestral", "ddim"])
-def test_stochastic_samplers_reach_the_target_distribution(draw):
+@pytest.mark.parametrize("method", ["ancestral", "ddim"])
+def test_stochastic_samplers_reach_target_distribution(method):
     model = Gaussian(timesteps=200)
     torch.manual_seed(0)
-    if draw == "ancestral":
+    if method == "ancestral":
         sampler = AncestralSampler(model)
         x, _ = sampler.run((64, 1, 16, 16), torch.arange(200).numpy(), None, SamplingOptions(verbose=False))
     else:
         x, _ = DDIMSampler(model).sample(200, 64, (1, 16, 16), eta=1.0, verbose=False)
     mean, std = chain_moments(model)
-    # 16,384 independent pixels: the standard error of the mean is 0.0023, that of the deviation 0.0017.
+    # 16,384 independent pixels: the standard error is 0.0023 for the mean and 0.0017 for the standard deviation.
     assert x.mean().item() == pytest.approx(mean, abs=0.01)
     assert x.std().item() == pytest.approx(std, abs=0.007)
-    assert (mean, std) == pytest.approx((0.5, 0.3), abs=0.012)  # and the chain itself is near the data
+    assert (mean, std) == pytest.approx((0.5, 0.3), abs=0.012)  # the chain is close to the data
 
 
 @pytest.mark.parametrize("S", [1, 3, 27, 300, 1000])
-def test_exactly_the_steps_asked_for_are_run(S):
+def test_sampler_runs_requested_number_of_steps(S):
     model = Gaussian()
     DDIMSampler(model).sample(S, 1, (1, 2, 2), verbose=False)
     assert len(model.calls) == S
     assert model.calls == sorted(model.calls, reverse=True)
 
 
-def test_guidance_moves_along_the_difference():
+def test_guidance_extrapolates_predictions():
     model = Gaussian()
     c, uc = torch.full((2, 1), 1.0), torch.full((2, 1), 0.5)
     x = torch.randn(2, 1, 2, 2)
@@ -242,60 +244,60 @@ def test_guidance_moves_along_the_difference():
 # -- options ---------------------------------------------------------------------------------------------------
 
 
-def test_the_known_part_is_kept():
+def test_mask_keeps_known_region():
     model = Gaussian()
     known = torch.full((2, 1, 4, 4), -1.0)
     mask = torch.zeros(2, 1, 4, 4)
     mask[..., :2] = 1
     torch.manual_seed(0)
     x, _ = DDIMSampler(model).sample(50, 2, (1, 4, 4), mask=mask, x0=known, verbose=False)
-    # The last blend is noised to step 1, the last step then denoises it.
+    # The last step denoises the known region from timestep 1.
     assert (x[..., :2] + 1).abs().max() < 0.25
     assert (x[..., 2:] > -0.9).all()
 
 
-def test_a_mask_needs_what_it_keeps():
+def test_mask_without_x0_raises_value_error():
     with pytest.raises(ValueError, match="mask needs x0"):
         DDIMSampler(Gaussian()).sample(2, 1, (1, 2, 2), mask=torch.ones(1, 1, 2, 2), verbose=False)
 
 
-def test_given_noises_take_the_place_of_drawn_ones():
+def test_normals_sequence_replaces_sampled_noise():
     model, x_T = Gaussian(), torch.zeros(1, 1, 2, 2)
     torch.manual_seed(1)
-    drawn, _ = DDIMSampler(model).sample(4, 1, (1, 2, 2), eta=1.0, x_T=x_T, verbose=False)
+    sampled, _ = DDIMSampler(model).sample(4, 1, (1, 2, 2), eta=1.0, x_T=x_T, verbose=False)
     torch.manual_seed(1)
     noises = [torch.randn(1, 1, 2, 2) for _ in range(4)]
     given, _ = DDIMSampler(model).sample(4, 1, (1, 2, 2), eta=1.0, x_T=x_T, normals_sequence=noises, verbose=False)
-    assert torch.equal(given, drawn)
+    assert torch.equal(given, sampled)
 
 
-def test_temperature_zero_removes_the_noise_that_eta_adds():
+def test_temperature_zero_removes_step_noise():
     model, x_T = Gaussian(), torch.zeros(1, 1, 2, 2)
-    draws = [
+    samples = [
         DDIMSampler(model).sample(4, 1, (1, 2, 2), eta=1.0, x_T=x_T, temperature=0.0, verbose=False)[0]
         for _ in range(2)
     ]
-    assert torch.equal(*draws)
+    assert torch.equal(*samples)
 
 
-def test_callbacks_see_every_step_and_the_estimates():
-    model, seen, pictures = Gaussian(), [], []
+def test_callbacks_receive_steps_and_estimates():
+    model, seen, estimates = Gaussian(), [], []
     _, steps = DDIMSampler(model).sample(
         6,
         1,
         (1, 2, 2),
         callback=seen.append,
-        img_callback=lambda x, i: pictures.append(x),
+        img_callback=lambda x, i: estimates.append(x),
         log_every_t=2,
         verbose=False,
     )
     assert seen == list(range(6))
-    assert [p.shape for p in pictures] == [(1, 1, 2, 2)] * 6
+    assert [e.shape for e in estimates] == [(1, 1, 2, 2)] * 6
     assert len(steps["x_inter"]) == len(steps["pred_x0"]) == 1 + 4  # the start; positions 5, 4, 2, 0
-    assert torch.equal(steps["pred_x0"][-1], pictures[-1])
+    assert torch.equal(steps["pred_x0"][-1], estimates[-1])
 
 
-def test_a_score_corrector_replaces_the_prediction():
+def test_score_corrector_replaces_prediction():
     class Corrector:
         def modify_score(self, model, e_t, x, t, c, scale):
             return scale * e_t
@@ -309,26 +311,26 @@ def test_a_score_corrector_replaces_the_prediction():
     assert_close(x, x_T * math.sqrt(alpha_prev / alpha), 1e-6)
 
 
-def test_plms_is_deterministic_and_says_so():
+def test_plms_nonzero_eta_raises_user_error():
     with pytest.raises(UserError, match="eta must be 0"):
         PLMSSampler(Gaussian()).sample(4, 1, (1, 2, 2), eta=0.5, verbose=False)
 
 
-def test_a_conditioning_of_another_batch_size_is_refused():
+def test_conditioning_of_other_batch_size_raises_value_error():
     with pytest.raises(ValueError, match="conditioning for 3 samples, but batch_size is 2"):
         DDIMSampler(Gaussian()).sample(4, 2, (1, 2, 2), torch.zeros(3, 1), verbose=False)
 
 
-def test_unknown_options_are_errors():
+def test_unknown_option_raises_type_error():
     with pytest.raises(TypeError, match="guidance"):
         DDIMSampler(Gaussian()).sample(4, 2, (1, 2, 2), guidance=3.0)
 
 
-# -- starting part of the way ------------------------------------------------------------------------------------
+# -- partial runs ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler, DPMSolverSampler])
-def test_from_the_top_of_the_grid_a_run_is_the_whole_run(sampler):
+def test_strength_one_equals_full_run(sampler):
     x_T = torch.randn(2, 1, 4, 4)
     whole, _ = sampler(Gaussian()).sample(20, 2, (1, 4, 4), x_T=x_T, verbose=False)
     started, _ = sampler(Gaussian()).sample(20, 2, (1, 4, 4), x_T=x_T, strength=1.0, verbose=False)
@@ -336,8 +338,8 @@ def test_from_the_top_of_the_grid_a_run_is_the_whole_run(sampler):
 
 
 @pytest.mark.parametrize("S", [10, 20])
-def test_a_run_that_is_taken_up_again_ends_where_it_would_have(S):
-    """DDIM has no memory: the second half from where the first one ended gives the same."""
+def test_resumed_run_equals_full_run(S):
+    """DDIM has no state, so a run can continue from an intermediate x_t."""
     whole, steps = DDIMSampler(Gaussian()).sample(S, 2, (1, 4, 4), log_every_t=1, verbose=False)
     half = steps["x_inter"][S // 2]
     again, _ = DDIMSampler(Gaussian()).sample(S, 2, (1, 4, 4), x_T=half, strength=0.5, verbose=False)
@@ -348,8 +350,8 @@ def test_a_run_that_is_taken_up_again_ends_where_it_would_have(S):
     ("sampler", "S", "tol"), [(DDIMSampler, 1000, 0.02), (PLMSSampler, 100, 2e-3), (DPMSolverSampler, 100, 0.02)]
 )
 @pytest.mark.parametrize("strength", [0.3, 0.75])
-def test_a_started_run_follows_the_probability_flow_from_there(sampler, S, tol, strength):
-    """From x at step t the exact solution keeps its quantile down to the data."""
+def test_partial_run_follows_probability_flow(sampler, S, tol, strength):
+    """The exact solution keeps the quantile of x from timestep t to the data."""
     model = Gaussian()
     solver = sampler(model)
     solver.make_schedule(S)
@@ -361,7 +363,7 @@ def test_a_started_run_follows_the_probability_flow_from_there(sampler, S, tol, 
 
 
 @pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler, DPMSolverSampler])
-def test_a_known_latent_is_noised_to_the_step_that_the_run_starts_from(sampler):
+def test_x0_is_noised_to_start_timestep(sampler):
     model, x0 = Gaussian(), torch.randn(2, 1, 4, 4)
     torch.manual_seed(1)
     _, steps = sampler(model).sample(20, 2, (1, 4, 4), x0=x0, strength=0.5, verbose=False)
@@ -372,17 +374,17 @@ def test_a_known_latent_is_noised_to_the_step_that_the_run_starts_from(sampler):
 
 
 @pytest.mark.parametrize(
-    ("S", "strength", "walked"),
+    ("S", "strength", "steps"),
     [(50, 1.0, 50), (50, 0.75, 38), (50, 0.7, 35), (50, 0.02, 1), (50, 1e-6, 1), (1000, 0.7, 700), (7, 0.5, 4)],
 )
-def test_the_strength_is_the_share_of_steps(S, strength, walked):
+def test_strength_is_share_of_steps(S, strength, steps):
     seen = []
     options = {"x_T": torch.zeros(1, 1, 2, 2), "callback": seen.append, "verbose": False}
     DDIMSampler(Gaussian()).sample(S, 1, (1, 2, 2), strength=strength, **options)
-    assert seen == list(range(walked))
+    assert seen == list(range(steps))
 
 
-def test_given_noises_are_used_from_the_first_step_of_a_started_run():
+def test_partial_run_uses_normals_sequence_from_its_start():
     noises = [torch.full((1, 1, 2, 2), float(i)) for i in range(5)]
     options = {"x_T": torch.zeros(1, 1, 2, 2), "eta": 1.0, "strength": 0.5, "verbose": False}
     first, _ = DDIMSampler(Gaussian()).sample(10, 1, (1, 2, 2), normals_sequence=noises, **options)
@@ -394,6 +396,6 @@ def test_given_noises_are_used_from_the_first_step_of_a_started_run():
     ("options", "message"),
     [({"strength": 0.5}, "x0, or x_T"), ({"strength": 0.0, "x_T": torch.zeros(1, 1, 2, 2)}, "above 0 and at most 1")],
 )
-def test_a_start_that_makes_no_sense_is_refused(options, message):
+def test_invalid_start_raises_value_error(options, message):
     with pytest.raises(ValueError, match=message):
         DDIMSampler(Gaussian()).sample(5, 1, (1, 2, 2), **options)

@@ -1,4 +1,4 @@
-"""Attention is the formula, whichever way it is computed."""
+"""Tests of `attend` against the formula of softmax attention."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from ldm.modules.attend import SMALL, attend
 
 
 def tensors(n: int, m: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
-    """q, k, v with gradients."""
+    """Return q, k and v with gradients."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((2, 3, n, 16), (2, 3, m, 16), (2, 3, m, 16))
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The formula in float64."""
+    """Evaluate the formula in float64."""
     q, k, v = (each.double() for each in (q, k, v))
     return torch.einsum("bhnm,bhmd->bhnd", (torch.einsum("bhnd,bhmd->bhnm", q, k) / 4).softmax(-1), v)
 
 
 @pytest.mark.parametrize(("n", "m"), [(16, 16), (64, 8), (80, 80)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_results_and_gradients_are_the_formulas(n, m, dtype, tolerance):
-    mine = tensors(n, m, dtype)
-    truth = [each.detach().double().requires_grad_() for each in mine]
+def test_results_and_gradients_match_the_formula(n, m, dtype, tolerance):
+    inputs = tensors(n, m, dtype)
+    exact_inputs = [each.detach().double().requires_grad_() for each in inputs]
     weight = torch.randn(2, 3, n, 16, generator=torch.Generator().manual_seed(1))
-    out, right = attend(*mine), exact(*truth)
+    out, expected = attend(*inputs), exact(*exact_inputs)
     assert out.dtype == dtype
-    assert torch.allclose(out.double(), right, atol=tolerance)
+    assert torch.allclose(out.double(), expected, atol=tolerance)
     (out * weight).sum().backward()
-    (right * weight).sum().backward()
-    for a, b in zip(mine, truth, strict=True):
+    (expected * weight).sum().backward()
+    for a, b in zip(inputs, exact_inputs, strict=True):
         assert (a.grad.double() - b.grad).norm() < tolerance * b.grad.norm()
 
 
 @pytest.mark.parametrize(
-    ("tokens", "dtype", "grad", "options", "written_out"),
+    ("tokens", "dtype", "grad", "options", "explicit"),
     [
         (64, torch.bfloat16, True, {}, True),
         (64, torch.bfloat16, False, {}, False),
@@ -49,7 +49,9 @@ def test_results_and_gradients_are_the_formulas(n, m, dtype, tolerance):
         (64, torch.bfloat16, True, {"dropout_p": 0.5}, False),
     ],
 )
-def test_only_small_tables_of_bfloat16_training_are_written_out(monkeypatch, tokens, dtype, grad, options, written_out):
+def test_only_small_maps_in_bfloat16_training_use_the_explicit_formula(
+    monkeypatch, tokens, dtype, grad, options, explicit
+):
     calls = []
 
     def record(*args, **kwargs):
@@ -60,17 +62,17 @@ def test_only_small_tables_of_bfloat16_training_are_written_out(monkeypatch, tok
     q, k, v = tensors(tokens, tokens, dtype)
     with torch.set_grad_enabled(grad):
         attend(q, k, v, **options)
-    assert len(calls) == (0 if written_out else 1)
+    assert len(calls) == (0 if explicit else 1)
 
 
-def test_masked_keys_are_not_seen_in_training():
+def test_masked_keys_are_ignored_in_training():
     q, k, v = tensors(4, 4, torch.bfloat16)
     mask = torch.tensor([True, True, False, False])[None, None, None]
-    seen = attend(q, k[:, :, :2], v[:, :, :2])
-    assert torch.allclose(attend(q, k, v, attn_mask=mask).float(), seen.float(), atol=2e-2)
+    expected = attend(q, k[:, :, :2], v[:, :, :2])
+    assert torch.allclose(attend(q, k, v, attn_mask=mask).float(), expected.float(), atol=2e-2)
 
 
-def test_large_products_keep_their_precision():
-    """Products in bfloat16 would be wrong several times as much."""
+def test_large_products_are_computed_in_float32():
+    """Check the error for large products; products in bfloat16 would have several times this error."""
     q, k, v = ((4 * each).detach().requires_grad_() for each in tensors(64, 64, torch.bfloat16))
     assert (attend(q, k, v).double() - exact(q, k, v)).abs().mean() < 6e-3

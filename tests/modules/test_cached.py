@@ -1,49 +1,49 @@
-"""A kept result is given again for the same tensors only."""
+"""Tests of the result cache: results are reused for the same unmodified tensors only."""
 
 from __future__ import annotations
 
 import torch
 
-from ldm.modules.cached import Cached
+from ldm.modules.cached import ResultCache
 
 
-class Counting:
-    """A computation that counts how often it is made."""
+class Counter:
+    """Computation that counts its calls and returns the count."""
 
     def __init__(self):
-        self.made = 0
+        self.calls = 0
 
     def __call__(self):
-        self.made += 1
-        return self.made
+        self.calls += 1
+        return self.calls
 
 
-def test_the_same_tensors_give_the_same_result():
-    make, kept, a, b = Counting(), Cached(), torch.zeros(2), torch.zeros(2)
-    assert [kept(make, a, b) for _ in range(3)] == [1, 1, 1]
-    assert make.made == 1
+def test_same_tensors_return_the_cached_result():
+    compute, cache, a, b = Counter(), ResultCache(), torch.zeros(2), torch.zeros(2)
+    assert [cache(compute, a, b) for _ in range(3)] == [1, 1, 1]
+    assert compute.calls == 1
 
 
-def test_other_tensors_give_another_even_if_they_are_equal():
-    make, kept, a, b = Counting(), Cached(), torch.zeros(2), torch.zeros(2)
-    assert [kept(make, *sources) for sources in ((a,), (b,), (a, b), (b, a), (b, a), ())] == [1, 2, 3, 4, 4, 5]
+def test_other_tensors_are_recomputed_even_if_equal():
+    compute, cache, a, b = Counter(), ResultCache(), torch.zeros(2), torch.zeros(2)
+    assert [cache(compute, *sources) for sources in ((a,), (b,), (a, b), (b, a), (b, a), ())] == [1, 2, 3, 4, 4, 5]
 
 
-def test_a_tensor_that_was_written_to_is_another():
-    make, kept, a = Counting(), Cached(), torch.zeros(2)
-    kept(make, a)
+def test_modified_tensor_is_recomputed():
+    compute, cache, a = Counter(), ResultCache(), torch.zeros(2)
+    cache(compute, a)
     a[0] = 1
-    assert kept(make, a) == 2
-    assert kept(make, a) == 2
+    assert cache(compute, a) == 2
+    assert cache(compute, a) == 2
 
 
-def test_what_does_not_count_its_changes_is_not_kept():
+def test_inference_tensors_are_not_cached():
     with torch.inference_mode():
-        make, kept, a = Counting(), Cached(), torch.zeros(2)
-        assert [kept(make, a), kept(make, a)] == [1, 2]
+        compute, cache, a = Counter(), ResultCache(), torch.zeros(2)
+        assert [cache(compute, a), cache(compute, a)] == [1, 2]
 
 
-def test_a_new_tensor_cannot_take_the_place_of_one_that_is_gone():
-    make, kept = Counting(), Cached()
+def test_new_tensor_does_not_reuse_the_identity_of_a_freed_one():
+    compute, cache = Counter(), ResultCache()
     for number in range(1, 20):
-        assert kept(make, torch.zeros(2)) == number
+        assert cache(compute, torch.zeros(2)) == number

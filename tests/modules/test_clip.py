@@ -1,4 +1,4 @@
-"""CLIP encoders, with a small random CLIP in a folder: against transformers' own features, and as part of a model."""
+"""Tests of the CLIP encoders with a small random CLIP, against transformers and as part of a model."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ CAPTIONS = ["a cat", "dog", "cats and cats and dogs"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A CLIP of 10 channels, pictures of 8 × 8 and captions of up to 12 tokens, each a letter or "cat"."""
+    """Return a folder with a CLIP of 10 channels, for images of 8 × 8 pixels and captions of up to 12 tokens."""
     pytest.importorskip("transformers")
     return write_clip(tmp_path_factory.mktemp("clip"), tokens=12)
 
 
 def reference(folder):
-    """Transformers' whole CLIP and its tokenizer."""
+    """Return the complete CLIP of transformers and its tokenizer."""
     import transformers
 
     return transformers.CLIPModel.from_pretrained(folder).eval(), transformers.CLIPTokenizer.from_pretrained(folder)
 
 
 def features(output):
-    """The tensor of transformers' features, which version 5 wraps."""
+    """Return the tensor of transformers' features, which version 5 wraps in an object."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
 # -- text ------------------------------------------------------------------------------------------------------
 
 
-def test_text_features_are_those_of_transformers(folder):
+def test_text_features_match_transformers(folder):
     model, tokenizer = reference(folder)
     tokens = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_text_features_are_those_of_transformers(folder):
     assert_close(normalised, expected / expected.norm(dim=1, keepdim=True), 1e-6)
 
 
-def test_a_context_repeats_the_vector(folder):
+def test_encode_repeats_the_vector(folder):
     model = FrozenCLIPTextEmbedder(str(folder), max_length=12, n_repeat=3)
     context = model.encode(CAPTIONS)
     assert context.shape == (3, 3, 10)
@@ -64,7 +64,7 @@ def test_a_context_repeats_the_vector(folder):
     assert model.encode("dog").shape == (1, 3, 10)
 
 
-def test_captions_are_cut_and_still_end(folder):
+def test_truncated_captions_have_an_end_token(folder):
     model = FrozenCLIPTextEmbedder(str(folder), max_length=4)
     assert not torch.equal(model(["cat dog"]), model(["cat"]))
     assert torch.equal(model(["cat cat cat cat"]), model(["cat cat"]))
@@ -75,7 +75,7 @@ def test_captions_are_cut_and_still_end(folder):
 # -- images ----------------------------------------------------------------------------------------------------
 
 
-def test_image_features_are_those_of_transformers(folder):
+def test_image_features_match_transformers(folder):
     model, _ = reference(folder)
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1  # no resizing at this size
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (clip.MEAN, clip.STD))
@@ -84,30 +84,42 @@ def test_image_features_are_those_of_transformers(folder):
         assert_close(FrozenClipImageEmbedder(str(folder))(x), expected, 1e-5)
 
 
-def test_images_are_resized_from_corner_to_corner(folder):
-    """A ramp stays a ramp whose corners keep their values, save for what bicubic weights do near the border."""
+def test_images_are_resized_with_aligned_corners(folder):
+    """Resize a ramp: the corners keep their values, and bicubic weights change little near the border."""
     x = torch.linspace(-1, 1, 29).expand(1, 3, 22, 29)
     model = FrozenClipImageEmbedder(str(folder))
-    pixels = (model.preprocess(x) * model.std + model.mean) * 2 - 1
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (clip.MEAN, clip.STD))
+    pixels = (model.preprocess(x) * std + mean) * 2 - 1
     assert_close(pixels[0, 0, 0], torch.linspace(-1, 1, 8), 1e-2)
     assert pixels[0, :, :, [0, -1]].flatten().tolist() == pytest.approx(24 * [-1, 1], abs=1e-5)
 
 
-def test_the_blur_is_a_gaussian_as_wide_as_the_reduction_asks():
-    x = torch.zeros(1, 2, 40, 41)
+def test_antialiasing_is_a_gaussian_blur(folder):
+    """Blur an impulse and compare with a Gaussian of deviation (f - 1) / 2 for a reduction by f."""
+    x = torch.zeros(1, 3, 40, 41)
     x[0, 1, 20, 20] = 1.0
-    blurred = clip.blurred_for(x, 10)
-    assert blurred[0, 0].abs().max() == 0, "channels do not mix"
-    assert blurred.sum().item() == pytest.approx(1, abs=1e-5)
-    for axis, size in ((1, 40), (0, 41)):
-        sigma = (size / 10 - 1) / 2  # 1.5 and 1.55: seven pixels, to 2 σ
-        weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(-3, 4)]
-        profile = blurred[0, 1].sum(dim=axis)
-        assert profile[17:24].tolist() == pytest.approx([w / sum(weights) for w in weights], abs=1e-6)
-    assert torch.equal(clip.blurred_for(x, 41), x)
+    blurred = torch.zeros_like(x)
+    profiles = []
+    for size in (40, 41):
+        sigma = (size / 8 - 1) / 2  # 2 and 2.0625: nine pixels, up to 2 σ
+        profiles.append(torch.tensor([math.exp(-0.5 * (i / sigma) ** 2) for i in range(-4, 5)]))
+    rows, columns = (profile / profile.sum() for profile in profiles)
+    blurred[0, 1, 16:25, 16:25] = rows[:, None] * columns
+    sharp, antialiased = (FrozenClipImageEmbedder(str(folder), antialias=value) for value in (False, True))
+    assert_close(antialiased.preprocess(x), sharp.preprocess(blurred), 1e-6)
+    assert not torch.allclose(antialiased.preprocess(x), sharp.preprocess(x), atol=1e-3)
+    small = torch.rand(1, 3, 8, 5)
+    assert torch.equal(antialiased.preprocess(small), sharp.preprocess(small)), "no blur before upsampling"
 
 
-def test_gradients_reach_the_image_but_no_weights(folder):
+def test_missing_kornia_names_the_extra(folder, hide_package):
+    model = FrozenClipImageEmbedder(str(folder))
+    hide_package("kornia")
+    with pytest.raises(UserError, match=r"CLIP needs the package kornia; install it with pip install .*\[clip\]"):
+        model(torch.zeros(1, 3, 8, 8))
+
+
+def test_gradients_reach_the_images_but_not_the_weights(folder):
     model = FrozenClipImageEmbedder(str(folder), antialias=True)
     x = torch.zeros(1, 3, 12, 20, requires_grad=True)
     model(x).square().sum().backward()
@@ -119,7 +131,7 @@ def test_gradients_reach_the_image_but_no_weights(folder):
 
 
 @pytest.mark.parametrize("kind", [FrozenCLIPTextEmbedder, FrozenClipImageEmbedder])
-def test_the_weights_move_along_but_are_in_no_state_dict(kind, folder):
+def test_weights_follow_the_module_but_are_not_in_the_state_dict(kind, folder):
     model = kind(str(folder), **({"max_length": 12} if kind is FrozenCLIPTextEmbedder else {}))
     assert model.state_dict() == {} and not list(model.parameters())
     assert not any(parameter.requires_grad for parameter in model.model.parameters())
@@ -130,7 +142,7 @@ def test_the_weights_move_along_but_are_in_no_state_dict(kind, folder):
     assert outer.to("meta")[0].model.device.type == "meta"
 
 
-def test_a_checkpoint_of_a_model_that_is_conditioned_by_clip_holds_no_clip(folder, tmp_path):
+def test_checkpoint_of_a_model_conditioned_by_clip_excludes_clip(folder, tmp_path):
     target = "ldm.modules.encoders.modules.FrozenCLIPTextEmbedder"
     cond = {"target": target, "params": {"version": str(folder), "max_length": 12, "n_repeat": 2, "device": "cpu"}}
     config = text_config(cond_stage_config=cond, cond_stage_trainable=False)
@@ -149,11 +161,11 @@ def test_a_checkpoint_of_a_model_that_is_conditioned_by_clip_holds_no_clip(folde
 # -- names and mistakes ----------------------------------------------------------------------------------------
 
 
-def test_published_names_mean_models_on_the_hub(monkeypatch):
-    asked = []
+def test_published_names_are_mapped_to_hub_names(monkeypatch):
+    names = []
 
     def stop(name):
-        asked.append(name)
+        names.append(name)
         raise UserError("stop")
 
     monkeypatch.setattr(clip, "_load", stop)
@@ -164,38 +176,38 @@ def test_published_names_mean_models_on_the_hub(monkeypatch):
         FrozenCLIPTextEmbedder()
     large = "openai/clip-vit-large-patch14"
     base = "openai/clip-vit-base-patch"
-    assert asked == [f"{base}32", f"{base}16", large, f"{large}-336", "someone/clip", large]
+    assert names == [f"{base}32", f"{base}16", large, f"{large}-336", "someone/clip", large]
 
 
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("RN50x4", "is a ResNet, which transformers has not; choose one of ViT-B/32"),
+        ("RN50x4", "is a ResNet, which transformers does not support; choose one of ViT-B/32"),
         ("ViT-L14", 'did you mean "ViT-L/14"'),
         ("./no/such/folder", "or a local folder"),
         ("nobody/no-such-clip", "cannot load the CLIP .nobody/no-such-clip.*go online once"),
     ],
 )
-def test_models_that_there_are_not(version, message):
+def test_unknown_models_raise_user_error(version, message):
     pytest.importorskip("transformers")
     with pytest.raises(UserError, match=message) as raised:
         FrozenCLIPTextEmbedder(version)
     assert "\n" not in str(raised.value)
 
 
-def test_other_models_and_incomplete_folders_are_refused(folder, tmp_path):
+def test_other_models_and_incomplete_folders_raise_user_error(folder, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match='is a model of type "bert"'):
         FrozenClipImageEmbedder(str(tmp_path))
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     assert FrozenClipImageEmbedder(str(tmp_path)).model.config.projection_dim == 10
-    with pytest.raises(UserError, match=r"holds no tokenizer; put the CLIP's vocab\.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer; add the vocab\.json"):
         FrozenCLIPTextEmbedder(str(tmp_path), max_length=12)
 
 
 @pytest.mark.parametrize("kind", ["clip", "foreign"])
-def test_code_in_a_folder_never_runs_whatever_the_terminal_says(kind, folder, tmp_path, monkeypatch):
+def test_code_in_a_folder_never_runs(kind, folder, tmp_path, monkeypatch):
     copy, trap = tmp_path / "copy", tmp_path / "trap"
     shutil.copytree(folder, copy)
     (copy / "code.py").write_text(f"import os\nos.mkdir({str(trap)!r})\nclass Own: pass\n")
@@ -222,9 +234,9 @@ def test_code_in_pickled_weights_never_runs(folder, tmp_path):
     assert not (tmp_path / "trap").exists()
 
 
-def test_without_transformers_the_extra_is_named(hide_package):
+def test_missing_transformers_names_the_extra(hide_package):
     hide_package("transformers")
-    with pytest.raises(UserError, match=r'install it with pip install "ldm\[clip\]"'):
+    with pytest.raises(UserError, match=r'install it with pip install -e "\.\[clip\]"'):
         FrozenCLIPTextEmbedder()
 
 

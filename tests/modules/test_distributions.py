@@ -1,4 +1,4 @@
-"""The Gaussian posterior against torch.distributions."""
+"""Tests of the Gaussian posterior against torch.distributions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def as_normal(posterior: DiagonalGaussianDistribution) -> Normal:
     return Normal(posterior.mean, posterior.std)
 
 
-def test_parameters_are_mean_above_log_variance():
+def test_parameters_are_mean_and_log_variance():
     parameters = random_parameters(0)
     posterior = DiagonalGaussianDistribution(parameters)
     torch.testing.assert_close(posterior.mean, parameters[:, :3])
@@ -38,7 +38,7 @@ def test_log_variance_is_clamped():
     assert posterior.logvar.flatten().tolist() == [-30.0, 20.0]
 
 
-def test_kl_matches_another_library():
+def test_kl_matches_torch_distributions():
     posterior = DiagonalGaussianDistribution(random_parameters(1))
     other = DiagonalGaussianDistribution(random_parameters(2))
     standard = Normal(torch.tensor(0.0), torch.tensor(1.0))
@@ -50,7 +50,7 @@ def test_kl_of_the_standard_normal_is_zero():
     assert DiagonalGaussianDistribution(torch.zeros(2, 4, 3, 3)).kl().tolist() == [0.0, 0.0]
 
 
-def test_nll_matches_another_library():
+def test_nll_matches_torch_distributions():
     posterior = DiagonalGaussianDistribution(random_parameters(3))
     sample = torch.randn_like(posterior.mean)
     log_prob = as_normal(posterior).log_prob(sample)
@@ -58,7 +58,7 @@ def test_nll_matches_another_library():
     torch.testing.assert_close(posterior.nll(sample, dims=[1]), -log_prob.sum(1))
 
 
-def test_a_draw_is_one_randn_of_the_cpu_generator():
+def test_sample_is_one_randn_of_the_cpu_generator():
     posterior = DiagonalGaussianDistribution(random_parameters(4))
     torch.manual_seed(11)
     sample = posterior.sample()
@@ -66,7 +66,7 @@ def test_a_draw_is_one_randn_of_the_cpu_generator():
     torch.testing.assert_close(sample, posterior.mean + posterior.std * torch.randn(2, 3, 4, 5), rtol=0, atol=0)
 
 
-def test_a_draw_follows_the_dtype_and_carries_gradients():
+def test_sample_preserves_the_dtype_and_gradients():
     parameters = random_parameters(5).to(torch.bfloat16).requires_grad_()
     sample = DiagonalGaussianDistribution(parameters).sample()
     sample.sum().backward()
@@ -75,7 +75,7 @@ def test_a_draw_follows_the_dtype_and_carries_gradients():
     assert parameters.grad[:, 3:].abs().sum() > 0
 
 
-def test_deterministic_puts_all_mass_on_the_mean():
+def test_deterministic_distribution_returns_the_mean():
     posterior = DiagonalGaussianDistribution(random_parameters(6), deterministic=True)
     torch.testing.assert_close(posterior.sample(), posterior.mean)
     assert posterior.std.abs().sum() == 0
@@ -83,20 +83,20 @@ def test_deterministic_puts_all_mass_on_the_mean():
     assert posterior.nll(posterior.mean).tolist() == [0.0, 0.0]
 
 
-def test_dirac():
+def test_dirac_distribution_returns_its_value():
     value = torch.arange(3.0)
     assert DiracDistribution(value).sample() is value
     assert DiracDistribution(value).mode() is value
 
 
-def test_abstract_distribution_has_no_answers():
+def test_abstract_distribution_raises_not_implemented_error():
     with pytest.raises(NotImplementedError):
         AbstractDistribution().sample()
     with pytest.raises(NotImplementedError):
         AbstractDistribution().mode()
 
 
-def test_normal_kl_matches_another_library():
+def test_normal_kl_matches_torch_distributions():
     mean1, logvar1, mean2, logvar2 = torch.randn(4, 7, generator=torch.Generator().manual_seed(7))
     expected = kl_divergence(Normal(mean1, (0.5 * logvar1).exp()), Normal(mean2, (0.5 * logvar2).exp()))
     torch.testing.assert_close(normal_kl(mean1, logvar1, mean2, logvar2), expected)
@@ -104,6 +104,6 @@ def test_normal_kl_matches_another_library():
     torch.testing.assert_close(normal_kl(mean1, logvar1, 0.0, 0.0), standard)
 
 
-def test_normal_kl_needs_a_tensor():
+def test_normal_kl_without_tensors_raises_type_error():
     with pytest.raises(TypeError, match="at least one tensor"):
         normal_kl(0.0, 0.0, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""The moving average of weights."""
+"""Tests of the exponential moving average of weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ldm.modules.attention import CrossAttention, cached_contexts
 from ldm.modules.ema import LitEma
 
 
-def test_updates_are_the_recorded_ones():
+def test_updates_match_the_recorded_values():
     assert_replayed("ema")
 
 
-def test_without_warm_up_the_decay_is_constant():
+def test_decay_is_constant_without_warm_up():
     linear = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(linear.weight)
     ema = LitEma(linear, decay=0.75, use_num_upates=False)
@@ -27,13 +27,13 @@ def test_without_warm_up_the_decay_is_constant():
     assert int(ema.num_updates) == -1
 
 
-def test_buffers_are_named_without_dots_and_frozen_parameters_left_out():
+def test_buffer_names_have_no_dots_and_frozen_parameters_are_excluded():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].requires_grad_(False)
     assert set(LitEma(model).state_dict()) == {"decay", "num_updates", "0weight", "0bias"}
 
 
-def test_swapping_copies_nothing_and_restores_even_after_an_error():
+def test_swapped_copies_nothing_and_restores_after_an_error():
     model = nn.Linear(2, 2)
     ema = LitEma(model)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_swapping_copies_nothing_and_restores_even_after_an_error():
     assert (ema.weight == 3).all()
 
 
-def test_weights_whose_keys_are_kept_are_not_swapped():
+def test_weights_with_cached_contexts_are_not_swapped():
     model = CrossAttention(4, 4, heads=1, dim_head=4)
     ema, weight = LitEma(model), model.to_k.weight.data_ptr()
     with cached_contexts(model), pytest.raises(UserError, match="prepared for sampling"), ema.swapped(model):
@@ -70,7 +70,7 @@ def test_store_copy_and_restore():
     assert torch.equal(model.weight, before)
 
 
-def test_restart_forgets_the_past():
+def test_restart_resets_averages_and_update_count():
     model = nn.Linear(2, 2)
     ema = LitEma(model)
     ema(model)
@@ -81,6 +81,6 @@ def test_restart_forgets_the_past():
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.5])
-def test_decay_is_checked(decay):
+def test_decay_outside_its_range_raises_value_error(decay):
     with pytest.raises(ValueError, match="decay"):
         LitEma(nn.Linear(1, 1), decay=decay)

@@ -1,4 +1,4 @@
-"""Conditioning encoders: recorded numbers, published names, and the tokenizer."""
+"""Tests of the conditioning encoders: recorded values, published names and the tokenizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ldm.modules.encoders.modules import (
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "##s", "dog", "!", ",", "face"]
 MODULES = "ldm.modules.encoders.modules"
-# The conditioning stages of the published configurations.
+# Conditioning stages of the published configurations.
 PUBLISHED = {
     "configs/latent-diffusion/cin-ldm-vq-f8.yaml": ("ClassEmbedder", {"embed_dim": 512, "key": "class_label"}),
     "configs/latent-diffusion/cin256-v2.yaml": ("ClassEmbedder", {"n_classes": 1001, "embed_dim": 512}),
@@ -43,29 +43,29 @@ PUBLISHED = {
 
 @pytest.fixture
 def vocab(tmp_path):
-    """A folder with a small vocabulary."""
+    """Return a folder with a small vocabulary."""
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
     return tmp_path
 
 
 @pytest.mark.parametrize("name", ["bert_embedder", "transformer_embedder"])
-def test_token_encoders_match_the_recorded_numbers(name):
+def test_token_encoders_match_the_recorded_values(name):
     assert_replayed(name)
 
 
-def test_class_embedder_matches_the_recorded_numbers():
+def test_class_embedder_matches_the_recorded_values():
     assert_replayed("class_embedder")
     case = load_case("class_embedder")
     model, labels = build(case), case.inputs["labels"]
     assert torch.equal(model({"other": labels}, key="other"), model({"class_label": labels}))
 
 
-def test_spatial_rescaler_matches_the_recorded_numbers():
+def test_spatial_rescaler_matches_the_recorded_values():
     assert_replayed("spatial_rescaler")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_state_dict_names_and_shapes_are_the_published_ones(name):
+def test_state_dict_names_and_shapes_match_the_published_ones(name):
     with gzip.open(PARITY / "state_dicts.json.gz") as file:
         entries = json.load(file)["models"][name]
     prefix = "cond_stage_model."
@@ -76,7 +76,7 @@ def test_state_dict_names_and_shapes_are_the_published_ones(name):
     assert {key: list(entry.shape) for key, entry in model.state_dict().items()} == expected
 
 
-def test_defaults_are_the_published_ones():
+def test_defaults_match_the_published_ones():
     assert ClassEmbedder(4).embedding.num_embeddings == 1000
     assert ClassEmbedder(4).key == "class"
     assert BERTTokenizer().max_length == 77
@@ -100,7 +100,7 @@ def test_abstract_and_identity_encoders():
         AbstractEncoder().encode("x")
 
 
-def test_tokens_are_those_of_transformers(vocab):
+def test_tokens_match_transformers(vocab):
     transformers = pytest.importorskip("transformers")
     captions = ["A red cat, dogs!!", "réd  CATS", "a zebra", "", "a cat " * 10]
     reference = transformers.BertTokenizerFast.from_pretrained(vocab)
@@ -109,7 +109,7 @@ def test_tokens_are_those_of_transformers(vocab):
     assert torch.equal(actual, expected["input_ids"])
 
 
-def test_tokens_are_framed_cut_and_padded(vocab):
+def test_tokens_are_framed_truncated_and_padded(vocab):
     tokenizer = BERTTokenizer(max_length=5, version=str(vocab / "vocab.txt"))
     tokens = tokenizer(["a cats", "a a a a a a", "zebra"])
     assert tokens.tolist() == [[2, 5, 7, 8, 3], [2, 5, 5, 5, 3], [2, 1, 3, 0, 0]]
@@ -118,7 +118,7 @@ def test_tokens_are_framed_cut_and_padded(vocab):
     assert BERTTokenizer(device="meta", version=str(vocab))(["a"]).device.type == "meta"
 
 
-def test_tokenizer_answers_like_a_first_stage_model(vocab):
+def test_tokenizer_has_the_interface_of_a_first_stage_model(vocab):
     tokenizer = BERTTokenizer(max_length=4, version=str(vocab))
     quantized, loss, (perplexity, encodings, ids) = tokenizer.encode(["a"])
     assert (quantized, loss, perplexity, encodings) == (None, None, None, None)
@@ -127,13 +127,13 @@ def test_tokenizer_answers_like_a_first_stage_model(vocab):
     assert torch.equal(BERTTokenizer(vq_interface=False, max_length=4, version=str(vocab)).encode(["a"]), ids)
 
 
-def test_unknown_words_are_those_not_whole_in_the_vocabulary(vocab):
+def test_unknown_words_are_not_tokens_of_the_vocabulary(vocab):
     tokenizer = BERTTokenizer(version=str(vocab))
     assert tokenizer.unknown_words("A réd Zebra, cats! and a ZEBRA face") == ["zebra", "cats", "and"]
     assert tokenizer.unknown_words("") == []
 
 
-def test_relative_vocabularies_are_found_here_then_in_the_repository(vocab, tmp_path, monkeypatch):
+def test_relative_vocabularies_are_searched_in_the_current_folder_and_the_repository(vocab, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(vocab)
@@ -143,42 +143,42 @@ def test_relative_vocabularies_are_found_here_then_in_the_repository(vocab, tmp_
     assert BERTTokenizer(version="vocab.txt")("a")[0, 1] == 5
 
 
-def test_a_missing_vocabulary_is_a_user_error(tmp_path):
+def test_missing_vocabulary_raises_user_error(tmp_path):
     for name in (str(tmp_path / "vocab.txt"), "data/no/vocabulary", "./vocabulary", "words.txt"):
         with pytest.raises(UserError, match="does not exist"):
             BERTTokenizer(version=name)
 
 
-def test_a_vocabulary_of_another_kind_is_a_user_error(tmp_path):
+def test_vocabulary_without_special_tokens_raises_user_error(tmp_path):
     path = tmp_path / "words.txt"
     path.write_text("[PAD]\n[UNK]\nred\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"lacks \[CLS\], \[SEP\]"):
         BERTTokenizer(version=str(path))
 
 
-def test_a_hub_name_is_fetched_on_first_use_and_says_what_to_do_when_it_cannot_be():
+def test_failed_download_of_a_vocabulary_raises_user_error_on_first_use():
     tokenizer = BERTTokenizer(version="nobody/no-such-vocabulary")
-    with pytest.raises(UserError, match=r"cannot fetch .*nobody/no-such-vocabulary.*local vocab\.txt"):
+    with pytest.raises(UserError, match=r"cannot download .*nobody/no-such-vocabulary.*local vocab\.txt"):
         tokenizer(["a cat"])
 
 
-def test_a_fetched_vocabulary_is_read(vocab, monkeypatch):
-    fetched = []
+def test_vocabulary_is_downloaded_on_first_use(vocab, monkeypatch):
+    requests = []
 
     def download(name, filename, local_files_only=False):
-        fetched.append((name, local_files_only))
+        requests.append((name, local_files_only))
         if local_files_only:
             raise FileNotFoundError
         return str(vocab / filename)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     tokenizer = BERTTokenizer(max_length=4, version="someone/words")
-    assert fetched == []
+    assert requests == []
     assert tokenizer(["cat"]).tolist() == tokenizer(["cat"]).tolist() == [[2, 7, 3, 0]]
-    assert fetched == [("someone/words", True), ("someone/words", False)]
+    assert requests == [("someone/words", True), ("someone/words", False)]
 
 
-def test_bert_embedder_takes_captions(vocab, seed):
+def test_bert_embedder_encodes_captions(vocab, seed):
     model = BERTEmbedder(n_embed=16, n_layer=1, vocab_size=13, max_seq_len=6, vocab=str(vocab)).eval()
     context = model.encode(["a red cat", "a dog"])
     assert context.shape == (2, 6, 16)
@@ -187,21 +187,21 @@ def test_bert_embedder_takes_captions(vocab, seed):
     assert torch.equal(by_token(model.tknz_fn(["a red cat", "a dog"])), context)
 
 
-def test_bert_embedder_drops_embeddings_in_training(vocab, seed):
+def test_bert_embedder_has_embedding_dropout_in_training(vocab, seed):
     model = BERTEmbedder(16, 1, vocab_size=13, max_seq_len=6, embedding_dropout=0.5, vocab=str(vocab))
     assert not torch.equal(model(["a cat"]), model(["a cat"]))
 
 
-def test_a_vocabulary_larger_than_the_embedding_is_a_user_error(vocab):
+def test_vocabulary_larger_than_the_embedding_raises_user_error(vocab):
     with pytest.raises(UserError, match="has 13 tokens; raise vocab_size from 12"):
         BERTEmbedder(16, 1, vocab_size=12, vocab=str(vocab))
 
 
-def test_embedders_can_be_copied_to_other_processes(vocab, seed):
+def test_bert_embedder_can_be_pickled(vocab, seed):
     model = BERTEmbedder(16, 1, vocab_size=13, max_seq_len=6, vocab=str(vocab)).eval()
     assert torch.equal(pickle.loads(pickle.dumps(model))(["a cat"]), model(["a cat"]))
 
 
-def test_tokens_follow_the_weights(vocab):
+def test_tokens_are_moved_to_the_device_of_the_weights(vocab):
     model = BERTEmbedder(16, 1, vocab_size=13, max_seq_len=6, vocab=str(vocab)).to("meta")
     assert model(["a cat"]).device.type == "meta"

@@ -1,4 +1,4 @@
-"""Layer helpers of ldm/modules/diffusionmodules/util.py."""
+"""Tests of the layer helpers in ldm/modules/diffusionmodules/util.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from ldm.modules.diffusionmodules import schedule, util
 
 
-def test_timestep_embedding_matches_the_recorded_one():
+def test_timestep_embedding_matches_the_recorded_values():
     assert_replayed("schedules", "timestep_embedding_33")
 
 
@@ -24,12 +24,12 @@ def test_timestep_embedding_follows_its_formula():
         torch.testing.assert_close(row, torch.tensor(expected))
 
 
-def test_timestep_embedding_is_float32_whatever_the_timesteps():
+def test_timestep_embedding_is_float32_for_every_dtype():
     for dtype in (torch.int64, torch.bfloat16, torch.float64):
         assert util.timestep_embedding(torch.arange(3).to(dtype), 8).dtype == torch.float32
 
 
-def test_timestep_embedding_repeats_only_if_asked():
+def test_timestep_embedding_repeat_only():
     repeated = util.timestep_embedding(torch.tensor([7, 9]), 4, repeat_only=True)
     assert repeated.tolist() == [[7] * 4, [9] * 4]
 
@@ -44,12 +44,12 @@ def test_zero_and_scale_module_return_the_module():
     assert layer.weight.requires_grad
 
 
-def test_mean_flat_keeps_the_batch():
+def test_mean_flat_preserves_the_batch():
     x = torch.arange(12.0).reshape(2, 3, 2)
     assert util.mean_flat(x).tolist() == [2.5, 8.5]
 
 
-def test_normalization_has_32_groups_and_keeps_half_precision_accurate(seed):
+def test_normalization_has_32_groups_and_is_accurate_in_half_precision(seed):
     norm = util.normalization(64)
     x = 100 + torch.randn(2, 64, 9)
     expected = nn.functional.group_norm(x.bfloat16().float(), 32)
@@ -60,13 +60,13 @@ def test_normalization_has_32_groups_and_keeps_half_precision_accurate(seed):
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_layers_exist_for_one_to_three_dimensions(dims):
+def test_layers_support_one_to_three_dimensions(dims):
     x = torch.randn(2, 4, *[6] * dims)
     assert util.conv_nd(dims, 4, 5, 3, padding=1)(x).shape == (2, 5, *[6] * dims)
     assert util.avg_pool_nd(dims, 2)(x).shape == (2, 4, *[3] * dims)
 
 
-def test_other_dimensions_are_refused():
+def test_other_dimensions_raise_value_error():
     with pytest.raises(ValueError, match="dims must be 1, 2 or 3"):
         util.conv_nd(4, 1, 1, 1)
 
@@ -92,7 +92,7 @@ def test_checkpoint_recomputes_only_for_gradients():
     assert (x.grad, weight.grad) == without == (12, 4)
 
 
-def test_hybrid_conditioner_runs_both_conditioners():
+def test_hybrid_conditioner_returns_both_conditionings():
     rescaler = {"target": "ldm.modules.encoders.modules.SpatialRescaler", "params": {}}
     embedder = {"target": "torch.nn.Embedding", "params": {"num_embeddings": 4, "embedding_dim": 8}}
     model = util.HybridConditioner(rescaler, embedder)
@@ -101,7 +101,7 @@ def test_hybrid_conditioner_runs_both_conditioners():
     assert condition["c_crossattn"][0].shape == (1, 2, 8)
 
 
-def test_the_schedule_keeps_its_published_address():
+def test_schedule_functions_are_available_under_their_published_names():
     names = ("make_beta_schedule", "make_ddim_timesteps", "make_ddim_sampling_parameters", "betas_for_alpha_bar")
     for name in (*names, "extract_into_tensor", "noise_like"):
         assert getattr(util, name) is getattr(schedule, name)

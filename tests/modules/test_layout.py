@@ -1,4 +1,4 @@
-"""Layouts and their tokens, there and back."""
+"""Tests of the token encoding of layouts."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ import torch
 from ldm.errors import UserError
 from ldm.modules.encoders.layout import Box, LayoutTokens
 
-PUBLISHED = LayoutTokens(8192)  # the vocabulary of the published layout model, which reads 92 tokens
+PUBLISHED = LayoutTokens(8192)  # vocabulary of the published layout model, which takes 92 tokens
 
 
-def test_the_tokens_of_a_box():
-    """A grid of 90 × 90: its corners are the cells 0 and 89 of a row or column."""
+def test_encode_boxes():
+    """Encode boxes at the corners of the 90 × 90 grid, the cells 0 and 89 of a row or column."""
     tokens = PUBLISHED.encode([Box(17, (0.0, 0.0, 1.0, 1.0)), Box(3, (1.0, 0.0, 1.0, 0.5))], 92)
     assert tokens.shape == (92,) and tokens.dtype == torch.int64
     assert tokens[:6].tolist() == [17, 0, 90 * 90 - 1, 3, 89, 44 * 90 + 89]
     assert (tokens[6:90] == 8191).all(), "no box"
-    assert tokens[90:].tolist() == [0, 90 * 90 - 1], "the whole layout is shown"
+    assert tokens[90:].tolist() == [0, 90 * 90 - 1], "the window is the whole layout"
 
 
-def test_boxes_come_back_to_the_nearest_cell():
+def test_decoded_boxes_are_at_the_nearest_cell():
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(30, 2, 2, generator=generator).sort(dim=1).values
     boxes = [Box(i, tuple(position)) for i, position in enumerate(corners.flatten(1).tolist())]
     decoded = PUBLISHED.decode(PUBLISHED.encode(boxes, 92))
     assert [box.label for box in decoded] == list(range(30))
-    apart = [
+    distances = [
         abs(a - b)
         for box, other in zip(boxes, decoded, strict=True)
         for a, b in zip(*map(list, (box.position, other.position)), strict=True)
     ]
-    assert max(apart) <= 0.5 / 89 + 1e-9
+    assert max(distances) <= 0.5 / 89 + 1e-9
 
 
-def test_boxes_lie_where_the_window_shows_them():
-    """The window is the right half, so its left edge is 0 and its right edge 1."""
+def test_decoded_positions_are_relative_to_the_window():
+    """Decode boxes with the right half as the window: its left edge is 0 and its right edge 1."""
     window = (44.5 / 89, 0.0, 1.0, 1.0)
     tokens = PUBLISHED.encode([Box(0, (66 / 89, 0.0, 1.0, 1.0)), Box(1, (0.0, 0.0, 1.0, 1.0))], 92, window)
     half, whole = (box.position for box in PUBLISHED.decode(tokens))
@@ -43,13 +43,13 @@ def test_boxes_lie_where_the_window_shows_them():
     assert whole == pytest.approx((-44 / 45, 0, 1, 1))
 
 
-def test_layouts_without_a_window():
+def test_encode_without_a_window():
     assert PUBLISHED.encode([], 9).tolist() == [8191] * 9
     assert PUBLISHED.decode(PUBLISHED.encode([Box(5, (0.0, 0.0, 1.0, 1.0))], 9)) == [Box(5, (0.0, 0.0, 1.0, 1.0))]
     assert PUBLISHED.decode(PUBLISHED.encode([Box(5, (0.0, 0.0, 1.0, 1.0))], 10)) == [Box(5, (0.0, 0.0, 1.0, 1.0))]
 
 
-def test_what_is_no_corner_is_no_box():
+def test_decode_skips_invalid_corners():
     assert PUBLISHED.decode(torch.tensor([5, 0, 8100, 6, 0, 8099])) == [Box(6, (0.0, 0.0, 1.0, 1.0))]
 
 
@@ -59,9 +59,9 @@ def test_what_is_no_corner_is_no_box():
         ([Box(0, (0, 0, 1, 1))] * 31, "31 boxes do not fit into 92 tokens; give at most 30"),
         ([Box(8191, (0, 0, 1, 1))], "class 8191; classes go from 0 to 8190"),
         ([Box(-1, (0, 0, 1, 1))], "class -1"),
-        ([Box(0, (0, 0, 1.5, 1))], r"positions lie in \[0, 1\]"),
+        ([Box(0, (0, 0, 1.5, 1))], r"positions must lie in \[0, 1\]"),
     ],
 )
-def test_what_no_token_can_tell_is_refused(boxes, message):
+def test_invalid_boxes_raise_user_error(boxes, message):
     with pytest.raises(UserError, match=message):
         PUBLISHED.encode(boxes, 92)

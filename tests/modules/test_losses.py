@@ -1,4 +1,4 @@
-"""The first-stage losses: recorded numbers, closed forms, another library's LPIPS, and what is built when."""
+"""Tests of the first-stage losses: recorded values, closed forms and a comparison of LPIPS with torchmetrics."""
 
 from __future__ import annotations
 
@@ -25,10 +25,18 @@ from ldm.modules.losses.adversarial import (
 )
 from ldm.modules.losses.contperceptual import DummyLoss
 from ldm.modules.losses.discriminator import ActNorm, NLayerDiscriminator, weights_init
-from ldm.modules.losses.lpips import LPIPS, VGG16Features
+from ldm.modules.losses.lpips import LPIPS, VGG16Features, _channel_weights
 from ldm.modules.losses.vqperceptual import VQLPIPSWithDiscriminator, measure_perplexity
 
-# No networks: what remains is arithmetic.
+# Sum of each tensor in the published file of channel weights.
+PUBLISHED_SUMS = {
+    "lin0.model.1.weight": 6.925991700962186,
+    "lin1.model.1.weight": 8.858334008604288,
+    "lin2.model.1.weight": 17.5150060467422,
+    "lin3.model.1.weight": 51.521323032677174,
+    "lin4.model.1.weight": 47.03485375829041,
+}
+# Options without networks, for closed forms of the loss.
 BARE = {"perceptual_weight": 0.0, "disc_factor": 0.0}
 
 
@@ -40,16 +48,16 @@ def posterior(seed: int = 1) -> DiagonalGaussianDistribution:
     return DiagonalGaussianDistribution(torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(seed)))
 
 
-# Recorded numbers
+# Recorded values
 
 
 @pytest.mark.parametrize("name", ["kl_loss_with_discriminator", "vq_loss_with_discriminator"])
-def test_recorded_losses(name):
+def test_losses_match_the_recorded_values(name):
     assert_replayed(name)
 
 
 @pytest.mark.parametrize("name", ["kl_loss_with_discriminator", "vq_loss_with_discriminator"])
-def test_the_discriminators_loss_reaches_no_weight_of_the_autoencoder(name):
+def test_discriminator_loss_has_no_gradient_for_the_autoencoder(name):
     case = load_case(name)
     model = build(case).train()
     adversarial_step(model, case.inputs["x"], step=10)
@@ -57,7 +65,7 @@ def test_the_discriminators_loss_reaches_no_weight_of_the_autoencoder(name):
     assert all(parameter.grad is not None for parameter in model.loss.discriminator.parameters())
 
 
-def test_state_dict_names():
+def test_state_dict_names_match_the_recorded_ones():
     with gzip.open(PARITY / "state_dicts.json.gz", "rt") as file:
         recorded = json.load(file)["loss_modules"]
     with torch.device("meta"):
@@ -69,10 +77,10 @@ def test_state_dict_names():
         assert {f"loss.{key}": list(entry.shape) for key, entry in loss.state_dict().items()} == recorded[name]
 
 
-# Pieces
+# Functions
 
 
-def test_discriminator_losses():
+def test_discriminator_losses_match_their_formulas():
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.5])
     assert float(hinge_d_loss(real, fake)) == pytest.approx(0.5 * (0.25 + 0.75))
     cross_entropy = nn.functional.binary_cross_entropy_with_logits
@@ -90,7 +98,7 @@ def test_exemplar_weights():
         hinge_d_loss_with_exemplar_weights(real, fake, torch.ones(2))
 
 
-def test_small_functions():
+def test_adopt_weight_and_pixel_losses():
     assert [adopt_weight(0.7, step, threshold=3) for step in (2, 3, 4)] == [0.0, 0.7, 0.7]
     assert adopt_weight(0.7, 0, threshold=3, value=0.1) == 0.1
     x, y = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 1.0])
@@ -107,10 +115,10 @@ def test_perplexity():
     assert int(used) == 1
 
 
-# The two losses without networks
+# Losses without networks
 
 
-def test_kl_loss_closed_form():
+def test_kl_loss_matches_its_closed_form():
     loss = LPIPSWithDiscriminator(disc_start=0, logvar_init=0.5, kl_weight=0.1, pixelloss_weight=2.0, **BARE)
     x, y, p = images(1), images(2), posterior()
     value, log = loss(x, y, p, 0, global_step=3, split="val")
@@ -123,7 +131,7 @@ def test_kl_loss_closed_form():
     assert log["val/disc_factor"] == log["val/d_weight"] == log["val/g_loss"] == 0
 
 
-def test_kl_loss_weights_the_likelihood_only():
+def test_weights_of_the_kl_loss_apply_to_the_likelihood_only():
     loss = LPIPSWithDiscriminator(disc_start=0, kl_weight=0.1, **BARE)
     x, y, p = images(1), images(2), posterior()
     value, log = loss(x, y, p, 0, global_step=0, weights=torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
@@ -132,17 +140,17 @@ def test_kl_loss_weights_the_likelihood_only():
 
 
 @pytest.mark.parametrize("kind", ["l1", "l2"])
-def test_vq_loss_closed_form(kind):
+def test_vq_loss_matches_its_closed_form(kind):
     loss = VQLPIPSWithDiscriminator(disc_start=0, codebook_weight=0.5, pixelloss_weight=3.0, pixel_loss=kind, **BARE)
     x, y = images(1), images(2)
     value, log = loss(torch.tensor([0.2, 0.4]), x, y, 0, global_step=0, predicted_indices=torch.arange(4))
     error = (x - y).abs() if kind == "l1" else (x - y).square()
     torch.testing.assert_close(value, 3 * error.mean() + 0.5 * 0.3)
     assert log["train/p_loss"] == 0
-    assert "train/perplexity" not in log  # the size of the codebook is not known
+    assert "train/perplexity" not in log  # the size of the codebook is unknown
 
 
-def test_vq_loss_logs_the_use_of_the_codebook():
+def test_vq_loss_logs_the_codebook_perplexity():
     loss = VQLPIPSWithDiscriminator(disc_start=0, n_classes=8, **BARE)
     _, log = loss(torch.tensor(0.0), images(), images(), 0, 0, predicted_indices=torch.arange(4))
     assert float(log["train/perplexity"]) == pytest.approx(4.0, rel=1e-5)
@@ -150,18 +158,18 @@ def test_vq_loss_logs_the_use_of_the_codebook():
 
 
 @pytest.mark.parametrize("cls", [LPIPSWithDiscriminator, VQLPIPSWithDiscriminator])
-def test_networks_with_no_weight_are_not_built(cls):
+def test_networks_with_weight_zero_are_omitted(cls):
     loss = cls(disc_start=0, **BARE)
     assert loss.perceptual_loss is None
     assert loss.discriminator is None
-    loss.prepare()  # nothing to fetch
+    loss.prepare()  # no download
     with pytest.raises(ValueError, match="disc_factor is 0"):
         loss(posterior(), images(), images(), 1, 0) if cls is VQLPIPSWithDiscriminator else loss(
             images(), images(), posterior(), 1, 0
         )
 
 
-def test_unknown_options():
+def test_unknown_options_raise_user_error():
     with pytest.raises(UserError, match=r'disc_loss "wasserstein".*hinge, vanilla'):
         LPIPSWithDiscriminator(disc_start=0, disc_loss="wasserstein")
     with pytest.raises(UserError, match="perceptual_loss"):
@@ -170,11 +178,11 @@ def test_unknown_options():
         VQLPIPSWithDiscriminator(disc_start=0, pixel_loss="l3")
 
 
-def test_dummy_loss_is_empty():
+def test_dummy_loss_has_no_state():
     assert not DummyLoss().state_dict()
 
 
-# The adversarial term
+# Adversarial term
 
 
 def adversarial(**options) -> LPIPSWithDiscriminator:
@@ -192,7 +200,7 @@ def test_adaptive_weight_is_the_ratio_of_gradients():
     assert float(clamped) == 0.5e4
 
 
-def test_the_discriminator_starts_at_its_step():
+def test_adversarial_term_starts_at_disc_start():
     loss = adversarial()
     layer = torch.tensor(0.9, requires_grad=True)
     x = images()
@@ -204,7 +212,7 @@ def test_the_discriminator_starts_at_its_step():
     torch.testing.assert_close(log["train/g_loss"], -loss.discriminator(layer * x).mean().detach())
 
 
-def test_the_discriminator_learns_from_detached_images():
+def test_discriminator_is_trained_on_detached_images():
     loss = adversarial(disc_start=0, disc_loss="vanilla", disc_factor=0.5).eval()
     layer = torch.tensor(0.9, requires_grad=True)
     x = images()
@@ -226,7 +234,7 @@ def test_validation_needs_no_gradients():
     assert log["val/g_loss"] != 0
 
 
-def test_training_needs_the_last_layer():
+def test_training_without_last_layer_raises_value_error():
     x = images().requires_grad_()
     with pytest.raises(ValueError, match="last_layer"):
         adversarial()(x, x * 0.5, posterior(), 0, global_step=0)
@@ -252,20 +260,20 @@ def test_discriminator_layers():
     assert NLayerDiscriminator()(torch.zeros(1, 3, 64, 64)).shape == (1, 1, 6, 6)
 
 
-def test_images_too_small_for_the_discriminator():
+def test_images_too_small_for_the_discriminator_raise_user_error():
     assert NLayerDiscriminator(ndf=2)(torch.zeros(1, 3, 24, 31)).shape == (1, 1, 1, 1)
     with pytest.raises(UserError, match=r"23 x 64.*needs 24.*disc_num_layers"):
         NLayerDiscriminator(ndf=2)(torch.zeros(1, 3, 23, 64))
 
 
-def test_each_logit_sees_a_patch_of_70_pixels(seed):
+def test_receptive_field_of_each_logit_is_70_pixels(seed):
     x = torch.randn(1, 3, 128, 128, requires_grad=True)
     NLayerDiscriminator(ndf=4).eval()(x)[0, 0, 7, 7].backward()
     rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten()
     assert int(rows[-1] - rows[0]) + 1 == 70
 
 
-def test_weights_init(seed):
+def test_weights_init_has_the_published_statistics(seed):
     discriminator = NLayerDiscriminator().apply(weights_init)
     convolution, norm = discriminator.main[5], discriminator.main[6]
     assert float(convolution.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
@@ -281,17 +289,17 @@ def test_actnorm_discriminator_has_biases():
 # ActNorm
 
 
-def test_actnorm_sets_itself_from_the_first_batch(seed):
+def test_actnorm_is_initialised_from_the_first_batch(seed):
     norm, x = ActNorm(3), 5 + 2 * torch.randn(4, 3, 8, 8)
     first = norm(x)
     torch.testing.assert_close(first.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(first.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
-    torch.testing.assert_close(norm(2 * x), norm.scale * (2 * x + norm.loc))  # the second batch sets nothing
+    torch.testing.assert_close(norm(2 * x), norm.scale * (2 * x + norm.loc))  # the second batch has no effect
     torch.testing.assert_close(norm(first, reverse=False), norm.scale * (first + norm.loc))
     torch.testing.assert_close(norm(norm(x), reverse=True), x, rtol=1e-4, atol=1e-4)
 
 
-def test_actnorm_sets_nothing_in_evaluation(seed):
+def test_actnorm_is_not_initialised_in_evaluation_mode(seed):
     x = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(ActNorm(3).eval()(x), x)
 
@@ -308,7 +316,7 @@ def test_actnorm_determinant_and_vectors(seed):
     torch.testing.assert_close(logdet, torch.full((2,), math.log(3.0)))
 
 
-def test_actnorm_reverse_first(seed):
+def test_actnorm_initialisation_by_reverse(seed):
     x = torch.randn(2, 3, 4, 4)
     with pytest.raises(RuntimeError, match="allow_reverse_init"):
         ActNorm(3)(x, reverse=True)
@@ -327,7 +335,7 @@ def filled_lpips() -> LPIPS:
     return weights_module().fill(LPIPS(), 3)
 
 
-def test_features_are_those_of_torchvision(filled_lpips):
+def test_features_match_torchvision(filled_lpips):
     from torchvision.models.vgg import cfgs, make_layers
 
     layers = make_layers(cfgs["D"])
@@ -338,21 +346,20 @@ def test_features_are_those_of_torchvision(filled_lpips):
         h = layer(h)
         if i in ends:
             expected.append(h.clone())
-    for actual, wanted in zip(filled_lpips.net(images(size=32)), expected, strict=True):
-        torch.testing.assert_close(actual, wanted)
+    for actual, reference in zip(filled_lpips.net(images(size=32)), expected, strict=True):
+        torch.testing.assert_close(actual, reference)
 
 
-def test_distance_is_that_of_the_lpips_package(filled_lpips, monkeypatch):
+def test_distance_matches_torchmetrics(filled_lpips, monkeypatch):
     import torchvision
+    from torchmetrics.functional.image.lpips import _LPIPS as Reference
     from torchvision.models.vgg import cfgs, make_layers
 
-    # The package builds a whole VGG16 only to use its convolutions.
+    # torchmetrics builds a complete VGG16 and uses only its convolutions.
     bare = nn.Module()
     bare.features = make_layers(cfgs["D"])
     monkeypatch.setattr(torchvision.models, "vgg16", lambda *args, **kwargs: bare)
-    from lpips import LPIPS as Reference
-
-    reference = Reference(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval()
+    reference = Reference(net="vgg", pretrained=False, pnet_rand=True).eval()
     report = reference.load_state_dict(filled_lpips.state_dict(), strict=False)
     assert all(name.startswith("lins.") for name in report.missing_keys)
     x, y = images(1, size=32), images(2, size=32)
@@ -365,7 +372,7 @@ def test_distance_of_an_image_to_itself_is_zero(filled_lpips):
     assert filled_lpips(images(), images()).shape == (2, 1, 1, 1)
 
 
-def test_gradient_where_all_features_are_zero(filled_lpips):
+def test_gradient_is_finite_where_all_features_are_zero(filled_lpips):
     lpips = LPIPS()
     lpips.load_state_dict(filled_lpips.state_dict())
     for name, weight in lpips.net.named_parameters():
@@ -382,7 +389,7 @@ def test_lpips_is_frozen_and_stays_in_evaluation_mode(filled_lpips):
 
 
 def test_weights_from_a_checkpoint_need_no_download(filled_lpips, monkeypatch):
-    monkeypatch.setattr("ldm.modules.losses.lpips.pretrained_weights", lambda: pytest.fail("fetched weights"))
+    monkeypatch.setattr("ldm.modules.losses.lpips.pretrained_weights", lambda: pytest.fail("downloaded weights"))
     lpips = LPIPS()
     lpips.load_state_dict(filled_lpips.state_dict())
     lpips.prepare()
@@ -391,7 +398,7 @@ def test_weights_from_a_checkpoint_need_no_download(filled_lpips, monkeypatch):
 
 
 def test_pretrained_weights(filled_lpips, tmp_path, monkeypatch):
-    """The channel weights come from the lpips package, the features from torchvision's file."""
+    """Load the channel weights from torchmetrics and the features from torchvision's file."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     features = {f"features.{name.partition('.')[2]}": w for name, w in filled_lpips.net.state_dict().items()}
@@ -405,7 +412,13 @@ def test_pretrained_weights(filled_lpips, tmp_path, monkeypatch):
     assert channel_weights.sum() > 0
 
 
-def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch):
+def test_channel_weights_are_the_published_ones():
+    """Compare the sums of the weights with those of vgg.pth in version 0.1.4 of the package lpips."""
+    sums = {name: weight.double().sum().item() for name, weight in _channel_weights().items()}
+    assert sums == pytest.approx(PUBLISHED_SUMS, rel=1e-12)
+
+
+def test_weights_that_cannot_be_downloaded_raise_user_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     loss = LPIPSWithDiscriminator(disc_start=0)
     with pytest.raises(UserError) as caught:
@@ -415,10 +428,10 @@ def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch):
     assert str(tmp_path / "checkpoints" / "vgg16-397923af.pth") in message
     assert "perceptual_weight: 0" in message
     with pytest.raises(UserError):
-        loss(images(), images(), posterior(), 0, 0)  # the first use asks too
+        loss(images(), images(), posterior(), 0, 0)  # the first forward pass also loads the weights
 
 
-def test_a_damaged_weights_file(tmp_path, monkeypatch):
+def test_damaged_weights_file_raises_user_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "vgg16-397923af.pth").write_bytes(b"<html>not found</html>")
@@ -426,21 +439,19 @@ def test_a_damaged_weights_file(tmp_path, monkeypatch):
         LPIPS().prepare()
 
 
-def test_without_the_lpips_package(monkeypatch):
+def test_missing_torchmetrics_raises_user_error(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    from ldm.modules.losses.lpips import _channel_weights
-
-    with pytest.raises(UserError, match="pip install lpips"):
+    with pytest.raises(UserError, match=r'the package "torchmetrics" is not installed \(pip install '):
         _channel_weights()
 
 
-def test_feature_names_are_those_of_the_file():
+def test_feature_names_match_the_file():
     names = [name.partition(".")[2] for name, _ in VGG16Features().named_parameters()]
     assert names[:4] == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert names[-1] == "28.bias"
 
 
-def test_taming_names():
+def test_taming_names_are_the_same_classes():
     from taming.modules.discriminator.model import NLayerDiscriminator as Discriminator
     from taming.modules.losses import DummyLoss as Dummy
     from taming.modules.losses.lpips import LPIPS as Perceptual

@@ -1,4 +1,4 @@
-"""The parts of the encoder and the decoder, against closed forms."""
+"""Tests of the layers of the encoder and the decoder against closed forms."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ SMALL = {
 }
 
 
-def test_nonlinearity():
+def test_nonlinearity_is_swish():
     x = torch.linspace(-5, 5, 11)
     torch.testing.assert_close(nonlinearity(x), x * torch.sigmoid(x))
 
 
-def test_normalize():
+def test_normalize_has_the_published_options():
     norm = Normalize(64)
     assert (norm.num_groups, norm.eps, norm.affine) == (32, 1e-6, True)
     assert Normalize(64, num_groups=4).num_groups == 4
 
 
-def test_channels_must_divide_into_groups():
+def test_channels_that_are_no_multiple_of_the_groups_raise_user_error():
     with pytest.raises(UserError, match=r"48 channels.*multiple of 32"):
         Encoder(**{**SMALL, "ch": 48})
 
@@ -57,11 +57,11 @@ def test_upsample_repeats_pixels(seed):
     torch.testing.assert_close(with_conv(x), with_conv.conv(up(x)))
 
 
-def test_downsample_looks_right_and_down(seed):
+def test_downsample_pads_on_the_right_and_below(seed):
     x = torch.randn(1, 2, 6, 8)
     down = Downsample(2, with_conv=True)
     with torch.no_grad():
-        # A kernel that copies one corner of its window: output (i, j) is input (2i, 2j), or (2i + 2, 2j + 2).
+        # The kernel copies one corner of its window: output (i, j) is input (2i, 2j) or (2i + 2, 2j + 2).
         for corner, expected in ((0, x), (2, F.pad(x, (0, 2, 0, 2))[:, :, 2:, 2:])):
             nn.init.dirac_(down.conv.weight)
             down.conv.weight.copy_(down.conv.weight.roll((corner - 1, corner - 1), (2, 3)))
@@ -74,7 +74,7 @@ def test_downsample_without_convolution_averages(seed):
     torch.testing.assert_close(Downsample(2, with_conv=False)(x), x.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2)))
 
 
-def test_resnet_block_is_a_residual(seed):
+def test_resnet_block_has_a_residual_connection(seed):
     x = torch.randn(2, 32, 4, 4)
     block = ResnetBlock(in_channels=32, dropout=0.0, temb_channels=0)
     expected = x + block.conv2(F.silu(block.norm2(block.conv1(F.silu(block.norm1(x))))))
@@ -100,7 +100,7 @@ def test_resnet_block_adds_the_embedding_between_the_convolutions(seed):
     torch.testing.assert_close(block(x, temb), expected)
 
 
-def test_dropout_only_in_training(seed):
+def test_dropout_is_active_in_training_only(seed):
     block = ResnetBlock(in_channels=32, dropout=0.5, temb_channels=0)
     x = torch.randn(1, 32, 4, 4)
     assert not torch.equal(block(x), block(x))
@@ -128,21 +128,21 @@ def test_linear_attention_matches_its_formula(seed):
     torch.testing.assert_close(block(x), expected)
 
 
-def test_kinds_of_attention():
+def test_attention_types():
     assert isinstance(make_attn(32), AttnBlock)
     assert isinstance(make_attn(32, "none"), nn.Identity)
     with pytest.raises(UserError, match=r'"flash".*vanilla, linear, none'):
         make_attn(32, "flash")
 
 
-def test_use_linear_attn_is_another_way_to_say_it():
+def test_use_linear_attn_equals_attn_type_linear():
     for cls in (Encoder, Decoder):
         assert list(cls(**SMALL, use_linear_attn=True).state_dict()) == list(
             cls(**SMALL, attn_type="linear").state_dict()
         )
 
 
-def test_attention_sits_at_its_resolutions():
+def test_attention_is_at_its_resolutions():
     encoder, decoder = Encoder(**SMALL), Decoder(**SMALL)
     assert [len(level.attn) for level in encoder.down] == [0, 1, 0]
     assert [len(level.attn) for level in decoder.up] == [0, 2, 0]
@@ -150,7 +150,7 @@ def test_attention_sits_at_its_resolutions():
 
 @pytest.mark.parametrize("resamp_with_conv", [True, False])
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)])
-def test_shapes(resamp_with_conv, size, seed):
+def test_output_shapes(resamp_with_conv, size, seed):
     encoder = Encoder(**SMALL, resamp_with_conv=resamp_with_conv, double_z=False)
     decoder = Decoder(**SMALL, resamp_with_conv=resamp_with_conv)
     x = torch.randn(2, 3, *size)
@@ -165,7 +165,7 @@ def test_double_z_doubles_the_channels():
     assert Encoder(**SMALL, double_z=False).conv_out.out_channels == 4
 
 
-def test_ends_of_the_decoder(seed):
+def test_tanh_out_and_give_pre_end_of_the_decoder(seed):
     decoder = Decoder(**SMALL)
     z = torch.randn(1, 4, 4, 4)
     image = decoder(z)
@@ -176,7 +176,7 @@ def test_ends_of_the_decoder(seed):
     torch.testing.assert_close(decoder.conv_out(F.silu(decoder.norm_out(features))), image)
 
 
-def test_channels_last_changes_nothing_but_the_layout(seed):
+def test_channels_last_changes_only_the_memory_format(seed):
     encoder, decoder = Encoder(**SMALL), Decoder(**SMALL)
     x = torch.randn(2, 3, 16, 16)
     expected = decoder(encoder(x)[:, :4])
@@ -187,14 +187,14 @@ def test_channels_last_changes_nothing_but_the_layout(seed):
     assert actual.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_bfloat16_stays_bfloat16(seed):
+def test_bfloat16_is_preserved(seed):
     encoder, decoder = Encoder(**SMALL).to(torch.bfloat16), Decoder(**SMALL).to(torch.bfloat16)
     image = decoder(encoder(torch.randn(1, 3, 16, 16, dtype=torch.bfloat16))[:, :4])
     assert image.dtype is torch.bfloat16
     assert image.isfinite().all()
 
 
-def test_taming_names():
+def test_taming_names_are_the_same_classes():
     from taming.modules.diffusionmodules import model
 
     assert model.Encoder is Encoder

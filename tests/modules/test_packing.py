@@ -1,4 +1,4 @@
-"""Packed weights compute what plain ones do, and are plain again afterwards."""
+"""Tests of packed weights: agreement with plain weights, and restoration."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def is_packed(layer):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_convolutions(options, dtype):
+def test_packed_convolutions_match_plain_ones(options, dtype):
     layer = frozen(nn.Conv2d(20, 36, **options), dtype)
     x, other_size = torch.randn(2, 20, 10, 12).to(dtype), torch.randn(3, 20, 7, 5).to(dtype)
     expected = [layer(x), layer(other_size)]
@@ -59,7 +59,7 @@ def test_convolutions(options, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_layers(bias, dtype):
+def test_packed_linear_layers_match_plain_ones(bias, dtype):
     layer = frozen(nn.Linear(20, 36, bias=bias), dtype)
     inputs = [torch.randn(shape).to(dtype) for shape in ((2, 20), (3, 5, 20), (2, 3, 4, 20))]
     expected = [layer(x) for x in inputs]
@@ -71,8 +71,8 @@ def test_linear_layers(bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_whole_models_agree(dtype):
-    """The denoising network and the decoder: most layers are packed, and the noise is drawn like contiguous tensors."""
+def test_packed_models_match_plain_ones(dtype):
+    """Run the denoising network and the decoder: most layers are packed, and the outputs are contiguous."""
     model = frozen(randomise(instantiate_from_config(text_config())), dtype)
     unet, decoder = model.model.diffusion_model, model.first_stage_model.decoder
     x, t, context = torch.randn(2, 3, 8, 8).to(dtype), torch.tensor([3, 70]), torch.randn(2, 5, 32).to(dtype)
@@ -87,7 +87,7 @@ def test_whole_models_agree(dtype):
 
 @pytest.mark.parametrize("size", [8, 32], ids=["small", "large"])
 def test_normalisations_between_bfloat16_convolutions(size):
-    """Small channels-last maps go by way of float32; the sums are made in float32 either way."""
+    """Normalise small channels-last maps in float32; large maps use torch's kernel, which also sums in float32."""
     model = nn.Sequential(nn.Conv2d(3, 64, 1), GroupNorm32(32, 64), nn.Conv2d(64, 64, 1))
     nn.init.normal_(model[1].weight)
     nn.init.normal_(model[1].bias)
@@ -100,7 +100,7 @@ def test_normalisations_between_bfloat16_convolutions(size):
     assert "forward" not in vars(model[1]) and torch.equal(model(x), expected)
 
 
-def test_inputs_need_not_be_contiguous():
+def test_non_contiguous_inputs_are_supported():
     convolution, layer = frozen(nn.Conv2d(4, 6, 3)), frozen(nn.Linear(4, 6))
     image, rows = torch.randn(2, 8, 9, 9)[:, ::2].transpose(2, 3), torch.randn(5, 1, 4).expand(5, 3, 4).transpose(0, 1)
     expected = convolution(image), layer(rows)
@@ -109,7 +109,7 @@ def test_inputs_need_not_be_contiguous():
             assert_close(output, plain, 1e-5)
 
 
-def test_afterwards_the_weights_are_the_same_objects_with_the_same_bits():
+def test_weights_are_restored_as_the_same_objects_with_the_same_bits():
     model = frozen(nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 1).to(memory_format=torch.channels_last)))
     model.append(nn.Flatten()).append(nn.Linear(5 * 6 * 6, 4))
     before, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
@@ -127,7 +127,7 @@ def test_afterwards_the_weights_are_the_same_objects_with_the_same_bits():
     assert not any("forward" in vars(layer) for layer in model)
 
 
-def test_there_is_one_copy_of_a_packed_weight():
+def test_packed_weight_has_no_second_copy():
     layer = frozen(nn.Linear(64, 64))
     plain = layer.weight
     with packed_weights(layer):
@@ -135,13 +135,13 @@ def test_there_is_one_copy_of_a_packed_weight():
         assert plain.untyped_storage().nbytes() == 0
 
 
-def test_a_layer_that_is_never_called_is_never_packed():
+def test_layer_is_packed_at_its_first_call():
     layer = frozen(nn.Linear(4, 4))
     with packed_weights(layer):
         assert not is_packed(layer)
 
 
-def test_packing_again_inside_changes_nothing():
+def test_nested_packing_has_no_effect():
     layer, x = frozen(nn.Linear(4, 4)), torch.randn(2, 4)
     with packed_weights(layer):
         with packed_weights(layer):
@@ -151,8 +151,8 @@ def test_packing_again_inside_changes_nothing():
 
 
 @pytest.mark.parametrize("packed_first", [True, False])
-def test_what_the_kernels_cannot_do_is_done_plainly(packed_first):
-    """Gradients, autocast, inputs of another type, unbatched and empty ones."""
+def test_unsupported_inputs_use_the_plain_layer(packed_first):
+    """Run with gradients, autocast, another dtype, unbatched inputs and empty inputs."""
     convolution, layer = frozen(nn.Conv2d(3, 4, 3)), frozen(nn.Linear(6, 5))
     plain_convolution, plain = copy.deepcopy(convolution), copy.deepcopy(layer)
     x = torch.randn(2, 6)
@@ -172,7 +172,7 @@ def test_what_the_kernels_cannot_do_is_done_plainly(packed_first):
             layer(x.double())
 
 
-def test_inference_mode():
+def test_inference_mode_is_supported():
     layer, x = frozen(nn.Linear(4, 4)), torch.randn(2, 4)
     before = layer.weight.clone()
     with packed_weights(layer), torch.inference_mode():
@@ -192,17 +192,17 @@ def tied():
     return nn.Sequential(first, second)
 
 
-LEFT_ALONE = {
-    "a weight that is trained": lambda: nn.Linear(4, 4),
-    "a subclass": lambda: frozen(Doubled(4, 4)),
-    "a parametrized weight": lambda: frozen(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
-    "a shared weight": tied,
+UNPACKABLE = {
+    "trainable weight": lambda: nn.Linear(4, 4),
+    "subclass": lambda: frozen(Doubled(4, 4)),
+    "parametrized weight": lambda: frozen(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
+    "shared weight": tied,
     "double precision": lambda: frozen(nn.Linear(4, 4), torch.double),
 }
 
 
-@pytest.mark.parametrize("make", LEFT_ALONE.values(), ids=LEFT_ALONE)
-def test_other_layers_are_left_alone(make):
+@pytest.mark.parametrize("make", UNPACKABLE.values(), ids=UNPACKABLE)
+def test_unpackable_layers_are_unchanged(make):
     module = make()
     x = torch.randn(2, 4, dtype=next(module.parameters()).dtype)
     expected = module(x)
@@ -212,14 +212,14 @@ def test_other_layers_are_left_alone(make):
 
 
 @pytest.mark.parametrize("options", [{"groups": 2}, {"padding_mode": "reflect", "padding": 1}, {"padding": "same"}])
-def test_other_convolutions_are_left_alone(options):
+def test_unpackable_convolutions_are_unchanged(options):
     layer, x = frozen(nn.Conv2d(4, 4, 3, **options)), torch.randn(1, 4, 6, 6)
     expected = layer(x)
     with packed_weights(layer):
         assert torch.equal(layer(x), expected) and not is_packed(layer)
 
 
-def test_without_onednn_nothing_happens(monkeypatch):
+def test_nothing_is_packed_without_onednn(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     layer, x = frozen(nn.Linear(4, 4)), torch.randn(2, 4)
     with packed_weights(layer):

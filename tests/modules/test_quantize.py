@@ -1,4 +1,4 @@
-"""The codebook: nearest entries, gradients, losses and remapped indices."""
+"""Tests of the vector quantizer: nearest entries, gradients, losses and remapped indices."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def z(seed) -> torch.Tensor:
     return torch.randn(2, 4, 3, 5)
 
 
-def nearest_by_force(quantizer: VectorQuantizer2, z: torch.Tensor) -> torch.Tensor:
+def brute_force_nearest(quantizer: VectorQuantizer2, z: torch.Tensor) -> torch.Tensor:
     rows = z.permute(0, 2, 3, 1).reshape(-1, 1, z.shape[1])
     return (rows - quantizer.embedding.weight).square().sum(-1).argmin(-1)
 
 
-def test_every_position_becomes_its_nearest_entry(quantizer, z):
+def test_every_position_is_replaced_by_its_nearest_entry(quantizer, z):
     z_q, _, (perplexity, encodings, indices) = quantizer(z)
     assert perplexity is None
     assert encodings is None
-    assert indices.tolist() == nearest_by_force(quantizer, z).tolist()
+    assert indices.tolist() == brute_force_nearest(quantizer, z).tolist()
     entries = quantizer.embedding(indices).view(2, 3, 5, 4).permute(0, 3, 1, 2)
     torch.testing.assert_close(z_q, entries)
 
 
-def test_the_size_of_the_distance_table_changes_nothing(quantizer, z, monkeypatch):
+def test_chunk_size_does_not_change_the_indices(quantizer, z, monkeypatch):
     expected = quantizer(z)[2][2]
-    monkeypatch.setattr(quantize, "MAX_DISTANCES", 45)  # two positions at once
+    monkeypatch.setattr(quantize, "MAX_DISTANCES", 45)  # two positions per chunk
     assert quantizer(z)[2][2].tolist() == expected.tolist()
 
 
-def test_entries_start_within_one_over_n():
+def test_entries_are_initialised_within_one_over_n():
     weight = VectorQuantizer2(50, 3, beta=0.25).embedding.weight
     assert weight.abs().max() <= 1 / 50
     assert weight.abs().max() > 0.9 / 50
@@ -67,7 +67,7 @@ def test_loss_and_gradients(quantizer, z, legacy):
     torch.testing.assert_close(quantizer.embedding.weight.grad, expected)
 
 
-def test_the_gradient_passes_straight_through(quantizer, z):
+def test_gradient_is_straight_through(quantizer, z):
     z.requires_grad_()
     upstream = torch.randn_like(z)
     (quantizer(z)[0] * upstream).sum().backward()
@@ -75,7 +75,7 @@ def test_the_gradient_passes_straight_through(quantizer, z):
     assert quantizer.embedding.weight.grad is None
 
 
-def test_shapes_of_indices(quantizer, z):
+def test_index_shapes(quantizer, z):
     assert quantizer(z)[2][2].shape == (30,)
     quantizer.sane_index_shape = True
     assert quantizer(z)[2][2].shape == (2, 3, 5)
@@ -87,12 +87,12 @@ def test_codebook_entries(quantizer, z):
     assert quantizer.get_codebook_entry(indices).shape == (30, 4)
 
 
-def test_memory_format_is_kept(quantizer, z):
+def test_memory_format_is_preserved(quantizer, z):
     assert quantizer(z)[0].is_contiguous()
     assert quantizer(z.to(memory_format=torch.channels_last))[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_autocast_picks_the_same_entries(seed):
+def test_autocast_selects_the_same_entries(seed):
     quantizer = VectorQuantizer2(512, 3, beta=0.25)
     torch.nn.init.normal_(quantizer.embedding.weight)
     z = torch.randn(1, 3, 16, 16)
@@ -101,12 +101,12 @@ def test_autocast_picks_the_same_entries(seed):
         assert quantizer(z)[2][2].tolist() == expected.tolist()
 
 
-def test_bfloat16(quantizer, z):
+def test_bfloat16_outputs_are_bfloat16(quantizer, z):
     z_q, loss, _ = quantizer.to(torch.bfloat16)(z.to(torch.bfloat16))
     assert z_q.dtype is loss.dtype is torch.bfloat16
 
 
-def test_there_is_no_temperature(quantizer, z):
+def test_temperature_and_logits_raise_value_error(quantizer, z):
     quantizer(z, temp=1.0)
     for option in ({"temp": 0.5}, {"rescale_logits": True}, {"return_logits": True}):
         with pytest.raises(ValueError, match="temperature"):
@@ -129,13 +129,13 @@ def test_remap_to_used_and_back(used):
     assert quantizer.unmap_to_all(positions).tolist() == [[1, 3], [7, 3]]
 
 
-def test_remap_unknown_to_a_number(used):
+def test_remap_of_unknown_indices_to_a_number(used):
     quantizer = VectorQuantizer2(10, 2, beta=0.25, remap=used, unknown_index=1)
     assert quantizer.re_embed == 3
     assert quantizer.remap_to_used(torch.tensor([0, 1, 9])).tolist() == [1, 2, 1]
 
 
-def test_remap_unknown_at_random_is_seeded(used):
+def test_random_remap_of_unknown_indices_is_seeded(used):
     quantizer = VectorQuantizer2(10, 2, beta=0.25, remap=used)
     indices = torch.tensor([0] * 50 + [7])
     torch.manual_seed(3)
@@ -144,7 +144,7 @@ def test_remap_unknown_at_random_is_seeded(used):
     assert positions.tolist() == [*torch.randint(0, 3, (50,)).tolist(), 1]
 
 
-def test_forward_gives_remapped_indices(used, seed):
+def test_forward_returns_remapped_indices(used, seed):
     quantizer = VectorQuantizer2(10, 2, beta=0.25, remap=used, unknown_index="extra", sane_index_shape=True)
     torch.nn.init.normal_(quantizer.embedding.weight)
     z = quantizer.embedding.weight[[1, 3, 7, 7]].detach().view(1, 2, 2, 2).permute(0, 3, 1, 2)
@@ -154,13 +154,13 @@ def test_forward_gives_remapped_indices(used, seed):
 
 
 @pytest.mark.parametrize("content", [[], [10], [-1], [2, 2]])
-def test_remap_needs_indices_of_the_codebook(tmp_path, content):
+def test_invalid_remap_indices_raise_user_error(tmp_path, content):
     np.save(tmp_path / "used.npy", np.array(content, dtype=np.int64))
     with pytest.raises(UserError, match=r"used.npy.*between 0 and 9"):
         VectorQuantizer2(10, 2, beta=0.25, remap=tmp_path / "used.npy")
 
 
-def test_remap_reads_no_pickles_and_says_which_file(tmp_path):
+def test_remap_rejects_pickles_and_names_the_file(tmp_path):
     np.save(tmp_path / "used.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=r"used.npy"):
         VectorQuantizer2(10, 2, beta=0.25, remap=tmp_path / "used.npy")
@@ -168,12 +168,12 @@ def test_remap_reads_no_pickles_and_says_which_file(tmp_path):
         VectorQuantizer2(10, 2, beta=0.25, remap=tmp_path / "absent.npy")
 
 
-def test_remap_rejects_an_unknown_rule(used):
+def test_unknown_remap_rule_raises_user_error(used):
     with pytest.raises(UserError, match="unknown_index"):
         VectorQuantizer2(10, 2, beta=0.25, remap=used, unknown_index="first")
 
 
-def test_taming_names():
+def test_taming_names_are_the_same_class():
     from taming.modules.vqvae.quantize import VectorQuantizer
     from taming.modules.vqvae.quantize import VectorQuantizer2 as ReExported
 

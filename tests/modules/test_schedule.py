@@ -1,4 +1,4 @@
-"""Noise schedules against closed forms and recorded numbers."""
+"""Tests of noise schedules against closed forms and recorded values."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from parity_replay import assert_replayed
 from ldm.errors import UserError
 from ldm.modules.diffusionmodules import schedule as s
 
-# The step counts for which the published grid had exactly S steps, all in range.
-PUBLISHED_WORKED = [S for S in range(1, 1000) if 1000 % S == 0]
+# Step counts for which the published grid has exactly S timesteps, all in range.
+VALID_PUBLISHED_STEPS = [S for S in range(1, 1000) if 1000 % S == 0]
 
 
 @pytest.mark.parametrize("name", s.BETA_SCHEDULES)
-def test_betas_are_the_recorded_ones(name):
+def test_betas_match_the_recorded_values(name):
     assert_replayed("schedules", f"betas_{name}")
 
 
-def test_linear_is_linear_in_the_square_root():
+def test_linear_schedule_is_linear_in_the_square_root():
     roots = np.sqrt(s.make_beta_schedule("linear", 100, 0.01, 0.04))
     assert np.allclose(np.diff(roots), (0.2 - 0.1) / 99)
 
 
-def test_an_unknown_schedule_is_named_with_a_suggestion():
+def test_unknown_schedule_raises_user_error_with_a_suggestion():
     with pytest.raises(UserError, match='"linaer" is not known \\(did you mean "linear"'):
         s.make_beta_schedule("linaer", 10)
 
 
 @pytest.mark.parametrize("method", ["uniform", "quad"])
 @pytest.mark.parametrize("S", [5, 7, 50, 200])
-def test_published_grids_are_the_recorded_ones(method, S):
+def test_published_grids_match_the_recorded_values(method, S):
     assert_replayed("schedules", f"ddim_timesteps_{method}_{S}")
 
 
 @pytest.mark.parametrize("T", [1000, 20, 7])
-def test_every_number_of_steps_runs_exactly_so_many(T):
+def test_exact_grid_has_every_number_of_steps(T):
     for S in range(1, T + 1):
         steps = s.make_ddim_timesteps("exact", S, T)
         assert len(steps) == S
@@ -45,26 +45,26 @@ def test_every_number_of_steps_runs_exactly_so_many(T):
         assert (np.diff(steps) > 0).all()
 
 
-def test_the_default_grid_is_the_published_one_where_that_worked():
-    assert len(PUBLISHED_WORKED) == 15
-    for S in PUBLISHED_WORKED:
+def test_exact_grid_equals_the_published_grid_if_s_divides_t():
+    assert len(VALID_PUBLISHED_STEPS) == 15
+    for S in VALID_PUBLISHED_STEPS:
         assert (s.make_ddim_timesteps("exact", S, 1000) == s.make_ddim_timesteps("uniform", S, 1000)).all()
 
 
 @pytest.mark.parametrize("S", [27, 300, 1000])
-def test_a_published_grid_that_leaves_the_range_is_an_error(S):
+def test_published_grid_outside_the_range_raises_user_error(S):
     with pytest.raises(UserError, match="past the last one"):
         s.make_ddim_timesteps("uniform", S, 1000)
 
 
 @pytest.mark.parametrize("S", [0, -3, 1001])
-def test_step_counts_outside_the_model_are_refused(S):
+def test_invalid_step_count_raises_user_error(S):
     with pytest.raises(UserError, match="choose between 1 and the model's 1000"):
         s.make_ddim_timesteps("exact", S, 1000)
 
 
 @pytest.mark.parametrize("T", [1000, 20, 7])
-def test_the_logsnr_grid_has_every_number_of_steps(T):
+def test_logsnr_grid_has_every_number_of_steps(T):
     alphas_cumprod = s.diffusion_tables(s.make_beta_schedule("linear", T))["alphas_cumprod"]
     for S in range(1, T + 1):
         steps = s.make_ddim_timesteps("logsnr", S, T, alphas_cumprod=alphas_cumprod)
@@ -75,16 +75,16 @@ def test_the_logsnr_grid_has_every_number_of_steps(T):
 
 
 @pytest.mark.parametrize("schedule", s.BETA_SCHEDULES[:3])
-def test_the_logsnr_grid_is_even_in_logsnr(schedule):
+def test_logsnr_grid_is_even_in_logsnr(schedule):
     alphas_cumprod = s.diffusion_tables(s.make_beta_schedule(schedule, 100_000, 1.5e-5, 1.95e-4))["alphas_cumprod"]
     half_logsnr = 0.5 * np.log(alphas_cumprod / (1 - alphas_cumprod))
     gaps = -np.diff(half_logsnr[s.make_ddim_timesteps("logsnr", 20, 100_000, alphas_cumprod=alphas_cumprod)])
-    nearly = np.abs(np.diff(half_logsnr)).max()  # a step of the model is as near as a grid of steps can come
-    assert np.allclose(gaps, (half_logsnr[0] - half_logsnr[-1]) / 19, atol=nearly)
+    resolution = np.abs(np.diff(half_logsnr)).max()  # largest change within one timestep
+    assert np.allclose(gaps, (half_logsnr[0] - half_logsnr[-1]) / 19, atol=resolution)
 
 
-def test_the_logsnr_grid_needs_the_schedule():
-    with pytest.raises(ValueError, match="give alphas_cumprod"):
+def test_logsnr_grid_without_schedule_raises_value_error():
+    with pytest.raises(ValueError, match="pass alphas_cumprod"):
         s.make_ddim_timesteps("logsnr", 10, 1000)
 
 
@@ -101,12 +101,12 @@ def test_tables_satisfy_the_definitions_of_the_process():
 
 
 def test_weights_of_the_variational_bound():
-    """Equation 12 of arXiv:2006.11239: |μ̃(x_t, x_0) - μ̃(x_t, x̂_0)|² / 2σ² for errors of 1 in what is predicted."""
+    """Check equation 12 of arXiv:2006.11239: |μ̃(x_t, x_0) - μ̃(x_t, x̂_0)|² / 2σ² for a prediction error of 1."""
     t = s.diffusion_tables(s.make_beta_schedule("linear", 50, 0.01, 0.1))
     alphas = t["alphas_cumprod"]
-    of_x_start = t["posterior_mean_coef1"][1:] ** 2 / (2 * t["posterior_variance"][1:])
-    assert np.allclose(s.lvlb_weights(t, "eps")[1:], of_x_start * ((1 - alphas) / alphas)[1:], rtol=1e-4)
-    assert np.allclose(s.lvlb_weights(t, "v")[1:], of_x_start * (1 - alphas)[1:], rtol=1e-4)
+    x_start_weights = t["posterior_mean_coef1"][1:] ** 2 / (2 * t["posterior_variance"][1:])
+    assert np.allclose(s.lvlb_weights(t, "eps")[1:], x_start_weights * ((1 - alphas) / alphas)[1:], rtol=1e-4)
+    assert np.allclose(s.lvlb_weights(t, "v")[1:], x_start_weights * (1 - alphas)[1:], rtol=1e-4)
 
 
 def test_min_snr_weights():
@@ -134,14 +134,14 @@ def test_ddim_tables():
     assert not s.make_ddim_sampling_parameters(alphas_cumprod, steps, 0.0)[0].any()
 
 
-def test_on_all_steps_eta_one_is_the_posterior_of_ddpm():
+def test_ddim_with_eta_one_on_all_timesteps_is_the_ddpm_posterior():
     tables = s.diffusion_tables(s.make_beta_schedule("linear", 100, 0.001, 0.1))
     sigmas, _, alphas_prev = s.make_ddim_sampling_parameters(tables["alphas_cumprod"], np.arange(100), 1.0)
     assert np.allclose(sigmas**2, tables["posterior_variance"])
     assert alphas_prev[0] == 1.0
 
 
-def test_repeated_noise_is_the_same_for_the_batch():
+def test_repeated_noise_is_equal_for_all_items():
     noise = s.noise_like((3, 2, 4, 4), "cpu", repeat=True)
     assert torch.equal(noise[0], noise[2])
     assert not torch.equal(s.noise_like((2, 1, 2, 2), "cpu")[0], s.noise_like((2, 1, 2, 2), "cpu")[1])

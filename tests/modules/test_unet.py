@@ -1,4 +1,4 @@
-"""The U-Nets: recorded numbers, published names, options, precision and memory formats."""
+"""Tests of the U-Nets: recorded values, published names, options, precision and memory formats."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CLASS_CONDITIONAL = {
     "use_spatial_transformer": True,
     "context_dim": 512,
 }
-# The U-Nets of the published configurations, equal ones once.
+# U-Nets of the published configurations, without duplicates.
 PUBLISHED = {
     "configs/latent-diffusion/lsun_bedrooms-ldm-vq-4.yaml": LSUN_BEDROOMS,
     "configs/latent-diffusion/cin-ldm-vq-f8.yaml": CLASS_CONDITIONAL,
@@ -157,17 +157,17 @@ def run(model, inputs):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_unet_matches_the_recorded_numbers(name):
+def test_unet_matches_the_recorded_values(name):
     assert_replayed(name)
 
 
 @pytest.mark.parametrize("pool", ["adaptive", "attention", "spatial", "spatial_v2"])
-def test_encoder_unet_matches_the_recorded_numbers(pool):
+def test_encoder_unet_matches_the_recorded_values(pool):
     assert_replayed(f"encoder_unet_{pool}")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_state_dict_names_and_shapes_are_the_published_ones(name):
+def test_state_dict_names_and_shapes_match_the_published_ones(name):
     with gzip.open(PARITY / "state_dicts.json.gz") as file:
         entries = json.load(file)["models"][name]
     prefix = "model.diffusion_model."
@@ -182,7 +182,7 @@ def cross_attention_case():
     return load_case("unet_cross_attention")
 
 
-def test_channels_last_gives_the_same_numbers(cross_attention_case):
+def test_channels_last_returns_the_same_values(cross_attention_case):
     for case in (cross_attention_case, load_case("unet_resblock_updown")):
         model = build(case).to(memory_format=torch.channels_last)
         inputs = {**case.inputs, "x": case.inputs["x"].to(memory_format=torch.channels_last)}
@@ -193,26 +193,26 @@ def test_channels_last_gives_the_same_numbers(cross_attention_case):
 
 
 @pytest.mark.parametrize("name", ["unet_cross_attention", "unet_resblock_updown", "unet_class_embedding"])
-@pytest.mark.parametrize("how", ["weights", "autocast", "convert_to_fp16"])
-def test_half_precision_is_close_and_answers_in_the_dtype_of_its_input(name, how):
+@pytest.mark.parametrize("method", ["weights", "autocast", "convert_to_fp16"])
+def test_half_precision_is_close_and_preserves_the_input_dtype(name, method):
     case = load_case(name)
     model = build(case)
-    if how == "weights":
+    if method == "weights":
         model.to(torch.bfloat16)
-    if how == "convert_to_fp16":
+    if method == "convert_to_fp16":
         model.convert_to_fp16()
         assert model.dtype == torch.float16
         assert model.time_embed[0].weight.dtype == model.out[2].weight.dtype == torch.float32
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=method == "autocast"):
         eps = run(model, case.inputs)
     assert eps.dtype == torch.float32
-    assert relative_error(eps, case.outputs["eps"]) < (0.005 if how == "convert_to_fp16" else 0.04)
-    if how == "convert_to_fp16":
+    assert relative_error(eps, case.outputs["eps"]) < (0.005 if method == "convert_to_fp16" else 0.04)
+    if method == "convert_to_fp16":
         model.convert_to_fp32()
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_use_fp16_starts_in_half_precision():
+def test_use_fp16_converts_the_blocks_to_half_precision():
     model = UNetModel(**SMALL, num_heads=2, use_fp16=True)
     assert model.dtype == torch.float16
     assert model(torch.randn(1, 3, 8, 8), torch.tensor([3])).dtype == torch.float32
@@ -221,7 +221,7 @@ def test_use_fp16_starts_in_half_precision():
 
 
 @pytest.mark.parametrize("name", ["unet_cross_attention_not_legacy", "unet_resblock_updown"])
-def test_recomputing_activations_changes_no_gradient(name):
+def test_recomputing_activations_preserves_gradients(name):
     case = load_case(name)
     gradients = []
     for recompute in (False, True):
@@ -232,21 +232,21 @@ def test_recomputing_activations_changes_no_gradient(name):
     assert_close(gradients[1], gradients[0], tol=1e-5)
 
 
-def test_every_parameter_is_trained():
+def test_every_parameter_receives_a_gradient():
     case = load_case("unet_cross_attention")
     model = build(case)
     run(model, case.inputs).square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_an_untrained_model_predicts_zero(seed):
+def test_untrained_model_predicts_zero(seed):
     model = UNetModel(**SMALL, num_heads=2)
     assert not model(torch.randn(2, 3, 8, 8), torch.tensor([1, 2])).any()
 
 
 @pytest.mark.parametrize("dims", [1, 3])
 @pytest.mark.parametrize("updown", [False, True])
-def test_other_numbers_of_dimensions(dims, updown, seed):
+def test_one_and_three_dimensions(dims, updown, seed):
     model = UNetModel(**SMALL, num_heads=2, dims=dims, resblock_updown=updown)
     x = torch.randn(2, 3, *[4] * dims)
     assert model(x, torch.tensor([1, 2])).shape == x.shape
@@ -254,32 +254,32 @@ def test_other_numbers_of_dimensions(dims, updown, seed):
     assert classifier(x, torch.tensor([1, 2])).shape == (2, 5)
 
 
-def heads_of(blocks):
+def count_heads(blocks):
     return [layer.num_heads for layer in blocks.modules() if isinstance(layer, AttentionBlock)]
 
 
-def test_heads_by_number_by_size_and_on_the_way_up():
+def test_number_of_heads_in_encoder_and_decoder():
     model = UNetModel(**SMALL, num_heads=2, num_heads_upsample=4)
-    assert (heads_of(model.input_blocks), heads_of(model.output_blocks)) == ([2], [4, 4])
+    assert (count_heads(model.input_blocks), count_heads(model.output_blocks)) == ([2], [4, 4])
     model = UNetModel(**SMALL, num_heads=2, num_head_channels=8)
-    assert (heads_of(model.input_blocks), heads_of(model.output_blocks)) == ([8], [8, 8])
+    assert (count_heads(model.input_blocks), count_heads(model.output_blocks)) == ([8], [8, 8])
 
 
-def test_legacy_heads_are_widened_to_fit_the_channels():
+def test_legacy_heads_are_widened_to_divide_the_channels():
     params = {**SMALL, "num_head_channels": 48, "use_spatial_transformer": True, "context_dim": 8}
     for legacy, inner in ((True, 64), (False, 48)):
         attention = UNetModel(**params, legacy=legacy).input_blocks[3][1].transformer_blocks[0].attn1
         assert (attention.heads, attention.to_q.out_features) == (1, inner)
 
 
-def test_options_may_come_from_omegaconf():
+def test_options_may_be_omegaconf_lists():
     config = OmegaConf.create({**SMALL, "num_heads": 2, "use_spatial_transformer": True, "context_dim": [20]})
     model = UNetModel(**config)
     x, context = torch.randn(1, 3, 8, 8), torch.randn(1, 4, 20)
     assert model(x, torch.tensor([1]), context=context).shape == x.shape
 
 
-def test_contradicting_options_are_user_errors():
+def test_contradicting_options_raise_user_error():
     with pytest.raises(UserError, match="set both or neither"):
         UNetModel(**SMALL, num_heads=2, context_dim=8)
     with pytest.raises(UserError, match="set both or neither"):
@@ -292,7 +292,7 @@ def test_contradicting_options_are_user_errors():
         EncoderUNetModel(**SMALL, pool="attention")
 
 
-def test_class_labels_are_given_exactly_if_the_model_has_classes():
+def test_missing_or_unexpected_class_labels_raise_value_error():
     x, t, y = torch.randn(1, 3, 8, 8), torch.tensor([1]), torch.tensor([2])
     with pytest.raises(ValueError, match="class labels y"):
         UNetModel(**SMALL, num_heads=2)(x, t, y=y)
@@ -300,14 +300,14 @@ def test_class_labels_are_given_exactly_if_the_model_has_classes():
         UNetModel(**SMALL, num_heads=2, num_classes=4)(x, t)
 
 
-def test_upsampling_repeats_pixels_and_downsampling_averages_them():
+def test_upsampling_repeats_pixels_and_downsampling_averages_pixels():
     x = torch.arange(4.0).reshape(1, 1, 2, 2)
     up = Upsample(1, use_conv=False)(x)
     assert torch.equal(up, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
     assert torch.equal(Downsample(1, use_conv=False)(up), x)
 
 
-def test_three_dimensional_resampling_keeps_the_first_dimension():
+def test_three_dimensional_resampling_preserves_the_first_dimension():
     x = torch.randn(1, 4, 3, 4, 4)
     assert Upsample(4, use_conv=True, dims=3, out_channels=6)(x).shape == (1, 6, 3, 8, 8)
     assert Downsample(4, use_conv=True, dims=3, out_channels=6)(x).shape == (1, 6, 3, 2, 2)
@@ -317,11 +317,11 @@ def test_resampling_options():
     x = torch.randn(1, 4, 6, 6)
     assert Downsample(4, use_conv=True, padding=0)(x).shape == (1, 4, 2, 2)
     assert TransposedUpsample(4, out_channels=2)(x).shape == (1, 2, 15, 15)
-    with pytest.raises(ValueError, match="average pooling cannot turn 4 channels into 8"):
+    with pytest.raises(ValueError, match="average pooling cannot change 4 channels to 8"):
         Downsample(4, use_conv=False, out_channels=8)
 
 
-def test_residual_block_starts_as_its_skip_connection(seed):
+def test_new_residual_block_is_its_skip_connection(seed):
     x, emb = torch.randn(2, 32, 6, 6), torch.randn(2, 16)
     assert torch.equal(ResBlock(32, 16, dropout=0.0)(x, emb), x)
     wider = ResBlock(32, 16, dropout=0.0, out_channels=64, use_conv=True)
@@ -331,7 +331,7 @@ def test_residual_block_starts_as_its_skip_connection(seed):
     assert ResBlock(32, 16, 0.0, down=True)(x, emb).shape == (2, 32, 3, 3)
 
 
-def test_attention_pool_reads_one_vector_for_each_image(seed):
+def test_attention_pool_returns_one_vector_per_image(seed):
     pool = AttentionPool2d(4, 32, num_heads_channels=8, output_dim=5)
     assert pool(torch.randn(2, 32, 4, 4)).shape == (2, 5)
     assert AttentionPool2d(4, 32, 8)(torch.randn(2, 32, 4, 4)).shape == (2, 32)

@@ -248,7 +248,7 @@ def test_a_run_computes_the_keys_of_its_context_once(model):
     draw(model, ["a"])
     hook.remove()
     assert batches == [6, 1]
-    assert layer.kept is None
+    assert layer.cache is None
 
 
 def test_a_prepared_model_is_plain_again_afterwards(folder, model):
@@ -331,8 +331,8 @@ def test_models_are_found(folder, tmp_path, monkeypatch):
     ("options", "match"),
     [
         ({"name": "mime"}, 'no model "mime".*did you mean "mine".*available:.*mine'),
-        ({"name": "hollow"}, "holds no weights"),
-        ({"name": "bare"}, r"holds no config\.yaml"),
+        ({"name": "hollow"}, "contains no weights"),
+        ({"name": "bare"}, r"contains no config\.yaml"),
         ({"name": "mine", "ckpt": "x"}, "leave out"),
         ({"config": "x.yaml"}, "needs --ckpt"),
         ({"ckpt": "x.ckpt"}, "no checkpoint"),
@@ -362,7 +362,7 @@ def test_a_model_that_cannot_be_found_is_told(tmp_path, monkeypatch, options, ma
     ids=str,
 )
 def test_sizes_that_are_none_are_told(params):
-    with pytest.raises(UserError, match="does not tell its size"):
+    with pytest.raises(UserError, match="does not state its size"):
         ImageSize.of({"params": params})
 
 

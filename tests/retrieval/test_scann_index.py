@@ -1,4 +1,4 @@
-"""Indices of ScaNN against exact search, on disk and off it."""
+"""ScaNN indices against exact search, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from retrieval_files import neighbours_by_argsort, unit, vectors
 
 from ldm.errors import UserError
 from ldm.retrieval import scann_index
-from ldm.retrieval.scann_index import ScannIndex, check_replaceable, method
+from ldm.retrieval.scann_index import ScannIndex, check_replaceable, search_method
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def scann():
 
 @pytest.fixture
 def small_limits(monkeypatch):
-    """The limits between methods, and the leaves searched, in a size for tests."""
+    """Reduce the limits between search methods, and the number of leaves per searched leaf."""
     monkeypatch.setattr(scann_index, "EXACT_BELOW", 300)
     monkeypatch.setattr(scann_index, "HASHING_BELOW", 600)
     monkeypatch.setattr(scann_index, "LEAVES_PER_SEARCHED", 2)
@@ -40,17 +40,17 @@ def small_limits(monkeypatch):
         (7_000_000, "partitions"),
     ],
 )
-def test_the_method_depends_on_the_number_of_vectors(count, expected):
-    assert method(count) == expected
+def test_search_method_depends_on_number_of_vectors(count, expected):
+    assert search_method(count) == expected
 
 
-def test_a_large_index_is_partitioned_as_published(monkeypatch):
-    """√N leaves, a twentieth of which is searched."""
-    asked = {}
+def test_large_index_has_published_partitions(monkeypatch):
+    """A large index has √N leaves and searches a twentieth of them."""
+    arguments = {}
 
     class Builder:
         def tree(self, leaves, searched, **rest):
-            asked.update(leaves=leaves, searched=searched)
+            arguments.update(leaves=leaves, searched=searched)
             return self
 
         def score_ah(self, *args, **rest):
@@ -61,30 +61,30 @@ def test_a_large_index_is_partitioned_as_published(monkeypatch):
         def build(self):
             return None
 
-    class Fake:
+    class FakeScann:
         def builder(self, embeddings, k, measure):
-            asked.update(measure=measure, k=k)
+            arguments.update(measure=measure, k=k)
             return Builder()
 
-    monkeypatch.setattr(scann_index, "import_scann", Fake)
+    monkeypatch.setattr(scann_index, "import_scann", FakeScann)
     ScannIndex.train(np.broadcast_to(np.float32(1.0), (1_000_000, 4)), 20)
-    assert asked == {"leaves": 1000, "searched": 50, "measure": "dot_product", "k": 20}
+    assert arguments == {"leaves": 1000, "searched": 50, "measure": "dot_product", "k": 20}
 
 
 @pytest.mark.parametrize("count", [1, 200])
-def test_small_indices_give_the_exact_neighbours(scann, tmp_path, count):
+def test_small_index_returns_exact_neighbours(scann, tmp_path, count):
     rows, queries = unit(vectors(count)), unit(vectors(4, seed=7))
     index = ScannIndex.train(rows, 20)
     index.save(tmp_path / "index")
-    for searched in (index, ScannIndex.load(tmp_path / "index")):
-        found, scores = searched.candidates(queries, min(count, 30))
+    for trained in (index, ScannIndex.load(tmp_path / "index")):
+        found, scores = trained.candidates(queries, min(count, 30))
         expected, expected_scores = neighbours_by_argsort(rows, queries, 30)
-        assert len(searched) == count and found.dtype == np.int64
+        assert len(trained) == count and found.dtype == np.int64
         assert np.array_equal(found, expected) and np.allclose(scores, expected_scores, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [500, 1000])
-def test_larger_indices_find_most_of_them(scann, small_limits, tmp_path, count):
+def test_larger_index_finds_most_neighbours(scann, small_limits, tmp_path, count):
     rows = unit(unit(vectors(10, seed=3))[np.arange(count) % 10] + 0.5 * unit(vectors(count, seed=4)))
     queries = rows[:16]
     index = ScannIndex.train(rows, 20)
@@ -97,19 +97,19 @@ def test_larger_indices_find_most_of_them(scann, small_limits, tmp_path, count):
     assert (tmp_path / "index" / "serialized_partitioner.pb").exists() == (count == 1000)
 
 
-def test_an_index_may_be_moved(scann, tmp_path):
+def test_index_can_be_moved(scann, tmp_path):
     rows = unit(vectors(50))
     ScannIndex.train(rows, 5).save(tmp_path / "a" / "index")
     shutil.move(tmp_path / "a" / "index", tmp_path / "b")
     assert ScannIndex.load(tmp_path / "b").candidates(rows[:1], 1)[0].tolist() == [[0]]
 
 
-@pytest.mark.parametrize("listed", ["with the paths of another machine", "not at all"])
-def test_indices_of_older_versions_are_read(scann, tmp_path, listed):
+@pytest.mark.parametrize("assets_list", ["with paths of another machine", "missing"])
+def test_index_of_older_version_is_read(scann, tmp_path, assets_list):
     rows = unit(vectors(50))
     ScannIndex.train(rows, 5).save(tmp_path)
     assets = tmp_path / "scann_assets.pbtxt"
-    if listed == "not at all":
+    if assets_list == "missing":
         assets.unlink()
     else:
         assert '"dataset.npy"' in assets.read_text()
@@ -119,7 +119,7 @@ def test_indices_of_older_versions_are_read(scann, tmp_path, listed):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_pickle_in_an_index_is_not_read(scann, tmp_path):
+def test_pickle_in_index_is_not_read(scann, tmp_path):
     ScannIndex.train(unit(vectors(50)), 5).save(tmp_path / "index")
     pickled = pickle.dumps(Calls(os.mkdir, str(tmp_path / "trap")))
     (tmp_path / "index" / "scann_docids.pkl").write_bytes(pickled)
@@ -128,7 +128,7 @@ def test_a_pickle_in_an_index_is_not_read(scann, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty", "garbage"])
-def test_damaged_indices_are_told(scann, small_limits, tmp_path, damage):
+def test_damaged_index_raises_user_error(scann, small_limits, tmp_path, damage):
     whole = tmp_path / "whole"
     ScannIndex.train(unit(vectors(700)), 5).save(whole)
     for file in sorted(whole.iterdir()):
@@ -140,20 +140,20 @@ def test_damaged_indices_are_told(scann, small_limits, tmp_path, damage):
         else:
             changed = {"cut": content[: len(content) // 2], "empty": b"", "garbage": b"\xb9\x01" * 100}[damage]
             (damaged / file.name).write_bytes(changed)
-        if (file.name, damage) != ("scann_assets.pbtxt", "missing"):  # which is made up for
-            with pytest.raises(UserError, match=r"damaged.* is damaged \(.*train it again") as told:
+        if (file.name, damage) != ("scann_assets.pbtxt", "missing"):  # a missing list is replaced
+            with pytest.raises(UserError, match=r"damaged.* is damaged \(.*train it again") as error:
                 ScannIndex.load(damaged)
-            assert "\n" not in str(told.value)
+            assert "\n" not in str(error.value)
         shutil.rmtree(damaged)
 
 
-def test_an_index_of_other_vectors_is_told(scann):
+def test_queries_of_other_width_raise_user_error(scann):
     index = ScannIndex.train(unit(vectors(50, 24)), 5)
     with pytest.raises(UserError, match=r'"the index" cannot be searched \(.*\); remove it'):
         index.candidates(unit(vectors(1, 32)), 5)
 
 
-def test_what_scann_cannot_write_leaves_nothing(tmp_path):
+def test_failed_write_keeps_old_index(tmp_path):
     class Searcher:
         def serialize(self, folder, relative_path):
             open(os.path.join(folder, "half"), "w").close()
@@ -167,11 +167,11 @@ def test_what_scann_cannot_write_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["index"] and os.listdir(old) == [scann_index.INDEX_MARK]
 
 
-def test_nothing_but_an_index_is_replaced(tmp_path):
+def test_only_an_index_is_replaced(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     for name in ("empty", "new"):
         check_replaceable(tmp_path / name)
-    for taken in (tmp_path, tmp_path / "file"):
-        with pytest.raises(UserError, match="exists and is no index"):
-            check_replaceable(taken)
+    for existing in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UserError, match="exists and is not an index"):
+            check_replaceable(existing)

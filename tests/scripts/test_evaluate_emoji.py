@@ -1,4 +1,4 @@
-"""The scores of the emoji model, on samples whose scores are known."""
+"""Tests of the script `evaluate_emoji` on samples with known scores."""
 
 from __future__ import annotations
 
@@ -27,40 +27,32 @@ def samples(script, dataset, chosen, images):
     return script.Samples([dataset.pairs[i] for i in chosen], [dataset[i]["caption"] for i in chosen], images)
 
 
-def test_psnr_has_its_closed_form(script):
-    inputs = np.zeros((2, 4, 4, 3))
-    outputs = np.stack([np.full((4, 4, 3), 0.2), np.full((4, 4, 3), 0.02)])  # errors of 0.1 and 0.01 in [0, 1]
-    assert np.allclose(script.psnr(inputs, outputs), [20, 40])
-    mean = script.psnr(inputs, outputs).mean()
-    assert np.isclose(mean, 30), "decibels are averaged, not errors"
-
-
-def test_mean_colours_are_those_of_cells(script):
+def test_cell_means_are_those_of_cells(script):
     image = np.arange(16 * 16 * 3, dtype=float).reshape(1, 16, 16, 3)
     cells = script.cell_means(image)[0]
     assert np.allclose(cells[1, 2], image[0, 2:4, 4:6].mean(axis=(0, 1)))
 
 
-def test_true_pictures_score_in_full_and_wrong_ones_do_not(script, dataset):
+def test_correct_images_match_and_others_do_not(script, dataset):
     chosen = list(range(0, 60, 5))
     images = np.stack([dataset[i]["image"] for i in chosen])
     noisy = images + 0.1 * np.random.RandomState(0).randn(*images.shape)
-    for right in (images, noisy):
-        asked = samples(script, dataset, chosen, right)
-        assert script.drawings_right(asked, dataset.drawings).all() and script.backgrounds_right(asked).all()
+    for correct in (images, noisy):
+        sampled = samples(script, dataset, chosen, correct)
+        assert script.drawings_match(sampled, dataset.drawings).all() and script.backgrounds_match(sampled).all()
     shifted = samples(script, dataset, [i + 300 for i in chosen], images)
-    right = script.drawings_right(shifted, dataset.drawings)
-    assert right.sum() <= 2, "two blue or yellow buttons do look like the one asked for"
+    matches = script.drawings_match(shifted, dataset.drawings)
+    assert matches.sum() <= 2, "two blue or yellow buttons resemble the requested one"
 
 
-def test_a_right_drawing_on_a_wrong_background_is_told_apart(script, dataset):
-    index, asked = dataset.pairs[0]
-    other = next(colour for colour in BACKGROUNDS if colour != asked)
+def test_a_wrong_background_does_not_match(script, dataset):
+    index, requested = dataset.pairs[0]
+    other = next(colour for colour in BACKGROUNDS if colour != requested)
     image = compose(dataset.drawings.rgba[index], other, size=64)[None]
-    assert not script.backgrounds_right(samples(script, dataset, [0], image)).any()
+    assert not script.backgrounds_match(samples(script, dataset, [0], image)).any()
 
 
-def test_drawings_that_look_or_are_called_the_same_are_the_same(script, dataset):
+def test_drawings_with_equal_names_or_pixels_are_the_same(script, dataset):
     from dataclasses import replace
 
     drawings = dataset.drawings
@@ -73,7 +65,7 @@ def test_drawings_that_look_or_are_called_the_same_are_the_same(script, dataset)
     assert script.is_same(replace(drawings, rgba=rgba), 0, 1)
 
 
-def test_the_border_s_median_ignores_what_touches_it(script):
+def test_the_border_colour_ignores_drawings_that_touch_it(script):
     image = np.full((1, 16, 16, 3), -1.0)
     image[:, :4, :6] = 1.0
     assert np.allclose(script.border_colour(image), -1)
@@ -88,17 +80,17 @@ def folder(tmp_path_factory):
 
 def test_noise_and_captions_follow_the_seed_alone(script, folder):
     from ldm.pipelines.loading import load_model
-    from ldm.pipelines.sampling import SamplerSettings
+    from ldm.pipelines.text import TextToImage
 
     model = load_model(folder / "config.yaml", folder / "model.ckpt")
     dataset = EmojiValidation(16, split="seen")
-    settings = SamplerSettings(steps=2, scale=2.0)
-    drawn = []
+    pipeline = TextToImage(steps=2, scale=2.0)
+    sampled = []
     for size, seed in ((2, 0), (5, 0), (5, 1)):
         args = script.make_parser().parse_args(["--n", "5", "--batch_size", str(size), "--seed", str(seed)])
-        drawn.append(script.draw(model, dataset, args, settings, (8, 8)))
-    assert drawn[0].captions == drawn[1].captions != drawn[2].captions
-    assert np.allclose(drawn[0].images, drawn[1].images, atol=1e-3)
+        sampled.append(script.sample(model, dataset, pipeline, args))
+    assert sampled[0].captions == sampled[1].captions != sampled[2].captions
+    assert np.allclose(sampled[0].images, sampled[1].images, atol=1e-3)
 
 
 def test_the_command_reports_its_four_scores(script, folder, tmp_path, monkeypatch, capsys):
@@ -108,7 +100,7 @@ def test_the_command_reports_its_four_scores(script, folder, tmp_path, monkeypat
     assert script.main(options) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 6 and all(line.count("|") == 5 for line in lines)
-    assert "25.0 dB" in lines[2] and "seen" in lines[3] and "never-shown" in lines[4] and "background" in lines[5]
+    assert "25.0 dB" in lines[2] and "seen" in lines[3] and "held-out" in lines[4] and "background" in lines[5]
     written = json.loads((tmp_path / "scores.json").read_text())
     assert len(written["scores"]) == 4 and written["settings"]["steps"] == 2
     assert Image.open(tmp_path / "grid.png").width == 8 * 34 + 2
@@ -128,6 +120,6 @@ def test_the_first_stage_is_scored(script, folder):
 
 
 @pytest.mark.parametrize("options", [["--model", "gone"], ["--ckpt", "gone.ckpt"]])
-def test_mistakes_are_told(script, options, capsys):
+def test_a_missing_model_is_one_line(script, options, capsys):
     assert script.main(options) == 2
     assert "error: there is no" in capsys.readouterr().err

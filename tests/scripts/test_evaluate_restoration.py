@@ -1,4 +1,4 @@
-"""Figures of restored pictures against closed forms and simple methods."""
+"""Tests of the script `evaluate_restoration` against closed forms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny_models import inpainting_config, superresolution_config, write_model
 
-from ldm.tasks.inpainting import MaskedImage
+from ldm.pipelines.inpainting import MaskedImage
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def evaluate(load_script):
     return load_script("evaluate_restoration")
 
 
-def test_the_scores_are_those_of_their_definition(evaluate):
+def test_scores_have_their_closed_form(evaluate):
     originals = np.full((2, 4, 4, 3), 100, np.uint8)
     results = originals.copy()
     results[0, 0] += 10  # inside
@@ -26,17 +26,17 @@ def test_the_scores_are_those_of_their_definition(evaluate):
     results[:, 3] = 255  # outside
     where = np.zeros((2, 4, 4), bool)
     where[:, :2] = True
-    row = evaluate.compare("x", originals, results, where)
+    row = evaluate.score("x", originals, results, where)
     psnrs = [10 * np.log10(255**2 / (d**2 / 2)) for d in (10, 20)]
     assert row.psnr == pytest.approx(np.mean(psnrs)) and row.error == pytest.approx((5 + 10) / 2)
-    assert evaluate.compare("x", originals, originals, where).psnr == pytest.approx(100)
+    assert evaluate.score("x", originals, originals, where).psnr == pytest.approx(100)
 
 
-def test_the_mean_colour_is_of_what_is_known(evaluate):
+def test_the_mean_colour_is_that_of_the_unmasked_part(evaluate):
     image = np.zeros((2, 2, 3), np.uint8)
     image[0] = [[10, 20, 30], [30, 40, 50]]
     mask = np.array([[False, False], [True, True]])
-    filled = evaluate.mean_filling(MaskedImage(image, mask))
+    filled = evaluate.fill_with_mean(MaskedImage(image, mask))
     assert filled[1].tolist() == [[20, 30, 40]] * 2 and (filled[0] == image[0]).all()
 
 
@@ -48,7 +48,9 @@ def test_the_mean_colour_is_of_what_is_known(evaluate):
     ],
     ids=["inpainting", "superresolution"],
 )
-def test_a_table_scores_and_a_sheet(evaluate, tmp_path, capsys, monkeypatch, config, methods, columns):
+def test_the_command_writes_a_table_scores_and_a_grid(
+    evaluate, tmp_path, capsys, monkeypatch, config, methods, columns
+):
     monkeypatch.setitem(sys.modules, "cv2", None)
     write_model(tmp_path / "tiny", config)
     options = ["--n", "5", "--steps", "1", "--batch_size", "3", "--model", str(tmp_path / "tiny")]
@@ -63,23 +65,23 @@ def test_a_table_scores_and_a_sheet(evaluate, tmp_path, capsys, monkeypatch, con
     assert evaluate.main(again) == 0
     other = json.loads((tmp_path / "t.json").read_text())
     for a, b in zip(content["scores"], other["scores"], strict=True):
-        assert a["psnr"] == pytest.approx(b["psnr"], abs=0.05), "the batch does not count"
+        assert a["psnr"] == pytest.approx(b["psnr"], abs=0.05), "the batch size does not matter"
 
 
-def test_telea_is_told_to_be_missing(evaluate, monkeypatch, caplog):
+def test_missing_opencv_is_logged(evaluate, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    assert evaluate.telea_filling() is None
+    assert evaluate.find_telea() is None
     assert "left out" in caplog.text and "evaluation" in caplog.text
 
 
-def test_telea_fills_what_is_masked(evaluate):
+def test_telea_fills_the_masked_part(evaluate):
     pytest.importorskip("cv2")
     image = np.full((16, 16, 3), 90, np.uint8)
     image[4:8, 4:8] = 0
-    filled = evaluate.telea_filling()(MaskedImage(image, (image == 0).all(-1)))
+    filled = evaluate.find_telea()(MaskedImage(image, (image == 0).all(-1)))
     assert (filled[image > 0] == 90).all() and np.abs(filled.astype(int) - 90).max() <= 2
 
 
-def test_another_model_is_told(evaluate, tmp_path, capsys):
+def test_a_model_for_another_task_is_one_line(evaluate, tmp_path, capsys):
     assert evaluate.main(["--model", "emoji64"]) == 2
-    assert 'draws from "caption"; choose one that fills parts' in capsys.readouterr().err
+    assert 'is conditioned on "caption"; choose an in-painting' in capsys.readouterr().err

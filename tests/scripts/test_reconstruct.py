@@ -217,7 +217,7 @@ def test_a_first_stage_without_weights_says_how_to_get_them(tmp_path, monkeypatc
     folder = tmp_path / FIRST_STAGES / "kl-f8"
     folder.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"holds no weights; .*download_weights\.py"):
+    with pytest.raises(UserError, match=r"contains no weights; .*download_weights"):
         named_model("kl-f8", (FIRST_STAGES,))
 
 

@@ -1,6 +1,6 @@
-"""The demonstration of training: the commands it runs, and how it judges what came of them.
+"""Tests of the script `train_demo`: the commands that it runs, and its check of the losses.
 
-The whole of it runs in continuous integration (`make train-demo`); here no model is trained.
+Continuous integration runs the whole script (`make train-demo`); no model is trained here.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ldm.cli import export_model, train, txt2img
 from ldm.errors import UserError
-from ldm.tasks.text2img import TextToImage
-from ldm.training import options
 
 
 @pytest.fixture
@@ -42,13 +41,13 @@ def test_a_loss_that_did_not_fall(train_demo, tmp_path, last):
     assert not train_demo.curve(tmp_path, "train/loss_simple").fell
 
 
-def test_every_value_counts_in_long_logs(train_demo, tmp_path):
-    """TensorBoard's reader keeps a random 10,000 values unless it is told to keep all."""
+def test_long_logs_are_read_completely(train_demo, tmp_path):
+    """By default the reader of TensorBoard keeps a random 10,000 values."""
     write_log(tmp_path, "train/loss_simple", [float(i) for i in range(10_050)])
     assert train_demo.logged(tmp_path, "train/loss_simple") == [float(i) for i in range(10_050)]
 
 
-def test_nothing_logged_is_an_error(train_demo, tmp_path):
+def test_missing_values_raise_user_error(train_demo, tmp_path):
     write_log(tmp_path, "train/other", [1.0, 0.5])
     with pytest.raises(UserError, match="too few logged values of train/loss_simple"):
         train_demo.curve(tmp_path, "train/loss_simple")
@@ -56,13 +55,13 @@ def test_nothing_logged_is_an_error(train_demo, tmp_path):
 
 @pytest.fixture
 def commands(train_demo, monkeypatch):
-    """The commands that would run; training commands leave a checkpoint and a falling loss behind."""
+    """Record the commands instead of running them; training commands write a checkpoint and a falling loss."""
     seen = []
 
     def pretend(words):
         seen.append([str(word) for word in words[1:]])
         if Path(words[1]).name == "main.py":
-            chosen = options.parse(words[2:])
+            chosen = train.parse(words[2:])
             run = Path(chosen.logdir) / f"2000-01-01T00-00-00_{chosen.name}"
             (run / "checkpoints").mkdir(parents=True)
             (run / "checkpoints" / "last.ckpt").touch()
@@ -74,30 +73,30 @@ def commands(train_demo, monkeypatch):
     return seen
 
 
-def test_the_chain_hands_each_result_to_the_next_command(train_demo, commands, tmp_path, load_script):
-    curves = train_demo.train_and_draw(train_demo.DEMO, tmp_path)
+def test_each_result_is_passed_to_the_next_command(train_demo, commands, tmp_path):
+    curves = train_demo.train_and_sample(train_demo.DEMO, tmp_path)
     assert [curve.fell for curve in curves] == [True, True]
-    first, second, export, draw = commands
+    first, second, export, sample = commands
 
     first_checkpoint = tmp_path / "2000-01-01T00-00-00_first_stage" / "checkpoints" / "last.ckpt"
-    assert options.parse(first[1:]).overrides == []
-    overrides = options.parse(second[1:]).overrides
+    assert train.parse(first[1:]).overrides == []
+    overrides = train.parse(second[1:]).overrides
     assert overrides == [f"model.params.first_stage_config.params.ckpt_path={first_checkpoint}"]
     for training in (first, second):
-        chosen = options.parse(training[1:])
+        chosen = train.parse(training[1:])
         assert chosen.train
         assert all(Path(config).is_file() for config in chosen.base)
 
-    exported = load_script("export_model").make_parser().parse_args(export[1:])
+    exported = export_model.make_parser().parse_args(export[1:])
     assert Path(exported.ckpt) == tmp_path / "2000-01-01T00-00-00_ldm" / "checkpoints" / "last.ckpt"
-    drawn = TextToImage().make_parser().parse_args(draw[1:])
-    assert drawn.model == exported.outdir
-    assert Path(drawn.from_file).is_file()
+    sampled = txt2img.Txt2Img().parse(sample[1:])
+    assert sampled.model == exported.outdir
+    assert Path(sampled.from_file).is_file()
 
 
-def test_the_model_of_all_drawings_grows_its_first_stage_step_by_step(train_demo, commands, tmp_path):
-    train_demo.train_and_draw(train_demo.FULL, tmp_path)
-    crops, whole, f8, decoder, ldm = (options.parse(command[1:]) for command in commands[:5])
+def test_the_full_model_trains_its_first_stage_in_four_stages(train_demo, commands, tmp_path):
+    train_demo.train_and_sample(train_demo.FULL, tmp_path)
+    crops, whole, f8, decoder, ldm = (train.parse(command[1:]) for command in commands[:5])
     assert whole.base[0] == crops.base[0]
 
     def checkpoint(name):
@@ -110,18 +109,16 @@ def test_the_model_of_all_drawings_grows_its_first_stage_step_by_step(train_demo
     assert all(Path(config).is_file() for chosen in (crops, whole, f8, decoder, ldm) for config in chosen.base)
 
 
-def test_a_stage_that_fails_stops_the_chain(train_demo, monkeypatch, tmp_path, capsys):
+def test_a_failing_stage_stops_the_script(train_demo, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train_demo.subprocess, "run", lambda words: subprocess.CompletedProcess(words, 2))
     assert train_demo.main(["--logdir", str(tmp_path)]) == 2
     assert "error: train first_stage stopped with status 2" in capsys.readouterr().err
 
 
-def test_the_status_says_whether_both_losses_fell(train_demo, monkeypatch, tmp_path, capsys):
+def test_the_status_is_1_unless_every_loss_fell(train_demo, monkeypatch, tmp_path, capsys):
     fell, rose = train_demo.Curve("a", 2.0, 1.0), train_demo.Curve("b", 1.0, 2.0)
-    monkeypatch.setattr(train_demo, "train_and_draw", lambda stages, folder: [fell, rose])
-    with pytest.raises(SystemExit) as exit_status:
-        train_demo.main(["--logdir", str(tmp_path)])
-    assert exit_status.value.code == 1
+    monkeypatch.setattr(train_demo, "train_and_sample", lambda stages, folder: [fell, rose])
+    assert train_demo.main(["--logdir", str(tmp_path)]) == 1
     assert "b DID NOT FALL: 1.0000 -> 2.0000" in capsys.readouterr().out
-    monkeypatch.setattr(train_demo, "train_and_draw", lambda stages, folder: [fell, fell])
+    monkeypatch.setattr(train_demo, "train_and_sample", lambda stages, folder: [fell, fell])
     assert train_demo.main(["--logdir", str(tmp_path)]) == 0

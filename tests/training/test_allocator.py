@@ -1,4 +1,4 @@
-"""Freed memory is kept: the kernel is not asked for the same pages again."""
+"""Freed memory stays with the process, which then needs no new pages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def has_mallopt() -> bool:
 
 
 @pytest.mark.skipif(not has_mallopt(), reason="the C library has no mallopt")
-def test_blocks_are_taken_from_what_was_freed(repo_root):
+def test_freed_blocks_are_reused(repo_root):
     def pages(mode: str) -> int:
         command = [sys.executable, "-c", PAGES_OF_TEN_BLOCKS, mode]
         return int(subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=True).stdout)
@@ -36,6 +36,6 @@ def test_blocks_are_taken_from_what_was_freed(repo_root):
     assert 10 * pages("keep") < pages("leave")
 
 
-def test_other_systems_are_left_alone(monkeypatch):
+def test_other_systems_are_unchanged(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not keep_freed_memory()

@@ -1,4 +1,4 @@
-"""Pictures, reports and the progress bar."""
+"""Sample images, reports and the progress bar."""
 
 import pytest
 import torch
@@ -12,27 +12,27 @@ from ldm.training.callbacks import CUDACallback, ImageLogger, ProgressBar, Setup
 from ldm.training.loader import ResumableLoader
 
 
-class Drawing(LightningModule):
-    """Draws random pictures, and notes the numbers that training drew."""
+class RandomImages(LightningModule):
+    """Module that generates random images and records the random numbers of training."""
 
     def __init__(self):
         super().__init__()
         self.net = nn.Linear(1, 1)
         self.dropout = nn.Dropout().eval()
-        self.drawn, self.asked = [], []
+        self.random_numbers, self.calls = [], []
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def training_step(self, batch, batch_idx):
-        self.drawn.append(torch.rand(()).item())
+        self.random_numbers.append(torch.rand(()).item())
         return self.net(batch["image"][:, 0, 0, :1]).square().mean()
 
     def validation_step(self, batch, batch_idx):
         pass
 
     def log_images(self, batch, split, **options):
-        self.asked.append((split, len(batch["image"]), len(batch["caption"]), self.training, torch.is_grad_enabled()))
+        self.calls.append((split, len(batch["image"]), len(batch["caption"]), self.training, torch.is_grad_enabled()))
         return {"noise": torch.randn(4, 3, 8, 8), "row": torch.zeros(3, 8, 24), **options}
 
 
@@ -40,10 +40,10 @@ def batches(count):
     return ResumableLoader([{"image": torch.zeros(8, 8, 3), "caption": "x"}] * (4 * count), 4)
 
 
-def fit(folder, *callbacks, count=6, epochs=1, validate=True, logger=False, **trainer):
+def fit(folder, *callbacks, count=6, epochs=1, validate=True, logger=False, **options):
     torch.manual_seed(0)
-    module = Drawing()
-    given = Trainer(
+    module = RandomImages()
+    trainer = Trainer(
         accelerator="cpu",
         max_epochs=epochs,
         default_root_dir=folder,
@@ -53,9 +53,9 @@ def fit(folder, *callbacks, count=6, epochs=1, validate=True, logger=False, **tr
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        **trainer,
+        **options,
     )
-    given.fit(module, batches(count), batches(2) if validate else None)
+    trainer.fit(module, batches(count), batches(2) if validate else None)
     return module
 
 
@@ -73,41 +73,41 @@ def steps(folder, split="train", key="noise"):
         ({"batch_frequency": 5, "disabled": True}, []),
     ],
 )
-def test_pictures_come_at_multiples_and_at_powers_of_two_before(options, expected, tmp_path):
+def test_images_are_logged_at_multiples_and_powers_of_two(options, expected, tmp_path):
     fit(tmp_path, ImageLogger(max_images=2, **options), count=12, validate=False)
     assert steps(tmp_path) == expected
 
 
-def test_batches_of_the_epoch_can_be_counted_instead(tmp_path):
+def test_log_on_batch_idx_counts_batches_of_the_epoch(tmp_path):
     options = {"increase_log_steps": False, "log_on_batch_idx": True}
     fit(tmp_path, ImageLogger(3, 2, **options), count=5, epochs=2, validate=False)
     names = sorted(path.name for path in (tmp_path / "images" / "train").glob("noise_*"))
     assert names == ["noise_gs-000004_e-000000_b-000003.png", "noise_gs-000009_e-000001_b-000003.png"]
 
 
-def test_accumulated_batches_of_one_step_are_shown_once(tmp_path):
+def test_accumulated_batches_log_images_once_per_step(tmp_path):
     fit(tmp_path, ImageLogger(1, 2), count=6, validate=False, accumulate_grad_batches=3)
     assert steps(tmp_path) == [1, 2]
 
 
-def test_validations_show_their_first_batch_and_not_more_often_than_training(tmp_path):
+def test_validation_logs_its_first_batch_at_the_same_frequency(tmp_path):
     fit(tmp_path, ImageLogger(4, 2, increase_log_steps=False), count=8, val_check_interval=2)
     assert steps(tmp_path, "val") == [4, 8]
     assert len(list((tmp_path / "images" / "val").glob("*_b-000000.png"))) == 4
 
 
-def test_pictures_do_not_change_what_training_draws(tmp_path):
-    assert fit(tmp_path, ImageLogger(1, 2)).drawn == fit(tmp_path).drawn
+def test_image_logging_leaves_random_numbers_unchanged(tmp_path):
+    assert fit(tmp_path, ImageLogger(1, 2)).random_numbers == fit(tmp_path).random_numbers
 
 
-def test_the_model_sees_few_items_in_evaluation_mode_and_is_left_as_it_was(tmp_path):
+def test_log_images_runs_on_few_items_in_eval_mode(tmp_path):
     module = fit(tmp_path, ImageLogger(100, 2), count=1)
-    assert module.asked == [("train", 2, 2, False, False), ("val", 2, 2, False, False)]
+    assert module.calls == [("train", 2, 2, False, False), ("val", 2, 2, False, False)]
     assert module.training and module.net.training and not module.dropout.training
 
 
 @pytest.mark.parametrize(("rescale", "level"), [(True, 191), (False, 127)])
-def test_the_range_of_values(rescale, level, tmp_path):
+def test_rescale_and_clamp(rescale, level, tmp_path):
     options = {"log_images_kwargs": {"grey": torch.full((1, 3, 8, 8), 0.5), "bright": torch.full((1, 3, 8, 8), 3.0)}}
     fit(tmp_path, ImageLogger(1, 2, rescale=rescale, **options), count=1, validate=False)
     folder = tmp_path / "images" / "train"
@@ -115,10 +115,10 @@ def test_the_range_of_values(rescale, level, tmp_path):
     assert Image.open(folder / f"grey_{name}").getpixel((4, 4)) == (level,) * 3
     assert Image.open(folder / f"bright_{name}").getpixel((4, 4)) == (255,) * 3
     assert Image.open(folder / f"noise_{name}").size == (2 * 8 + 6, 8 + 4)
-    assert Image.open(folder / f"row_{name}").size == (24, 8), "grids are saved as they are"
+    assert Image.open(folder / f"row_{name}").size == (24, 8), "grids are saved unchanged"
 
 
-def test_pictures_reach_tensorboard(tmp_path):
+def test_images_are_logged_to_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path, name="tensorboard", version="")
@@ -128,16 +128,16 @@ def test_pictures_reach_tensorboard(tmp_path):
     assert set(events.Tags()["images"]) == {"train/noise", "train/row"}
 
 
-def test_the_step_of_the_last_pictures_survives_a_checkpoint():
+def test_last_logged_step_is_restored_from_state():
     before = ImageLogger(5, 2)
-    before._last = {"train": 7, "val": 5}
+    before._last_step = {"train": 7, "val": 5}
     after = ImageLogger(5, 2)
     after.load_state_dict(before.state_dict())
-    assert not after.check_frequency(9, after._last["train"])
-    assert after.check_frequency(10, after._last["train"])
+    assert not after.check_frequency(9, after._last_step["train"])
+    assert after.check_frequency(10, after._last_step["train"])
 
 
-def test_time_and_memory_are_reported_every_epoch(tmp_path, caplog):
+def test_time_and_memory_are_logged_every_epoch(tmp_path, caplog):
     with caplog.at_level("INFO", logger="ldm.training.callbacks"):
         fit(tmp_path, CUDACallback(), count=1, epochs=2)
     reports = [record.args for record in caplog.records if "peak memory" in record.msg]
@@ -156,9 +156,9 @@ def test_folders_and_configurations_are_written_when_training_starts(tmp_path):
     assert (run / "checkpoints").is_dir()
 
 
-def test_the_bar_tells_the_time_left(capsys):
+def test_progress_bar_shows_time_left(capsys):
     bar = ProgressBar()
-    module = Drawing()
+    module = RandomImages()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     Trainer(accelerator="cpu", max_steps=4, callbacks=[bar], **quiet).fit(module, batches(6))
     assert "left=0:00:00" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The data module that configurations name."""
+"""Data module of configurations."""
 
 import os
 
@@ -13,7 +13,7 @@ from ldm.training.data import DataModuleFromConfig, WrappedDataset
 
 
 class Numbers:
-    """`size` numbers from `first` on."""
+    """Data set of `size` integers from `first` on."""
 
     def __init__(self, size=10, first=0):
         self.items = list(range(first, first + size))
@@ -32,7 +32,7 @@ class Stream(IterableDataset):
 
 @pytest.fixture
 def target(monkeypatch):
-    """`target("Numbers")`: this module's class as a configuration names it."""
+    """Return `target("Numbers")`, the configuration of a class in this module."""
     import sys
 
     monkeypatch.setitem(sys.modules, "toy_data", sys.modules[__name__])
@@ -51,7 +51,7 @@ def batches(loader):
     return [batch.tolist() for batch in loader]
 
 
-def test_only_the_sets_that_exist_have_loaders(target):
+def test_only_configured_data_sets_have_loaders(target):
     from pytorch_lightning.utilities.model_helpers import is_overridden
 
     module = build(batch_size=4, train=target("Numbers"), validation=target("Numbers", first=100))
@@ -59,19 +59,19 @@ def test_only_the_sets_that_exist_have_loaders(target):
     assert present == ["train", "val"]
 
 
-def test_training_is_shuffled_and_the_others_are_not_unless_asked(target):
+def test_only_training_is_shuffled_by_default(target):
     sets = {name: target("Numbers") for name in ("train", "validation", "test", "predict")}
-    plain = build(batch_size=10, **sets)
+    default = build(batch_size=10, **sets)
     in_order = [list(range(10))]
-    assert batches(plain.train_dataloader()) != in_order
-    assert batches(plain.val_dataloader()) == batches(plain.test_dataloader()) == in_order
-    assert batches(plain.predict_dataloader()) == in_order
+    assert batches(default.train_dataloader()) != in_order
+    assert batches(default.val_dataloader()) == batches(default.test_dataloader()) == in_order
+    assert batches(default.predict_dataloader()) == in_order
     shuffled = build(batch_size=10, shuffle_test_loader=True, shuffle_val_dataloader=True, **sets)
     assert batches(shuffled.val_dataloader()) != in_order
     assert batches(shuffled.test_dataloader()) != in_order
 
 
-def test_the_seed_decides_the_order(target, monkeypatch):
+def test_order_depends_on_the_seed(target, monkeypatch):
     orders = []
     for seed in ("1", "1", "2"):
         monkeypatch.setenv("PL_GLOBAL_SEED", seed)
@@ -79,7 +79,7 @@ def test_the_seed_decides_the_order(target, monkeypatch):
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_sets_can_be_wrapped(target):
+def test_wrap_option(target):
     module = build(batch_size=2, wrap=True, train=target("Numbers"))
     assert isinstance(module.datasets["train"], WrappedDataset)
     assert len(module.datasets["train"]) == 10
@@ -87,32 +87,32 @@ def test_sets_can_be_wrapped(target):
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, min(4, os.cpu_count())), (0, 0), (3, 3)])
-def test_the_number_of_workers(given, expected):
+def test_number_of_workers(given, expected):
     assert DataModuleFromConfig(2, num_workers=given).num_workers == expected
 
 
-def test_a_stream_keeps_its_order(target):
+def test_stream_keeps_its_order(target):
     module = build(batch_size=3, wrap=True, train=target("Stream"))
     assert batches(module.train_dataloader()) == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_sets_are_built_once(target):
+def test_data_sets_are_built_once(target):
     module = build(batch_size=1, train=target("Numbers"))
     dataset = module.datasets["train"]
     module.setup("fit")
     assert module.datasets["train"] is dataset
 
 
-def test_mistakes(target):
+def test_invalid_parameters_raise_user_error(target):
     with pytest.raises(UserError, match="train is empty"):
         build(batch_size=1, train=target("Numbers", size=0))
-    with pytest.raises(UserError, match="from 1 on"):
+    with pytest.raises(UserError, match="must be an integer of at least 1, not 0"):
         build(batch_size=0)
     with pytest.raises(UserError, match='did you mean "variants"'):
         build(batch_size=1, latent_cache={"variant": 1})
 
 
-def test_the_latent_cache_is_kept_for_the_run():
+def test_latent_cache_settings_are_stored():
     assert DataModuleFromConfig(1).latent_cache is None
     assert DataModuleFromConfig(1, latent_cache={"variants": 2}).latent_cache == {"variants": 2}
 

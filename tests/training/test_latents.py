@@ -1,4 +1,4 @@
-"""Latents computed once."""
+"""Cache of latents."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def model():
     return randomise(instantiate_from_config(text_config()))
 
 
-def test_moments_are_those_of_the_pictures(model):
+def test_cached_moments_match_encoded_images(model):
     data = module(split="seen")
     data.setup()
-    pictures = data.datasets["train"]
+    images = data.datasets["train"]
     cache_latents(data, model)
     cached = data.datasets["train"]
-    assert len(cached) == len(pictures) == 14
+    assert len(cached) == len(images) == 14
     for i in (0, 13):
-        image = torch.as_tensor(pictures[i]["image"])[None].movedim(-1, 1)
+        image = torch.as_tensor(images[i]["image"])[None].movedim(-1, 1)
         moments = model.first_stage_model.encode(image).parameters[0]
         assert torch.allclose(cached[i][LATENT_KEY], moments, atol=2e-3, rtol=2e-3)
-        assert cached[i]["caption"] == pictures[i]["caption"]
-        assert cached[i]["class_label"] == pictures[i]["class_label"]
+        assert cached[i]["caption"] == images[i]["caption"]
+        assert cached[i]["class_label"] == images[i]["class_label"]
         assert "image" not in cached[i]
         assert "mask" not in cached[i]
 
 
-def test_variants_are_augmented_anew(model):
+def test_variants_have_different_augmentation(model):
     data = module(variants=2, target="EmojiTrain")
     cache_latents(data, model)
     cached = data.datasets["train"]
@@ -53,7 +53,7 @@ def test_variants_are_augmented_anew(model):
     assert cached[0]["class_label"] == cached[14]["class_label"]
 
 
-def test_a_file_is_used_again_until_the_first_stage_or_the_data_change(model, tmp_path):
+def test_file_is_reused_until_first_stage_or_data_change(model, tmp_path):
     path = str(tmp_path / "latents.pt")
 
     def first_moments(**params):
@@ -61,16 +61,16 @@ def test_a_file_is_used_again_until_the_first_stage_or_the_data_change(model, tm
         cache_latents(data, model)
         return data.datasets["train"][0][LATENT_KEY]
 
-    kept = first_moments()
-    assert torch.equal(first_moments(), kept)  # random augmentation: only a stored result can be equal
-    assert not torch.equal(first_moments(scale=[0.5, 0.5]), kept)
-    kept = first_moments()
+    stored = first_moments()
+    assert torch.equal(first_moments(), stored)  # with random augmentation only a stored result is equal
+    assert not torch.equal(first_moments(scale=[0.5, 0.5]), stored)
+    stored = first_moments()
     with torch.no_grad():
         model.first_stage_model.quant_conv.weight *= 2
-    assert not torch.allclose(first_moments(), kept)
+    assert not torch.allclose(first_moments(), stored)
 
 
-def test_a_full_disk_is_told(model, tmp_path, monkeypatch):
+def test_full_disk_raises_user_error(model, tmp_path, monkeypatch):
     def fail(content, path):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
@@ -79,14 +79,14 @@ def test_a_full_disk_is_told(model, tmp_path, monkeypatch):
         cache_latents(module(str(tmp_path / "latents.pt")), model)
 
 
-def test_only_a_gaussian_first_stage_has_moments(model):
+def test_first_stage_without_moments_raises_user_error(model):
     model.first_stage_model = torch.nn.Identity()
     with pytest.raises(UserError, match="AutoencoderKL"):
         cache_latents(module(), model)
 
 
 class Layouts(torch.utils.data.Dataset):
-    """Pictures with a row of tokens each, a map, and no text."""
+    """Data set of images with a row of tokens and a map each, without text."""
 
     def __len__(self):
         return 4
@@ -99,7 +99,7 @@ class Layouts(torch.utils.data.Dataset):
 
 @pytest.fixture
 def layouts(monkeypatch):
-    """Gives a data module of `Layouts`."""
+    """Return a function that builds a data module of `Layouts`."""
 
     def build(path=None):
         data = module(path)
@@ -109,8 +109,8 @@ def layouts(monkeypatch):
     return build
 
 
-def test_rows_of_whole_numbers_are_kept(model, layouts, tmp_path):
-    """In memory and in a file; a file without them, as were written once, is made anew."""
+def test_rows_of_integers_are_cached(model, layouts, tmp_path):
+    """They are cached in memory and in a file; a file of an older version without them is computed again."""
     model.cond_stage_key = "coordinates_bbox"
     path = tmp_path / "latents.pt"
     for _ in range(2):
@@ -128,12 +128,12 @@ def test_rows_of_whole_numbers_are_kept(model, layouts, tmp_path):
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("segmentation", 'latent_cache cannot keep "segmentation", the model\'s cond_stage_key'),
-        ("image", 'latent_cache cannot keep "image"'),
-        ("caption", 'the dataset gives no "caption"'),
+        ("segmentation", 'latent_cache cannot contain "segmentation", the model\'s cond_stage_key'),
+        ("image", 'latent_cache cannot contain "image"'),
+        ("caption", 'the dataset returns no "caption"'),
     ],
 )
-def test_a_conditioning_that_is_not_kept_is_refused_before_anything_is_encoded(key, message, model, layouts):
+def test_uncached_conditioning_raises_user_error_before_encoding(key, message, model, layouts):
     model.cond_stage_key = key
     model.first_stage_model.encode = None
     with pytest.raises(UserError, match=message):
@@ -151,8 +151,8 @@ def test_a_conditioning_that_is_not_kept_is_refused_before_anything_is_encoded(k
     ],
     ids=["inpainting", "superresolution"],
 )
-def test_what_pictures_condition_is_kept(config, wrapper, params, tmp_path):
-    """The model gets from a cached batch what it gets from the pictures; the file serves again, and no other model."""
+def test_image_conditioning_is_cached(config, wrapper, params, tmp_path):
+    """A cached batch has the same conditioning as its images; the file is reused by the same model only."""
     model = randomise(instantiate_from_config(config))
     source = {"target": "ldm.data.emoji.EmojiValidation", "params": {"size": 16, "names": NAMES, "split": "seen"}}
     train = {"target": f"ldm.data.{wrapper}", "params": {"dataset": source, **params}}
@@ -163,15 +163,15 @@ def test_what_pictures_condition_is_kept(config, wrapper, params, tmp_path):
         cache_latents(data, model)
         return torch.utils.data.default_collate([data.datasets["train"][i] for i in (0, 5)])
 
-    pictures = instantiate_from_config(train)
-    batch = torch.utils.data.default_collate([pictures[i] for i in (0, 5)])
+    dataset = instantiate_from_config(train)
+    batch = torch.utils.data.default_collate([dataset[i] for i in (0, 5)])
     expected = model.get_input(batch, "image")[1]
     for _ in range(2):
-        kept = model.get_input(cached(model), "image")[1]
-        torch.testing.assert_close(kept, expected, rtol=2e-3, atol=2e-3)
+        conditioning = model.get_input(cached(model), "image")[1]
+        torch.testing.assert_close(conditioning, expected, rtol=2e-3, atol=2e-3)
     assert "image" not in cached(model) and model.shared_step(cached(model))[0].isfinite()
     assert model.log_images(cached(model), N=2, ddim_steps=1, plot_progressive_rows=False)["samples"].isfinite().all()
     model.cond_dropout = 0.1
     (tmp_path / "latents.pt").unlink()
-    with pytest.raises(UserError, match=r"latent_cache cannot keep .*cond_dropout"):
+    with pytest.raises(UserError, match=r"latent_cache cannot contain .*cond_dropout"):
         cached(model)

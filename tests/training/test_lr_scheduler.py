@@ -1,4 +1,4 @@
-"""Learning-rate multipliers against the recorded ones, and beyond their last step."""
+"""Learning-rate schedules: recorded factors, and steps after the last cycle."""
 
 import pytest
 from parity_replay import CYCLES, assert_replayed
@@ -7,11 +7,11 @@ from ldm.training.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineS
 
 
 @pytest.mark.parametrize("name", ["lr_warmup_cosine", "lr_warmup_cosine2", "lr_linear"])
-def test_multipliers_are_the_published_ones(name):
+def test_factors_match_published_values(name):
     assert_replayed("schedules", name)
 
 
-def test_the_published_warm_up_of_the_churches_model_reaches_one_and_stays():
+def test_published_warm_up_of_churches_model():
     scheduler = LambdaLinearScheduler([10000], [1.0], [1.0], [1e-6], [10**13])
     assert scheduler(0) == pytest.approx(1e-6)
     assert scheduler(5000) == pytest.approx(0.5, abs=1e-5)
@@ -19,18 +19,18 @@ def test_the_published_warm_up_of_the_churches_model_reaches_one_and_stays():
 
 
 @pytest.mark.parametrize("kind", [LambdaWarmUpCosineScheduler2, LambdaLinearScheduler])
-def test_after_the_last_cycle_the_factor_stays_at_its_minimum(kind):
+def test_factor_stays_at_minimum_after_last_cycle(kind):
     scheduler = kind(**CYCLES)
     assert scheduler(50) == pytest.approx(0.2)
     assert scheduler(5000) == pytest.approx(0.2)
 
 
-def test_cycles_need_one_entry_each():
+def test_lists_of_different_length_raise_value_error():
     with pytest.raises(ValueError, match="one entry for each cycle"):
         LambdaLinearScheduler([1, 2], [0.1], [1.0], [0.0], [10])
 
 
-def test_the_interval_of_verbosity_is_logged(caplog):
+def test_verbosity_interval_logs_factors(caplog):
     scheduler = LambdaWarmUpCosineScheduler(10, 0.1, 1.0, 0.0, 30, verbosity_interval=5)
     with caplog.at_level("INFO", logger="ldm.training.lr_scheduler"):
         for n in range(10):

@@ -1,4 +1,4 @@
-"""The adapters: what they step, count, log and save, with models small enough to follow by hand."""
+"""Lightning adapters: steps, counts, logs and checkpoints of tiny models."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Pass:
 
 
 class ToyAutoencoder(nn.Module):
-    """One linear layer each way, and a linear discriminator; notes what it is asked."""
+    """Autoencoder of one linear layer with a linear discriminator; it records its calls."""
 
     learning_rate = 0.1
     monitor = None
@@ -39,7 +39,7 @@ class ToyAutoencoder(nn.Module):
         self.net = nn.Linear(3, 3)
         self.critic = nn.Linear(3, 1) if with_discriminator else None
         self.scheduler_config = scheduler_config
-        self.asked, self.passes, self.dtypes = [], 0, []
+        self.calls, self.passes, self.dtypes = [], 0, []
         self.critic_gradients = []
 
     def reconstruct(self, batch):
@@ -49,7 +49,7 @@ class ToyAutoencoder(nn.Module):
         return Pass(batch["image"], outputs)
 
     def adversarial_loss(self, rec, optimizer_idx, global_step, split="train"):
-        self.asked.append((optimizer_idx, global_step, split))
+        self.calls.append((optimizer_idx, global_step, split))
         if optimizer_idx == 0:
             loss = (rec.inputs - rec.outputs).square().mean()
             if self.critic is not None:
@@ -65,7 +65,7 @@ class ToyAutoencoder(nn.Module):
 
 
 class ToyDiffusion(nn.Module):
-    """A linear layer with a moving average of its weights."""
+    """Linear layer with a moving average of its weights."""
 
     learning_rate = 0.1
     monitor = None
@@ -106,21 +106,21 @@ def images(count=8, batch_size=2):
     return ResumableLoader(data, batch_size)
 
 
-def fit(model, loader=None, manual=None, validate=False, ckpt_path=None, **trainer):
+def fit(model, loader=None, manual=None, validate=False, ckpt_path=None, **options):
     module = lightning_module(model, manual)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     plain = {"accelerator": "cpu", "max_epochs": 1, "num_sanity_val_steps": 0, "enable_checkpointing": False}
-    given = Trainer(**{**quiet, **plain, **trainer})
-    given.fit(module, loader or images(), images(2) if validate else None, ckpt_path=ckpt_path)
-    return module, given
+    trainer = Trainer(**{**quiet, **plain, **options})
+    trainer.fit(module, loader or images(), images(2) if validate else None, ckpt_path=ckpt_path)
+    return module, trainer
 
 
-def test_the_discriminator_judges_without_gathering_gradients_and_both_step_every_batch():
+def test_discriminator_gets_no_gradients_of_autoencoder_loss():
     model = ToyAutoencoder()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     _, trainer = fit(model)
-    assert model.passes == 4, "one pass through the autoencoder serves both players"
-    assert [index for index, _, _ in model.asked] == [0, 1] * 4
+    assert model.passes == 4, "both losses share one forward pass of the autoencoder"
+    assert [index for index, _, _ in model.calls] == [0, 1] * 4
     assert model.critic_gradients == [None] * 4
     assert not torch.equal(before["net.weight"], model.net.weight)
     assert not torch.equal(before["critic.weight"], model.critic.weight)
@@ -131,19 +131,19 @@ def test_the_discriminator_judges_without_gathering_gradients_and_both_step_ever
 def test_steps_are_counted_once_for_both_optimizers(accumulated, steps):
     model = ToyAutoencoder()
     _, trainer = fit(model, manual=ManualOptimization(accumulated))
-    assert [step for index, step, _ in model.asked if index == 0] == steps
-    assert [step for index, step, _ in model.asked if index == 1] == steps
-    assert trainer.global_step == steps[-1] + 1, "what is left at the end of an epoch is not lost"
+    assert [step for index, step, _ in model.calls if index == 0] == steps
+    assert [step for index, step, _ in model.calls if index == 1] == steps
+    assert trainer.global_step == steps[-1] + 1, "the remaining batches of an epoch make a step"
 
 
-def test_max_steps_means_steps_of_the_autoencoder():
+def test_max_steps_counts_steps_of_autoencoder():
     model = ToyAutoencoder()
     _, trainer = fit(model, max_steps=3, max_epochs=-1)
     assert trainer.global_step == model.passes == 3
 
 
-def test_accumulated_batches_are_one_large_batch():
-    """Adam's first step is insensitive to a factor on the gradients, so several are compared."""
+def test_accumulated_batches_match_one_large_batch():
+    """Adam's first step does not depend on the scale of the gradients, so the test compares several steps."""
     large, small = ToyAutoencoder(), ToyAutoencoder()
     fit(large, images(batch_size=4), max_epochs=3)
     fit(small, images(batch_size=2), ManualOptimization(2), max_epochs=3)
@@ -164,15 +164,15 @@ def test_gradients_are_clipped():
     assert max(norms) <= 0.01 * (1 + 1e-4)
 
 
-def test_without_a_discriminator_there_is_one_optimizer():
+def test_first_stage_without_discriminator_has_one_optimizer():
     model = ToyAutoencoder(with_discriminator=False)
     _, trainer = fit(model, validate=True)
     assert len(trainer.optimizers) == 1
-    assert {index for index, _, _ in model.asked} == {0}
+    assert {index for index, _, _ in model.calls} == {0}
     assert "val/rec_loss" in trainer.callback_metrics
 
 
-def test_the_published_optimizers_and_their_learning_rates():
+def test_published_optimizers_and_learning_rates():
     model = ToyAutoencoder()
     model.lr_g_factor = 2.0
     _, trainer = fit(model)
@@ -182,13 +182,13 @@ def test_the_published_optimizers_and_their_learning_rates():
 
 
 @pytest.mark.parametrize("kind", [ToyAutoencoder, ToyDiffusion])
-def test_the_optimizers_are_fused(kind):
+def test_optimizers_are_fused(kind):
     _, trainer = fit(kind())
     assert all(group["fused"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
 
 
 @pytest.mark.parametrize("kind", [ToyAutoencoder, ToyDiffusion])
-def test_a_checkpoint_of_plain_optimizers_is_continued_by_fused_ones(kind, tmp_path):
+def test_fused_optimizers_resume_from_checkpoint_of_plain_ones(kind, tmp_path):
     module, trainer = fit(kind())
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
@@ -204,9 +204,9 @@ def test_a_checkpoint_of_plain_optimizers_is_continued_by_fused_ones(kind, tmp_p
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_gradients_of_fused_optimizers_are_clipped(precision):
-    """Lightning refuses that in mixed precision for torch's own."""
+    """Lightning refuses to clip the gradients of PyTorch's fused optimizers in mixed precision."""
     weights = []
-    for limit in (1e-9, None):  # below Adam's epsilon of 1e-8, where the size of a gradient counts
+    for limit in (1e-9, None):  # below Adam's epsilon of 1e-8, the norm of the gradients matters
         model = ToyDiffusion()
         fit(model, precision=precision, gradient_clip_val=limit, max_steps=1, max_epochs=-1)
         weights.append((model.net.weight - ToyDiffusion().net.weight).abs().max().item())
@@ -214,7 +214,7 @@ def test_gradients_of_fused_optimizers_are_clipped(precision):
     fit(ToyAutoencoder(), manual=ManualOptimization(gradient_clip_val=0.01), precision=precision)
 
 
-def test_schedules_move_with_the_steps():
+def test_schedules_follow_the_steps():
     _, adversarial = fit(ToyAutoencoder(scheduler_config=SCHEDULE), manual=ManualOptimization(4))
     assert [optimizer.param_groups[0]["lr"] for optimizer in adversarial.optimizers] == pytest.approx([0.05] * 2)
     _, diffusion = fit(ToyDiffusion(SCHEDULE), accumulate_grad_batches=4)
@@ -229,7 +229,7 @@ def test_lower_precision_reaches_the_model():
 
 
 @pytest.mark.parametrize("kind", [ToyAutoencoder, ToyDiffusion])
-def test_checkpoints_hold_the_models_own_names(kind, tmp_path):
+def test_checkpoints_have_names_of_the_model(kind, tmp_path):
     model = kind()
     module, trainer = fit(model)
     trainer.strategy.connect(module)
@@ -243,16 +243,16 @@ def test_checkpoints_hold_the_models_own_names(kind, tmp_path):
         fresh.load_state_dict({})
 
 
-def test_the_average_follows_steps_and_not_batches():
+def test_ema_is_updated_after_each_step():
     model = ToyDiffusion()
     averages = []
     model.update_ema = lambda: averages.append(model.net.weight.detach().clone())
     fit(model, accumulate_grad_batches=2)
     assert len(averages) == 2
-    assert torch.equal(averages[-1], model.net.weight), "it is taken after the step, not before"
+    assert torch.equal(averages[-1], model.net.weight), "the average is updated after the step"
 
 
-def test_validation_reports_live_and_averaged_weights():
+def test_validation_logs_live_and_averaged_weights():
     model = ToyDiffusion()
     _, trainer = fit(model, validate=True)
     metrics = trainer.callback_metrics
@@ -260,7 +260,7 @@ def test_validation_reports_live_and_averaged_weights():
     assert {"train/loss", "val/loss", "val/loss_ema"} <= metrics.keys()
 
 
-def test_validating_does_not_change_what_is_learnt():
+def test_validation_does_not_change_training():
     with_validation, without = ToyDiffusion(), ToyDiffusion()
     torch.manual_seed(5)
     fit(with_validation, validate=True, val_check_interval=1)
@@ -269,17 +269,17 @@ def test_validating_does_not_change_what_is_learnt():
     assert torch.equal(with_validation.net.weight, without.net.weight)
 
 
-def test_only_the_very_first_batch_is_the_first():
+def test_before_training_batch_marks_only_the_first_batch():
     model = ToyDiffusion()
     fit(model, max_epochs=2)
     assert model.first == [True] + [False] * 7
 
 
-def test_a_lightning_module_trains_itself():
+def test_lightning_module_is_returned_unchanged():
     module = LightningModule()
     assert lightning_module(module) is module
 
 
-def test_a_model_without_a_loss_is_refused():
+def test_model_without_loss_raises_user_error():
     with pytest.raises(UserError, match="Linear cannot be trained"):
         lightning_module(nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""Fused optimizers take the same steps, and go on from any state."""
+"""Fused optimizers take the same steps as plain ones, and load any state."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def assert_same_weights(a, b):
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
-def test_steps_are_those_of_torchs_plain_optimizer(kind, options):
+def test_steps_match_plain_optimizer(kind, options):
     plain, ours = network(), network()
     train(plain, kind(plain.parameters(), lr=0.01, foreach=False, **options), 5)
     optimizer = fused(kind, list(ours.parameters()), lr=0.01, **options)
@@ -45,12 +45,12 @@ def test_steps_are_those_of_torchs_plain_optimizer(kind, options):
 
 @pytest.mark.parametrize("written_by", ["torch's plain optimizer", "an old torch", "a fused one"])
 @pytest.mark.parametrize(("kind", "options"), KINDS)
-def test_a_continued_run_stays_fused_whatever_wrote_its_state(kind, options, written_by):
+def test_optimizer_stays_fused_after_loading_any_state(kind, options, written_by):
     plain = network()
     writer = kind(plain.parameters(), lr=0.01, fused=written_by == "a fused one", **options)
     train(plain, writer, 3)
     state, ours = copy.deepcopy(writer.state_dict()), copy.deepcopy(plain)
-    if written_by == "an old torch":  # steps were numbers, and groups said nothing of implementations
+    if written_by == "an old torch":  # steps were numbers, and groups had no entries about the implementation
         for group in state["param_groups"]:
             for name in ("fused", "foreach", "capturable", "differentiable", "maximize", "decoupled_weight_decay"):
                 group.pop(name, None)
@@ -66,8 +66,8 @@ def test_a_continued_run_stays_fused_whatever_wrote_its_state(kind, options, wri
     assert_same_weights(ours, plain)
 
 
-def test_a_state_that_lies_otherwise_in_memory_is_continued_right():
-    """torch's own kernel reads the wrong elements then, without a word."""
+def test_state_with_other_memory_layout_is_loaded():
+    """The fused kernel of PyTorch silently reads the wrong elements of such a state."""
     plain = network()
     writer = Adam(plain.parameters(), lr=0.01, foreach=False)
     train(plain, writer, 3)
@@ -82,12 +82,12 @@ def test_a_state_that_lies_otherwise_in_memory_is_continued_right():
     assert_same_weights(ours, plain)
 
 
-def test_states_of_another_model_are_still_refused():
+def test_state_of_another_model_raises_value_error():
     optimizer = fused(AdamW, list(network().parameters()))
     with pytest.raises(ValueError, match="doesn't match the size"):
         optimizer.load_state_dict(AdamW(nn.Linear(2, 2).parameters()).state_dict())
 
 
-def test_where_there_is_no_fused_kernel_torch_chooses():
+def test_device_without_fused_kernel_uses_default_of_torch():
     parameters = list(nn.Linear(2, 2, device="meta").parameters())
     assert not fused(AdamW, parameters, lr=0.1).param_groups[0]["fused"]

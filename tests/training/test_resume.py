@@ -1,4 +1,4 @@
-"""A continued run learns what an uninterrupted one would have learnt, bit for bit."""
+"""A resumed run equals an uninterrupted run, bit for bit."""
 
 import copy
 
@@ -76,7 +76,7 @@ def state(run):
 
 
 def assert_same(a, b, path=""):
-    """Tensors and numbers in two nested structures are equal, bit for bit."""
+    """Assert that two nested structures are equal, bit for bit."""
     assert type(a) is type(b), path
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), path
@@ -96,10 +96,10 @@ def assert_same(a, b, path=""):
 @pytest.mark.parametrize(
     ("trainer", "stop"),
     [({"limit_train_batches": 2}, 2), ({"limit_train_batches": 10}, 2), ({"limit_train_batches": 3}, 4)],
-    ids=["at an epoch's end", "within the first epoch", "within the second epoch"],
+    ids=["at the end of an epoch", "within the first epoch", "within the second epoch"],
 )
 @pytest.mark.parametrize("model", [FIRST_STAGE, DIFFUSION], ids=["first stage", "diffusion"])
-def test_two_halves_are_the_whole(model, trainer, stop, tmp_path):
+def test_resumed_run_equals_uninterrupted_run(model, trainer, stop, tmp_path):
     config = write_config(tmp_path / "tiny.yaml", model, **trainer)
     train("-b", config, "-l", tmp_path / "whole", "--max_steps", stop + 3)
     train("-b", config, "-l", tmp_path / "halves", "--max_steps", stop)

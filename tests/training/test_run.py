@@ -1,4 +1,4 @@
-"""Whole runs of the diffusion model, several processes, and what happens when training fails."""
+"""Runs of the diffusion model, with several processes, failures and interruptions."""
 
 import sys
 import types
@@ -38,7 +38,7 @@ FIRST_STAGE = {
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """`run(model, *words)` trains on tiny emoji and gives the exit status; the log folder is `tmp_path / "logs"`."""
+    """Return `run(model, *words)`, which trains on tiny emoji in `tmp_path / "logs"` and returns the exit status."""
     monkeypatch.chdir(tmp_path)
 
     def start(model, *words, **data):
@@ -61,13 +61,13 @@ def the_run(tmp_path):
     return folder
 
 
-def test_a_diffusion_model_trains_validates_and_draws(run, tmp_path):
-    pictures = "lightning.callbacks.image_logger.params.log_images_kwargs={ddim_steps: 2}"
+def test_diffusion_model_trains_validates_and_samples(run, tmp_path):
+    log_images = "lightning.callbacks.image_logger.params.log_images_kwargs={ddim_steps: 2}"
     model = text_config(use_ema=True, monitor="val/loss_simple_ema")
-    assert run(model, "--max_steps", "4", pictures, "lightning.callbacks.image_logger.params.batch_frequency=2") == 0
+    assert run(model, "--max_steps", "4", log_images, "lightning.callbacks.image_logger.params.batch_frequency=2") == 0
     folder = the_run(tmp_path)
-    drawn = {path.name.split("_gs-")[0] for path in (folder / "images" / "train").iterdir()}
-    assert {"inputs", "reconstruction", "conditioning", "samples"} <= drawn
+    logged = {path.name.split("_gs-")[0] for path in (folder / "images" / "train").iterdir()}
+    assert {"inputs", "reconstruction", "conditioning", "samples"} <= logged
     assert list((folder / "images" / "val").glob("samples_gs-000003_*"))
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["state_dict"]["model_ema.num_updates"] == 4
@@ -77,9 +77,9 @@ def test_a_diffusion_model_trains_validates_and_draws(run, tmp_path):
     assert (folder / "checkpoints" / "epoch=000000.ckpt").is_file()
 
 
-def test_weights_by_step_are_kept_on_request(run, tmp_path):
-    kept = "lightning.callbacks.metrics_over_trainsteps_checkpoint.params.every_n_train_steps=2"
-    assert run(text_config(), "--max_steps", "4", kept, "lightning.callbacks.image_logger=null") == 0
+def test_trainstep_checkpoints_are_saved_on_request(run, tmp_path):
+    every_two_steps = "lightning.callbacks.metrics_over_trainsteps_checkpoint.params.every_n_train_steps=2"
+    assert run(text_config(), "--max_steps", "4", every_two_steps, "lightning.callbacks.image_logger=null") == 0
     folder = the_run(tmp_path) / "checkpoints" / "trainstep_checkpoints"
     assert [path.name for path in sorted(folder.iterdir())] == [
         "epoch=000000-step=000000002.ckpt",
@@ -88,24 +88,24 @@ def test_weights_by_step_are_kept_on_request(run, tmp_path):
     assert "optimizer_states" not in torch.load(next(folder.iterdir()), weights_only=True)
 
 
-def test_without_validation_data_the_latest_checkpoint_is_kept(run, tmp_path):
+def test_latest_checkpoint_is_kept_without_validation_data(run, tmp_path):
     words = ["--max_epochs", "2", "lightning.callbacks.image_logger=null"]
     assert run(text_config(monitor="val/loss"), *words, validation=None) == 0
     names = sorted(path.name for path in (the_run(tmp_path) / "checkpoints").iterdir())
     assert names == ["epoch=000001.ckpt", "last.ckpt"]
 
 
-def test_latents_are_cached_before_training_when_asked(run, monkeypatch):
+def test_latents_are_cached_before_training(run, monkeypatch):
     calls = []
     latents = types.ModuleType("ldm.training.latents")
-    latents.cache_latents = lambda data, model, *how: calls.append((data.latent_cache, type(model).__name__, *how))
+    latents.cache_latents = lambda data, model, *rest: calls.append((data.latent_cache, type(model).__name__, *rest))
     monkeypatch.setitem(sys.modules, "ldm.training.latents", latents)
     words = ["--max_steps", "1", "lightning.callbacks.image_logger=null"]
     assert run(text_config(), *words, latent_cache={"variants": 2}) == 0
     assert calls == [({"variants": 2}, "LatentDiffusion", torch.device("cpu"), None)]
 
 
-def test_a_failure_keeps_its_traceback_and_what_was_learnt(run, tmp_path, monkeypatch):
+def test_failure_saves_checkpoint_and_raises(run, tmp_path, monkeypatch):
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
     original, count = LatentDiffusion.shared_step, []
@@ -123,7 +123,7 @@ def test_a_failure_keeps_its_traceback_and_what_was_learnt(run, tmp_path, monkey
     assert saved["global_step"] == 4
 
 
-def test_a_failure_before_the_first_step_leaves_no_checkpoint(run, tmp_path, monkeypatch):
+def test_failure_before_first_step_saves_no_checkpoint(run, tmp_path, monkeypatch):
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
     def failing(self, batch):
@@ -135,7 +135,7 @@ def test_a_failure_before_the_first_step_leaves_no_checkpoint(run, tmp_path, mon
     assert not list(tmp_path.glob("logs/*/checkpoints/*"))
 
 
-def test_ctrl_c_in_a_batch_finishes_it_saves_and_exits_with_130(run, tmp_path, monkeypatch):
+def test_ctrl_c_finishes_the_batch_saves_and_exits_with_130(run, tmp_path, monkeypatch):
     import signal
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -159,12 +159,12 @@ def test_ctrl_c_in_a_batch_finishes_it_saves_and_exits_with_130(run, tmp_path, m
     assert main.main(["-r", str(the_run(tmp_path)), "-t", "--max_steps", "3", *QUIET, *words]) == 0
 
 
-def test_a_lightning_module_with_a_test_is_tested(run, tmp_path, monkeypatch):
+def test_lightning_module_with_test_step_is_tested(run, tmp_path, monkeypatch):
     from pytorch_lightning import LightningModule
 
     tested = []
 
-    class Own(LightningModule):
+    class OwnModule(LightningModule):
         learning_rate = 0.0
 
         def __init__(self):
@@ -180,16 +180,16 @@ def test_a_lightning_module_with_a_test_is_tested(run, tmp_path, monkeypatch):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
 
-    Own.__module__ = "toys"
+    OwnModule.__module__ = "toys"
     toys = types.ModuleType("toys")
-    toys.Own = Own
+    toys.OwnModule = OwnModule
     monkeypatch.setitem(sys.modules, "toys", toys)
     test = {"target": "ldm.data.emoji.EmojiValidation", "params": {"size": 16}}
     words = ["--max_steps", "1", "--limit_test_batches", "2", "lightning.callbacks.image_logger=null"]
     words += ["--allow-target", "toys"]
-    assert run({"target": "toys.Own"}, *words, test=test, validation=None) == 0
+    assert run({"target": "toys.OwnModule"}, *words, test=test, validation=None) == 0
     assert tested == pytest.approx([2e-4] * 2)
-    assert run({"target": "toys.Own"}, *words, "--no-test", "-l", "other", test=test, validation=None) == 0
+    assert run({"target": "toys.OwnModule"}, *words, "--no-test", "-l", "other", test=test, validation=None) == 0
     assert len(tested) == 2
     (folder,) = (tmp_path / "logs").iterdir()
     assert main.main(["-r", str(folder), "--allow-target", "toys", *QUIET]) == 0
@@ -208,7 +208,7 @@ class Spy(Callback):
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_folder_and_stay_together(tmp_path, repo_root):
+def test_two_processes_share_folder_and_weights(tmp_path, repo_root):
     import os
     import subprocess
 

@@ -1,4 +1,4 @@
-"""What the trainer reads and writes."""
+"""Checkpoints of the trainer."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ RUN = {
 }
 
 
-def test_a_run_that_is_not_over_can_be_continued(tmp_path):
+def test_unfinished_run_can_be_resumed(tmp_path):
     torch.save(RUN, tmp_path / "last.ckpt")
     check_resumable(tmp_path / "last.ckpt", MODEL, 4)
-    with pytest.raises(UserError, match="has done 3 steps"):
+    with pytest.raises(UserError, match="is already at step 3"):
         check_resumable(tmp_path / "last.ckpt", MODEL, 3)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"state_dict": 3}, "holds no weights"),
-        ({"state_dict": {"w": 3}}, "holds no weights"),
-        ({"state_dict": {**MODEL.state_dict(), "bias": 3}}, 'differ in "bias"'),
-        ({"state_dict": {**MODEL.state_dict(), "a\nb": 3}}, r'differ in "a\\nb"'),
-        ({"state_dict": {**MODEL.state_dict(), 3: 3}}, 'differ in "3"'),
-        ({"global_step": "3"}, "its global_step cannot be used"),
-        ({"global_step": None}, "its global_step cannot be used"),
-        ({"optimizer_states": 3}, "its optimizer_states cannot be used"),
-        ({"loops": []}, "its loops cannot be used"),
+        ({"state_dict": 3}, "contains no weights"),
+        ({"state_dict": {"w": 3}}, "contains no weights"),
+        ({"state_dict": {**MODEL.state_dict(), "bias": 3}}, 'differs from it in "bias"'),
+        ({"state_dict": {**MODEL.state_dict(), "a\nb": 3}}, r'differs from it in "a\\nb"'),
+        ({"state_dict": {**MODEL.state_dict(), 3: 3}}, 'differs from it in "3"'),
+        ({"global_step": "3"}, 'its entry "global_step" is damaged'),
+        ({"global_step": None}, 'its entry "global_step" is damaged'),
+        ({"optimizer_states": 3}, 'its entry "optimizer_states" is damaged'),
+        ({"loops": []}, 'its entry "loops" is damaged'),
     ],
     ids=str,
 )
-def test_a_strange_checkpoint_is_told_in_one_line(tmp_path, change, said):
+def test_invalid_checkpoint_raises_one_line_user_error(tmp_path, change, message):
     torch.save({**RUN, **change}, tmp_path / "last.ckpt")
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         check_resumable(tmp_path / "last.ckpt", MODEL, 4)
     assert "\n" not in str(error.value)
 
@@ -53,7 +53,7 @@ def full_disk(content, path):
     raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_full_disk_keeps_old_checkpoint(tmp_path, monkeypatch):
     storage, path = SafeCheckpointIO(), tmp_path / "last.ckpt"
     storage.save_checkpoint(RUN, path)
     before = path.read_bytes()

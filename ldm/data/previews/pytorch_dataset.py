@@ -1,4 +1,4 @@
-"""Previews of pictures with captions, which the published code names and which were never public."""
+"""Images with captions: data sets that the published code names and that were never public."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from ldm.data.absent import AbsentDataset
 
 
 class PreviewsTrain(AbsentDataset):
-    """Pictures with captions."""
+    """Images with captions, for training."""
 
-    served = 'pictures under "image" and texts under "caption"'
+    provided = 'images under "image" and texts under "caption"'
     instead = "set target to a data set of your own with these entries, or try ldm.data.emoji.EmojiTrain"
 
 
 class PreviewsValidation(AbsentDataset):
-    """The same for validation."""
+    """Images with captions, for validation."""
 
-    served = PreviewsTrain.served
+    provided = PreviewsTrain.provided
     instead = "set target to a data set of your own with these entries, or try ldm.data.emoji.EmojiValidation"

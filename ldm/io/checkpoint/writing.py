@@ -1,4 +1,4 @@
-"""Write weights: checkpoints of `torch.save` and safetensors files, whole or not at all."""
+"""Write weights as checkpoints of `torch.save` or safetensors files, completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ logger = logging.getLogger(__name__)
 
 
 def cast(name: str, value: Tensor, dtype: torch.dtype, remedy: str) -> Tensor:
-    """`value` in `dtype`.
+    """Convert `value` to `dtype`.
+
+    Args:
+        name: name of the value in the message.
+        value: tensor of any shape.
+        dtype: floating-point type.
+        remedy: what the user can do, for the message.
 
     Raises:
-        UserError: it holds numbers that are too large for it; `remedy` says what to do. What was infinite or no
-            number before is not `dtype`'s fault.
+        UserError: a finite number overflows in `dtype`.
     """
     converted = value.detach().to(dtype)
     if (value.isfinite() & ~converted.isfinite()).any():
@@ -33,28 +38,28 @@ def cast(name: str, value: Tensor, dtype: torch.dtype, remedy: str) -> Tensor:
 def save_checkpoint(
     weights: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write weights as a checkpoint of `torch.save`, under `state_dict`, whole or not at all.
+    """Write weights as a checkpoint of `torch.save`, under `state_dict`.
 
     Args:
         weights: a state dict.
-        path: the file; its folder is made when missing.
+        path: the file; a missing folder is created.
         metadata: stored beside the weights; a "step" becomes Lightning's `global_step`.
     """
     rest = dict(metadata or {})
     step = {"global_step": rest.pop("step")} if "step" in rest else {}
-    save_whole({"state_dict": dict(weights), **step, "metadata": rest}, path)
+    save_atomically({"state_dict": dict(weights), **step, "metadata": rest}, path)
 
 
-def save_whole(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write `content` with `torch.save`, whole or not at all; the folder is made when missing.
+def save_atomically(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write `content` with `torch.save`, completely or not at all; a missing folder is created.
 
     Raises:
-        UserError: it cannot be written there, or the disk is full.
+        UserError: the file cannot be written, or the disk is full.
     """
     with atomic_path(path) as temporary:
         try:
             torch.save(content, temporary)
-        except RuntimeError as error:  # how torch says that the disk is full
+        except RuntimeError as error:  # torch reports a full disk this way
             raise OSError(str(error).splitlines()[0]) from error
 
 
@@ -63,11 +68,11 @@ def save_safetensors(
     path: str | os.PathLike[str],
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write weights as one safetensors file, whole or not at all; tensors that share memory are written apart.
+    """Write weights as one safetensors file; tensors that share memory are written separately.
 
     Args:
         weights: a module or a state dict.
-        path: the file; its folder is made when missing.
+        path: the file; a missing folder is created.
         metadata: stored as strings in the header.
     """
     from safetensors import SafetensorError
@@ -84,9 +89,9 @@ def save_safetensors(
     strings = {str(key): str(value) for key, value in (metadata or {}).items()}
     with atomic_path(path) as temporary:
         temporary.touch()
-        usual = temporary.stat().st_mode
+        default_mode = temporary.stat().st_mode
         try:
             save_file(tensors, temporary, {"format": "pt", **strings})
-        except SafetensorError as error:  # how safetensors says that the disk is full
+        except SafetensorError as error:  # safetensors reports a full disk this way
             raise OSError(str(error)) from error
-        temporary.chmod(usual)  # safetensors writes files that nobody else can read
+        temporary.chmod(default_mode)  # safetensors creates files that only their owner can read

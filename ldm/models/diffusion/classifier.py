@@ -1,6 +1,6 @@
-"""Classifiers of noisy latents, and the guidance that they give a sampler (arXiv:2105.05233).
+"""Classifiers of noisy latents, and classifier guidance of samplers (arXiv:2105.05233).
 
-Shapes: x_t (B, C, h, w), noised latents (or pixels) of a diffusion model; steps t (B,) int64; K classes. Logits are
+Shapes: x_t (B, C, h, w), noised latents (or pixels) of a diffusion model; timesteps t (B,) int64; K classes. Logits are
 (B, K) for labels and (B, K, h, w) for segmentation maps, targets (B,) and (B, h, w) int64.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,15 +24,17 @@ from ldm.io.checkpoint.loading import load_weights
 from ldm.io.checkpoint.reading import read_state_dict
 from ldm.io.grids import log_txt_as_img
 from ldm.io.pixels import batch_entry, batch_images, in_random_colours
+from ldm.models.diffusion.batch_keys import CLASS_KEY, CLASS_NAME_KEY
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor
 from ldm.modules.frozen import freeze
 
-# What a label is, by its entry of the batch, decides the network that tells it.
+SEGMENTATION_KEY = "segmentation"
+# Network of the classifier for each entry of a batch that can be its label.
 NETWORKS = {
-    "class_label": "ldm.modules.diffusionmodules.openaimodel.EncoderUNetModel",
-    "segmentation": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+    CLASS_KEY: "ldm.modules.diffusionmodules.openaimodel.EncoderUNetModel",
+    SEGMENTATION_KEY: "ldm.modules.diffusionmodules.openaimodel.UNetModel",
 }
-# Options of the denoising U-Net about its conditioning and its own output, which a classifier has not.
+# Options of the denoising U-Net that a classifier does not have: its conditioning and its output.
 DENOISING_ONLY = (
     "use_spatial_transformer",
     "transformer_depth",
@@ -44,28 +47,28 @@ DENOISING_ONLY = (
 
 
 class NoisyLatentImageClassifier(nn.Module):
-    """Tells the class, or the segmentation, of a diffusion model's latents at every level of noise.
+    """Classifier of the noisy latents of a diffusion model, for class labels or segmentation maps.
 
-    The network is built after the diffusion model's own U-Net: its way down with a pooling head for labels, the
-    whole of it for segmentation maps, without cross-attention. The diffusion model is frozen and gives latents and
-    noise schedule.
+    The network has the architecture of the diffusion model's U-Net without cross-attention: its encoder with a pooling
+    head for labels, the whole U-Net for segmentation maps. The diffusion model is frozen. It provides the latents and
+    the noise schedule.
 
     Args:
-        diffusion_path: folder of the diffusion model: a log folder, whose latest `configs/*-project.yaml` counts,
-            or one with `config.yaml`, or the name of a model in `models/ldm`.
-        num_classes: K.
+        diffusion_path: folder of the diffusion model: a log folder, of which the latest `configs/*-project.yaml` is
+            used, or a folder with `config.yaml`, or the name of a model in `models/ldm`.
+        num_classes: number of classes K.
         ckpt_path: weights of a classifier to start from.
         pool: pooling for labels, see `EncoderUNetModel`.
-        label_key: entry of the batch that is told, "class_label" or "segmentation"; by default what the diffusion
-            model is conditioned on.
+        label_key: entry of a batch to predict, "class_label" or "segmentation"; by default the conditioning of the
+            diffusion model.
         diffusion_ckpt_path: weights of the diffusion model; by default those in its folder.
-        scheduler_config: learning rate over time.
-        weight_decay: of AdamW.
-        log_steps: at so many levels of noise, evenly spread, validation tells the accuracy.
-        monitor: what the best checkpoints are chosen by.
+        scheduler_config: learning rate schedule, for the trainer.
+        weight_decay: weight decay of AdamW.
+        log_steps: number of noise levels at which validation measures the accuracy.
+        monitor: name of the logged value that selects the checkpoints to keep.
 
     Raises:
-        UserError: a file is missing, belongs to another model, or there is no network for the label.
+        UserError: a file is missing or belongs to another model, or the label has no network.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class NoisyLatentImageClassifier(nn.Module):
         unet = config["params"]["unet_config"].get("params")
         if not isinstance(unet, Mapping) or "out_channels" not in unet:
             raise UserError(
-                f'there is no classifier of what "{diffusion_path}" makes: its unet_config gives no out_channels; '
+                f'cannot build a classifier for "{diffusion_path}": its unet_config has no out_channels; '
                 "choose a diffusion model with a UNetModel"
             )
         self.diffusion_model = freeze(instantiate_from_config(config))
@@ -99,14 +102,14 @@ class NoisyLatentImageClassifier(nn.Module):
         self.learning_rate = 1e-4
         params = {name: value for name, value in unet.items() if name not in DENOISING_ONLY}
         params |= {"in_channels": unet["out_channels"], "out_channels": num_classes}
-        if self.label_key == "class_label":
+        if self.label_key == CLASS_KEY:
             params["pool"] = pool
         self.model = instantiate_from_config({"target": NETWORKS[self.label_key], "params": params})
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path)
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
-        """Load the classifier's weights from a checkpoint, not those of the diffusion model in it.
+        """Load the weights of the classifier, but not of its diffusion model, from a checkpoint.
 
         Raises:
             UserError: the file cannot be read or holds another model.
@@ -116,53 +119,55 @@ class NoisyLatentImageClassifier(nn.Module):
         load_weights(self.model, own or weights, ignore_keys, source=f'"{path}"')
 
     def optimizer_parameters(self) -> list[nn.Parameter]:
-        """What the optimizer trains: the classifier alone."""
+        """Return the parameters that the optimizer trains: those of the classifier."""
         return list(self.model.parameters())
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.diffusion_model.device
 
     # -- batches ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def get_input(self, batch: Mapping[str, Any]) -> Tensor:
-        """The clean x_0 (B, C, h, w) of a batch: scaled latents, or pixels where the diffusion model has no others."""
+        """Return the clean x_0 (B, C, h, w) of a batch: scaled latents, or pixels for a diffusion model of pixels."""
         return self.diffusion_model.get_x_start(batch)
 
     def get_targets(self, batch: Mapping[str, Any], size: Sequence[int]) -> Tensor:
-        """The targets of a batch: labels (B,), or maps (B, *size), of which nearest pixels are taken.
+        """Return the targets of a batch: labels (B,), or maps (B, *size), resized with the nearest pixel.
 
-        Maps come as one number a pixel, (B, H, W), or one channel a class, (B, H, W, K).
+        The maps of a batch hold class indices (B, H, W), or one channel per class (B, H, W, K).
         """
-        if self.label_key == "class_label":
+        if self.label_key == CLASS_KEY:
             return batch_entry(batch, self.label_key).to(self.device, torch.int64)
         maps = batch_images(batch, self.label_key).to(self.device)
         maps = maps if maps.shape[1] == 1 else maps.argmax(dim=1, keepdim=True).float()
         return F.interpolate(maps, size=tuple(size), mode="nearest")[:, 0].long()
 
     def get_x_noisy(self, x: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x noised to the steps t."""
+        """Return x noised to the timesteps t."""
         return self.diffusion_model.q_sample(x, t, noise)
 
     # -- training --------------------------------------------------------------------------------------------
 
     def forward(self, x_noisy: Tensor, t: Tensor) -> Tensor:
-        """Logits of x_noisy (B, C, h, w) at steps t (B,)."""
+        """Return the logits of x_noisy (B, C, h, w) at timesteps t (B,)."""
         return self.model(x_noisy, t)
 
     def shared_step(
         self, batch: Mapping[str, Any], t: int | None = None, x: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of a batch at random steps, or all of it at step `t`, and what to log of it.
+        """Return the cross-entropy of a batch at random timesteps, or at timestep `t`, and the values to log.
 
-        `x` is the batch's x_0 where it is known already, which spares the first stage.
+        `x` is the x_0 of the batch, if it is known; the first stage is not run then.
         """
         x = self.get_input(batch) if x is None else x
         targets = self.get_targets(batch, x.shape[2:])
-        steps = self.diffusion_model.num_timesteps
-        ts = torch.randint(steps, (len(x),), device=x.device) if t is None else torch.full((len(x),), t).to(x.device)
+        if t is None:
+            ts = torch.randint(self.diffusion_model.num_timesteps, (len(x),), device=x.device)
+        else:
+            ts = torch.full((len(x),), t).to(x.device)
         logits = self(self.get_x_noisy(x, ts), ts)
         loss = F.cross_entropy(logits, targets)
         prefix = "train" if self.training else "val"
@@ -171,55 +176,65 @@ class NoisyLatentImageClassifier(nn.Module):
 
     @staticmethod
     def compute_top_k(logits: Tensor, targets: Tensor, k: int) -> Tensor:
-        """Share of the targets that are among the k likeliest classes."""
+        """Return the share of the targets that are among the k most likely classes."""
         best = logits.topk(min(k, logits.shape[1]), dim=1).indices
         return (best == targets.unsqueeze(1)).any(dim=1).float().mean()
 
     @torch.no_grad()
     def noise_accuracies(self, batch: Mapping[str, Any], x: Tensor | None = None) -> dict[str, Tensor]:
-        """`val/acc@1_t<step>`: the accuracy at each of the `log_steps` levels of noise; `x` as in `shared_step`."""
+        """Return `val/acc@1_t<timestep>`, the accuracy at each of the `log_steps` noise levels.
+
+        `x` is the x_0 of the batch, if it is known.
+        """
         x = self.get_input(batch) if x is None else x
-        steps = range(0, self.diffusion_model.num_timesteps, self.log_time_interval)
-        return {f"val/acc@1_t{t:04}": self.shared_step(batch, t, x)[1]["val/acc@1"] for t in steps}
+        timesteps = range(0, self.diffusion_model.num_timesteps, self.log_time_interval)
+        return {f"val/acc@1_t{t:04}": self.shared_step(batch, t, x)[1]["val/acc@1"] for t in timesteps}
 
     # -- previews --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Any], N: int = 8, split: str = "train") -> dict[str, Tensor]:
-        """Pictures (B, C, H, W): `inputs`, `labels`, and at each level of noise `inputs@t<step>`, `pred@t<step>`."""
+        """Return images (B, C, H, W) that show the inputs and the predictions for a batch.
+
+        Returns:
+            `inputs`, `labels`, and for each noise level `inputs@t<timestep>` and `pred@t<timestep>`.
+        """
         diffusion = self.diffusion_model
         inputs = batch_images(batch, diffusion.first_stage_key)[:N].to(self.device)
         x = self.get_input(batch)[:N]
         targets = self.get_targets(batch, x.shape[2:])[:N]
-        names = _names(batch, N) if self.label_key == "class_label" else {}
-        log = {"inputs": inputs, "labels": self._picture(targets, names, inputs)}
+        names = _class_names(batch, N) if self.label_key == CLASS_KEY else {}
+        log = {"inputs": inputs, "labels": self._as_images(targets, names, inputs)}
         noise = torch.randn_like(x)
         for t in range(0, diffusion.num_timesteps, self.log_time_interval):
             ts = torch.full((len(x),), t, device=x.device)
             x_noisy = self.get_x_noisy(x, ts, noise)
             decode = getattr(diffusion, "decode_first_stage", lambda z: z)
             log[f"inputs@t{t:04}"] = decode(x_noisy)
-            log[f"pred@t{t:04}"] = self._picture(self(x_noisy, ts).argmax(dim=1), names, inputs)
+            log[f"pred@t{t:04}"] = self._as_images(self(x_noisy, ts).argmax(dim=1), names, inputs)
         return log
 
-    def _picture(self, classes: Tensor, names: Mapping[int, str], like: Tensor) -> Tensor:
-        """Classes written out, with the names known; or maps in fixed random colours."""
+    def _as_images(self, classes: Tensor, names: Mapping[int, str], like: Tensor) -> Tensor:
+        """Return labels as rendered text, by name if known, or maps in random colours that never change."""
         if classes.dim() == 1:
             texts = [str(names.get(label, label)) for label in classes.tolist()]
             return log_txt_as_img((like.shape[3], like.shape[2]), texts, size=max(like.shape[2] // 25, 8))
-        return in_random_colours(F.one_hot(classes, self.num_classes).movedim(-1, 1).float())
+        return in_random_colours(rearrange(F.one_hot(classes, self.num_classes), "b h w k -> b k h w").float())
 
 
 class ClassifierGuidance:
-    """A `score_corrector` for samplers that leads towards what a classifier calls `labels`.
+    """Classifier guidance, a `score_corrector` for samplers (arXiv:2105.05233, algorithm 2).
 
-    eps - √(1 - ᾱ_t) · scale · ∇ log p(y | x_t), algorithm 2 of arXiv:2105.05233. With the exact classifier and scale
-    1 the result is the noise prediction conditioned on y.
+    ::
+
+        ε̂' = ε̂ - √(1 - ᾱ_t) · scale · ∇ log p(y | x_t)
+
+    With the exact classifier and scale 1, the result is the noise prediction conditional on y.
 
     Args:
-        classifier: (x_t, t) to logits (B, K, ...), such as a `NoisyLatentImageClassifier`.
-        labels: y, (B, ...) int64, for the batch that is sampled.
-        scale: how strongly; 0 leaves the prediction as it is.
+        classifier: function of (x_t, t) that returns logits (B, K, ...), such as a `NoisyLatentImageClassifier`.
+        labels: classes y (B, ...) int64 of the samples.
+        scale: guidance scale; 0 does not change the prediction.
     """
 
     def __init__(self, classifier: Callable[[Tensor, Tensor], Tensor], labels: Tensor, scale: float = 1.0) -> None:
@@ -228,29 +243,29 @@ class ClassifierGuidance:
         self.scale = scale
 
     def modify_score(self, model: Any, e_t: Tensor, x: Tensor, t: Tensor, c: Any) -> Tensor:
-        """The corrected noise prediction (B, C, h, w) for x at steps t (B,)."""
+        """Return the corrected noise prediction (B, C, h, w) for x at timesteps t (B,)."""
         alpha = extract_into_tensor(model.alphas_cumprod, t, x.shape).to(e_t)
         return e_t - (1 - alpha).sqrt() * self.scale * self.gradient(x, t).to(e_t)
 
     def gradient(self, x: Tensor, t: Tensor) -> Tensor:
-        """∇ log p(y | x_t) with respect to x_t, like x."""
+        """Return the gradient of log p(y | x_t) with respect to x_t."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             log_p = self.classifier(x, t).to(x.dtype).log_softmax(dim=1)
-            chosen = log_p.gather(1, self.labels.to(x.device).unsqueeze(1))
-            return torch.autograd.grad(chosen.sum(), x)[0]
+            log_p_labels = log_p.gather(1, self.labels.to(x.device).unsqueeze(1))
+            return torch.autograd.grad(log_p_labels.sum(), x)[0]
 
 
 def diffusion_config(path: str, checkpoint: str | None = None) -> dict[str, Any]:
-    """The configuration of the diffusion model in a folder, to be built with its weights.
+    """Return the configuration of the diffusion model in a folder, with the path of its weights.
 
     Args:
         path: see `NoisyLatentImageClassifier`.
-        checkpoint: its weights, by default the folder's own. They hold the first stage and the conditioning stage
-            too, which therefore need no files of theirs.
+        checkpoint: weights of the model, by default those in the folder. They include the first stage and the
+            conditioning stage, whose own checkpoints are therefore not loaded.
 
     Raises:
-        UserError: the folder, its configuration or its weights are not there, or it holds no diffusion model.
+        UserError: the folder, its configuration or its weights are missing, or the model is not a diffusion model.
     """
     folder = locate(path)
     projects = sorted(folder.glob("configs/*-project.yaml"))  # names begin with the time
@@ -262,27 +277,28 @@ def diffusion_config(path: str, checkpoint: str | None = None) -> dict[str, Any]
         files = named_model(path)
         config, weights = files.config, checkpoint or files.checkpoint
     model = read_config(config)
-    # Which part of a checkpoint the model's own training started from has no say in what is loaded here: all of it.
+    # These options select what the training of the model started from. Here all weights are loaded.
     params = {key: value for key, value in model["params"].items() if key not in ("load_only_unet", "ignore_keys")}
     params["ckpt_path"] = str(locate(Path(weights)))
     if not isinstance(params.get("unet_config"), Mapping):
         raise UserError(f'diffusion_path "{path}" is not a diffusion model: its configuration has no unet_config')
     for stage in ("first_stage_config", "cond_stage_config"):
-        inner = params.get(stage)
-        if isinstance(inner, Mapping) and isinstance(inner.get("params"), Mapping):
-            params[stage] = {**inner, "params": {k: v for k, v in inner["params"].items() if k != "ckpt_path"}}
+        stage_config = params.get(stage)
+        if isinstance(stage_config, Mapping) and isinstance(stage_config.get("params"), Mapping):
+            stage_params = {key: value for key, value in stage_config["params"].items() if key != "ckpt_path"}
+            params[stage] = {**stage_config, "params": stage_params}
     return {**model, "params": params}
 
 
-def _label_key(given: str | None, diffusion_params: Mapping[str, Any]) -> str:
-    key = given or diffusion_params.get("cond_stage_key")
+def _label_key(label_key: str | None, diffusion_params: Mapping[str, Any]) -> str:
+    key = label_key or diffusion_params.get("cond_stage_key")
     if key not in NETWORKS:
         hint = did_you_mean(str(key), NETWORKS)
-        raise UserError(f'there is no classifier of "{key}"{hint}; set label_key to one of {", ".join(NETWORKS)}')
+        raise UserError(f'cannot classify "{key}"{hint}; set label_key to one of {", ".join(NETWORKS)}')
     return key
 
 
-def _names(batch: Mapping[str, Any], count: int) -> dict[int, str]:
-    """Label → name, for the classes in a batch that names them."""
-    labels = batch["class_label"][:count].tolist()
-    return dict(zip(labels, batch["human_label"][:count], strict=True)) if "human_label" in batch else {}
+def _class_names(batch: Mapping[str, Any], n: int) -> dict[int, str]:
+    """Return the names of the labels of the first `n` items, as far as the batch holds them."""
+    labels = batch[CLASS_KEY][:n].tolist()
+    return dict(zip(labels, batch[CLASS_NAME_KEY][:n], strict=True)) if CLASS_NAME_KEY in batch else {}

@@ -1,7 +1,7 @@
-"""What a model is conditioned on: its structure, whatever its content.
+"""Conditioning of the denoising network: its forms, and operations on every form.
 
-A conditioning is None, a tensor, a list of tensors, or a dict with the lists `c_concat` (joined to the
-input along channels) and `c_crossattn` (joined along the sequence, or, for `adm`, the class labels).
+A conditioning is None, a tensor, a list of tensors, or a dict with the lists `c_concat` (concatenated with the
+input along channels) and `c_crossattn` (concatenated along the sequence, or, for `adm`, the class labels).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 from ldm.config.instantiate import instantiate_from_config
 from ldm.errors import UserError, did_you_mean
-from ldm.modules.cached import Cached
+from ldm.modules.cached import ResultCache
 
 Conditioning = torch.Tensor | list[Any] | dict[str, Any] | None
 
@@ -22,7 +22,16 @@ CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm")
 
 
 class DiffusionWrapper(nn.Module):
-    """The denoising network together with the way it takes its conditioning."""
+    """Denoising network that receives its conditioning according to `conditioning_key`.
+
+    Args:
+        diff_model_config: target and parameters of the network.
+        conditioning_key: "concat" (with the input), "crossattn" (as context), "hybrid" (both), "adm" (class labels), or
+            None for an unconditional network.
+
+    Raises:
+        UserError: an unknown `conditioning_key`.
+    """
 
     def __init__(self, diff_model_config: Mapping[str, Any], conditioning_key: str | None) -> None:
         super().__init__()
@@ -41,40 +50,40 @@ class DiffusionWrapper(nn.Module):
         c_concat: list[torch.Tensor] | None = None,
         c_crossattn: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The network's prediction (B, C, H, W) for x (B, C, H, W) at steps t (B,)."""
+        """Return the network's prediction (B, C, H, W) for x (B, C, H, W) at timesteps t (B,)."""
         key = self.conditioning_key
         if key is None:
             return self.diffusion_model(x, t)
         if key in ("concat", "hybrid"):
-            x = torch.cat([x, *_required(c_concat, "c_concat", key)], dim=1)
+            x = torch.cat([x, *_require(c_concat, "c_concat", key)], dim=1)
         if key == "concat":
             return self.diffusion_model(x, t)
-        crossattn = _required(c_crossattn, "c_crossattn", key)
+        crossattn = _require(c_crossattn, "c_crossattn", key)
         if key == "adm":
             return self.diffusion_model(x, t, y=crossattn[0])
         context = crossattn[0] if len(crossattn) == 1 else torch.cat(crossattn, dim=1)
         return self.diffusion_model(x, t, context=context)
 
 
-def _required(entries: list[torch.Tensor] | None, name: str, key: str) -> list[torch.Tensor]:
-    if not entries:
+def _require(tensors: list[torch.Tensor] | None, name: str, key: str) -> list[torch.Tensor]:
+    if not tensors:
         raise ValueError(f'conditioning_key "{key}" needs the entry "{name}" of the conditioning')
-    return entries
+    return tensors
 
 
 def as_dict(cond: Conditioning, conditioning_key: str | None) -> dict[str, list[torch.Tensor]]:
-    """The keyword arguments of `DiffusionWrapper.forward` for any form of conditioning."""
+    """Convert any form of conditioning to the keyword arguments of `DiffusionWrapper.forward`."""
     if cond is None:
         return {}
     if isinstance(cond, Mapping):
         if conditioning_key == "adm" and not {"c_concat", "c_crossattn"} & cond.keys():
-            return {"c_crossattn": list(cond.values())}  # labels under their name in the batch
+            return {"c_crossattn": list(cond.values())}  # labels under their key in the batch
         return {key: value if isinstance(value, list) else [value] for key, value in cond.items()}
     return {"c_concat" if conditioning_key == "concat" else "c_crossattn": cond if isinstance(cond, list) else [cond]}
 
 
 def map_tensors(function: Any, *conds: Any) -> Any:
-    """Apply `function` to the corresponding tensors of conditionings of one structure."""
+    """Apply `function` to the corresponding tensors of conditionings of the same structure."""
     first = conds[0]
     if isinstance(first, Mapping):
         return {key: map_tensors(function, *(cond[key] for cond in conds)) for key in first}
@@ -84,32 +93,32 @@ def map_tensors(function: Any, *conds: Any) -> Any:
 
 
 def slice_batch(cond: Conditioning, n: int) -> Conditioning:
-    """The first `n` items of the batch."""
+    """Return the first `n` items of the batch."""
     return map_tensors(lambda c: c[:n], cond)
 
 
 def pair(unconditional: Conditioning, cond: Conditioning) -> Conditioning:
-    """Both conditionings in one batch of 2B, the unconditional half first, as guidance needs them."""
+    """Concatenate both conditionings to a batch of 2B for classifier-free guidance, the unconditional half first."""
     return map_tensors(lambda u, c: torch.cat([u, c]), unconditional, cond)
 
 
 class Pairing:
-    """`pair`, made once for as long as both conditionings hold the same tensors, unchanged.
+    """Cache of `pair`, valid while both conditionings hold the same unmodified tensors.
 
-    Guidance asks for the same pair at every step; given the same tensors, what depends on them can be kept too.
+    Guidance needs the same pair at every step. With identical tensors, results that depend on them can be cached too.
     """
 
     def __init__(self) -> None:
-        self._kept: Cached[Conditioning] = Cached()
+        self._cache: ResultCache[Conditioning] = ResultCache()
 
     def __call__(self, unconditional: Conditioning, cond: Conditioning) -> Conditioning:
-        """See `pair`."""
+        """Return the result of `pair`, from the cache if possible."""
         sources = [*tensors(unconditional), *tensors(cond)]
-        return self._kept(lambda: pair(unconditional, cond), *sources)
+        return self._cache(lambda: pair(unconditional, cond), *sources)
 
 
 def tensors(cond: Conditioning) -> Iterator[torch.Tensor]:
-    """Every tensor of a conditioning, in order."""
+    """Iterate over the tensors of a conditioning, in order."""
     if isinstance(cond, (Mapping, list)):
         for part in cond.values() if isinstance(cond, Mapping) else cond:
             yield from tensors(part)
@@ -118,7 +127,7 @@ def tensors(cond: Conditioning) -> Iterator[torch.Tensor]:
 
 
 def batch_size_of(cond: Conditioning) -> int | None:
-    """The batch size, or None when there is no conditioning."""
+    """Return the batch size, or None if there is no conditioning."""
     while isinstance(cond, (Mapping, list)):
         cond = next(iter(cond.values() if isinstance(cond, Mapping) else cond), None)
     return None if cond is None else cond.shape[0]

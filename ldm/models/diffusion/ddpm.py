@@ -1,16 +1,14 @@
-"""Diffusion models: the network, what it is conditioned on, and its loss.
+"""Diffusion models: the denoising network, its conditioning and its loss.
 
-The schedule that a model carries is its base `DiffusionProcess`, the latent space it lives in `LatentSpace`.
+The models are plain modules. `DiffusionProcess` implements their noise schedule, `LatentSpace` their first stage and
+`ConditioningStage` the encoder of their conditioning. `ldm.training.modules` trains them.
 
-Shapes: images x (B, C, H, W) in [-1, 1]; latents z (B, c, h, w); steps t (B,) int64 from 0 to T - 1.
-
-The models are plain modules. `ldm.training.modules` trains them; the samplers beside this file draw from them.
+Shapes: images x (B, C, H, W) in [-1, 1]; latents z (B, c, h, w); timesteps t (B,) int64 from 0 to T - 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +17,14 @@ from torch import nn
 
 from ldm.config.instantiate import instantiate_from_config
 from ldm.errors import UserError, did_you_mean
-from ldm.io.checkpoint.loading import load_weights
+from ldm.io.checkpoint.loading import EMA_PREFIX, load_weights
 from ldm.io.checkpoint.reading import read_state_dict
-from ldm.io.pixels import batch_entry, batch_images
+from ldm.io.pixels import batch_images
 from ldm.models.diffusion import preview
 from ldm.models.diffusion.ancestral import AncestralSampler
-from ldm.models.diffusion.conditioning import Conditioning, DiffusionWrapper, as_dict, map_tensors, slice_batch
+from ldm.models.diffusion.batch_keys import CONDITIONING_KEY, LATENT_KEY, LAYOUT_KEY
+from ldm.models.diffusion.conditioning import Conditioning, DiffusionWrapper, as_dict, slice_batch
+from ldm.models.diffusion.conditioning_stage import ConditioningStage
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.latent_space import LatentSpace
 from ldm.models.diffusion.process import DiffusionProcess
@@ -38,35 +38,55 @@ from ldm.modules.diffusionmodules.schedule import (
     min_snr_weights,
 )
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.ema import LitEma
+from ldm.modules.ema import EmaMixin, LitEma
 from ldm.modules.encoders.layout import LayoutTokens
 from ldm.modules.frozen import freeze
 from ldm.util import default
 
-# Where a batch carries moments that the first stage computed earlier: (B, 2c, h, w), mean and log-variance.
-LATENT_KEY = "latent_moments"
-# Where a batch carries what the conditioning stage said earlier: (B, c', h, w).
-CONDITIONING_KEY = "conditioning"
-# What in-painting is conditioned on: pictures with black in place of what to fill, and where that is.
-MASKED_KEY, MASK_KEY = "masked_image", "mask"
-# Where a batch carries layouts: the tokens of `encoders.layout`, (B, L) int64.
-LAYOUT_KEY = "coordinates_bbox"
 LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "l1": lambda prediction, target: (prediction - target).abs(),
     "l2": lambda prediction, target: (prediction - target) ** 2,
 }
 
 
-class DDPM(DiffusionProcess):
-    """A diffusion model of images (arXiv:2006.11239).
+class DDPM(EmaMixin, DiffusionProcess):
+    """Diffusion model of images (arXiv:2006.11239).
 
-    Parameters are those of the published configurations, and `min_snr_gamma`: the γ by which arXiv:2303.09556
-    weights the simple loss. `base_learning_rate` stands beside them in YAML; the trainer turns it into
-    `learning_rate`.
+    The parameters are those of the published configurations, plus `min_snr_gamma`. The `base_learning_rate` of a YAML
+    configuration is not a parameter: the trainer derives `learning_rate` from it.
+
+    Args:
+        unet_config: target and parameters of the denoising network.
+        timesteps: number of timesteps T.
+        beta_schedule: "linear", "cosine", "sqrt_linear" or "sqrt"; see `make_beta_schedule`.
+        loss_type: "l1" or "l2".
+        ckpt_path: checkpoint to start from; see `init_from_ckpt` for `ignore_keys` and `load_only_unet`.
+        monitor: name of the logged value that selects the checkpoints to keep.
+        use_ema: keep a moving average of the weights.
+        first_stage_key: entry of a batch that holds the images.
+        image_size: height and width of a sample, or of its latent.
+        channels: channels of a sample, or of its latent.
+        log_every_t: distance of the timesteps that previews show.
+        clip_denoised: clamp estimates of x_start to [-1, 1] in ancestral sampling.
+        linear_start, linear_end, cosine_s: parameters of the schedule.
+        given_betas: betas (T,) to use instead of a schedule.
+        original_elbo_weight: weight of the variational bound in the loss.
+        v_posterior: v in the posterior variance (1 - v) β̃_t + v β_t.
+        l_simple_weight: weight of the simple loss.
+        conditioning_key: see `DiffusionWrapper`.
+        parameterization: prediction of the network: "eps", "x0" or "v".
+        scheduler_config: learning rate schedule, for the trainer.
+        use_positional_encodings: accepted for published configurations; has no effect.
+        learn_logvar: learn a log-variance of the loss for each timestep, from `logvar_init`.
+        min_snr_gamma: γ of the weights of the simple loss (arXiv:2303.09556); None for equal weights.
 
     Raises:
-        UserError: an unknown schedule, parameterization, loss or conditioning key, or γ not above 0.
+        UserError: an unknown schedule, parameterization, loss or conditioning key, or γ is not above 0.
     """
+
+    # `instantiate_from_config` stores the configuration that it built the model from in `config`.
+    records_config = True
+    config: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -100,8 +120,8 @@ class DDPM(DiffusionProcess):
         min_snr_gamma: float | None = None,
     ) -> None:
         super().__init__()
-        _one_of("parameterization", parameterization, PARAMETERIZATIONS)
-        _one_of("loss_type", loss_type, tuple(LOSSES))
+        _check_known("parameterization", parameterization, PARAMETERIZATIONS)
+        _check_known("loss_type", loss_type, tuple(LOSSES))
         self.parameterization = parameterization
         self.loss_type = loss_type
         self.clip_denoised = clip_denoised
@@ -110,37 +130,39 @@ class DDPM(DiffusionProcess):
         self.image_size = image_size
         self.channels = channels
         self.use_positional_encodings = use_positional_encodings
-        self.model = DiffusionWrapper(unet_config, conditioning_key)
-        self.use_ema = use_ema
-        if use_ema:
-            self.model_ema = LitEma(self.model)
         self.scheduler_config = scheduler_config
         self.use_scheduler = scheduler_config is not None
         self.learning_rate = 1e-4
         self.monitor = monitor
         self.original_elbo_weight = original_elbo_weight
         self.l_simple_weight = l_simple_weight
-        if given_betas is not None:
-            betas = np.asarray(given_betas, dtype=np.float64)
-        else:
-            betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        self._register_loss_weights(self.register_schedule(betas, v_posterior), min_snr_gamma)
-        self.learn_logvar = learn_logvar
-        logvar = torch.full((self.num_timesteps,), float(logvar_init))
-        # Not a buffer: published checkpoints hold it only where it is learned.
-        self.logvar = nn.Parameter(logvar) if learn_logvar else logvar
+        self.model = DiffusionWrapper(unet_config, conditioning_key)
+        self.use_ema = use_ema
+        if use_ema:
+            self.model_ema = LitEma(self.model)
+        if given_betas is None:
+            given_betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        tables = self.register_schedule(np.asarray(given_betas, dtype=np.float64), v_posterior)
+        self._register_loss_weights(tables, min_snr_gamma)
+        self._init_logvar(learn_logvar, logvar_init)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
 
     # -- schedule --------------------------------------------------------------------------------------------
 
     def _register_loss_weights(self, tables: Mapping[str, np.ndarray], min_snr_gamma: float | None) -> None:
-        """The weights (T,) of the variational bound's loss, and those of the simple one: 1 without γ."""
+        """Register the weights (T,) of the variational bound and of the simple loss, which are 1 without γ."""
         weights = np.ones(self.num_timesteps)
         if min_snr_gamma is not None:
             weights = min_snr_weights(tables["alphas_cumprod"], min_snr_gamma, self.parameterization)
         self.register_table("lvlb_weights", lvlb_weights(tables, self.parameterization), persistent=False)
         self.register_table("loss_weights", weights, persistent=False)
+
+    def _init_logvar(self, learn_logvar: bool, logvar_init: float) -> None:
+        self.learn_logvar = learn_logvar
+        logvar = torch.full((self.num_timesteps,), float(logvar_init))
+        # Not a buffer: published checkpoints contain it only if it is learned.
+        self.logvar = nn.Parameter(logvar) if learn_logvar else logvar
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DDPM:
         super()._apply(fn, recurse)
@@ -150,13 +172,23 @@ class DDPM(DiffusionProcess):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the denoising network's weights."""
+        """Data type of the denoising network."""
         return next(self.model.parameters()).dtype
 
     # -- weights ---------------------------------------------------------------------------------------------
 
+    @property
+    def averaged_module(self) -> nn.Module:
+        """Module whose weights are averaged: the denoising network."""
+        return self.model
+
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
-        """Load weights from a checkpoint: all of them, or with `only_model` the denoising network's.
+        """Load weights from a checkpoint: all of them, or with `only_model` those of the denoising network.
+
+        Args:
+            path: checkpoint file.
+            ignore_keys: prefixes of the names to skip.
+            only_model: load the denoising network only.
 
         Raises:
             UserError: the file cannot be read or holds another model.
@@ -165,80 +197,69 @@ class DDPM(DiffusionProcess):
         if only_model:
             weights = {name[6:]: value for name, value in weights.items() if name.startswith("model.")} or weights
         report = load_weights(self.model if only_model else self, weights, ignore_keys, source=f'"{path}"')
-        if self.use_ema and (only_model or any(name.startswith("model_ema.") for name in report.missing)):
-            self.model_ema.restart(self.model)  # a file without averages: they start at its weights
-
-    @contextmanager
-    def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Run with the averaged weights, where the model keeps them."""
-        with self.model_ema.swapped(self.model) if self.use_ema else nullcontext():
-            yield
-
-    def update_ema(self) -> None:
-        """Take the present weights into the average; after every optimizer step."""
-        if self.use_ema:
-            self.model_ema(self.model)
+        if only_model or any(name.startswith(EMA_PREFIX) for name in report.missing):
+            self.restart_ema()
 
     def optimizer_parameters(self) -> list[nn.Parameter]:
-        """What the optimizer trains."""
+        """Return the parameters that the optimizer trains."""
         return [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
 
     # -- loss ------------------------------------------------------------------------------------------------
 
     def get_loss(self, pred: torch.Tensor, target: torch.Tensor, mean: bool = True) -> torch.Tensor:
-        """The `loss_type` distance, its mean or its elements."""
+        """Return the `loss_type` distance: its mean, or with `mean=False` its elements."""
         loss = LOSSES[self.loss_type](pred, target)
         return loss.mean() if mean else loss
 
     def p_losses(
         self, x_start: torch.Tensor, cond: Conditioning, t: torch.Tensor, noise: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The training loss at steps t, and what to log of it.
+        """Return the training loss at timesteps t, and the values to log.
 
-        The simple loss (equation 14), weighted by `min_snr_gamma` and a learned or fixed variance per step, plus
-        `original_elbo_weight` times the variational bound.
+        The loss is the simple loss (equation 14), weighted by `min_snr_gamma` and by a learned or fixed variance for
+        each timestep, plus `original_elbo_weight` times the variational bound.
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
         alpha = extract_into_tensor(self.alphas_cumprod, t, x_start.shape)
         target = training_target(self.parameterization, x_start, noise, alpha)
-        each = self.get_loss(output, target, mean=False).mean(dim=(1, 2, 3))
+        loss_simple = self.get_loss(output, target, mean=False).mean(dim=(1, 2, 3))
         prefix = "train" if self.training else "val"
-        log = {f"{prefix}/loss_simple": each.mean()}
+        log = {f"{prefix}/loss_simple": loss_simple.mean()}
         logvar = self.logvar[t]
-        loss = self.loss_weights[t] * each / logvar.exp() + logvar
+        loss = self.loss_weights[t] * loss_simple / logvar.exp() + logvar
         if self.learn_logvar:
             log[f"{prefix}/loss_gamma"] = loss.mean()
             log["logvar"] = self.logvar.data.mean()
-        loss_vlb = (self.lvlb_weights[t] * each).mean()
+        loss_vlb = (self.lvlb_weights[t] * loss_simple).mean()
         log[f"{prefix}/loss_vlb"] = loss_vlb
         loss = self.l_simple_weight * loss.mean() + self.original_elbo_weight * loss_vlb
         log[f"{prefix}/loss"] = loss
         return loss, log
 
     def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning = None) -> torch.Tensor:
-        """The network's prediction for x_noisy (B, C, H, W) at steps t."""
+        """Return the network's prediction for x_noisy (B, C, H, W) at timesteps t."""
         return self.model(x_noisy, t, **as_dict(cond, self.model.conditioning_key))
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> torch.Tensor:
-        """Entry `k` of a batch as float (B, C, H, W); datasets give (B, H, W, C) or (B, H, W)."""
+        """Return entry `k` of a batch, (B, H, W, C) or (B, H, W), as float (B, C, H, W)."""
         return batch_images(batch, k).to(self.device)
 
     def get_x_start(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The clean x_0 (B, C, h, w) of a batch, whatever it is conditioned on."""
+        """Return the clean x_0 (B, C, h, w) of a batch, without its conditioning."""
         return self.get_input(batch, self.first_stage_key)
 
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of a batch at random steps."""
+        """Return the loss of a batch at random timesteps, and the values to log."""
         return self(self.get_input(batch, self.first_stage_key))
 
     def forward(self, x: torch.Tensor, c: Conditioning = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss at random steps."""
+        """Return the loss of x at random timesteps, and the values to log."""
         t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=self.device).long()
         return self.p_losses(x, c, t)
 
     def before_training_batch(self, batch: Mapping[str, Any], is_first: bool) -> None:
-        """Called by the trainer before every batch; `is_first` on the very first of a fresh run."""
+        """Prepare for a batch; the trainer calls it before every batch, with `is_first` on the first of a new run."""
 
     # -- sampling --------------------------------------------------------------------------------------------
 
@@ -252,12 +273,12 @@ class DDPM(DiffusionProcess):
         start_T: int | None = None,
         **options: Any,
     ) -> Any:
-        """Ancestral sampling of `shape` (B, C, H, W) over all steps, or the first `timesteps` of them.
+        """Sample `shape` (B, C, H, W) ancestrally, over all timesteps or the first `timesteps` of them.
 
-        Options are fields of `SamplingOptions`. Returns the sample, and with `return_intermediates` the list of
-        x_t it came through.
+        Options are fields of `SamplingOptions`. Returns the samples, and with `return_intermediates` the list of
+        intermediate x_t.
         """
-        sample, intermediates = self._ancestral(cond, shape, x_T, timesteps, start_T, options)
+        sample, intermediates = self._sample_ancestral(cond, shape, x_T, timesteps, start_T, options)
         return (sample, intermediates["x_inter"]) if return_intermediates else sample
 
     def progressive_denoising(
@@ -269,15 +290,15 @@ class DDPM(DiffusionProcess):
         start_T: int | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Ancestral sampling that returns the sample and its estimates of x_0 along the way.
+        """Sample ancestrally; return the samples and the list of intermediate estimates of x_0.
 
-        `shape` is (C, H, W) with `batch_size`, (B, C, H, W) without.
+        `shape` is (C, H, W) with `batch_size`, and (B, C, H, W) without it.
         """
         shape = (batch_size, *shape) if batch_size is not None else tuple(shape)
-        sample, intermediates = self._ancestral(cond, shape, x_T, None, start_T, options)
+        sample, intermediates = self._sample_ancestral(cond, shape, x_T, None, start_T, options)
         return sample, intermediates["pred_x0"][1:]
 
-    def _ancestral(
+    def _sample_ancestral(
         self,
         cond: Conditioning,
         shape: Sequence[int],
@@ -287,8 +308,8 @@ class DDPM(DiffusionProcess):
         options: dict[str, Any],
     ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
         steps = min(default(timesteps, self.num_timesteps), default(start_T, self.num_timesteps))
-        settings = SamplingOptions(**{"log_every_t": self.log_every_t, **options})
-        return AncestralSampler(self, self.clip_denoised).run(shape, np.arange(steps), cond, settings, x_T)
+        sampling_options = SamplingOptions(**{"log_every_t": self.log_every_t, **options})
+        return AncestralSampler(self, self.clip_denoised).run(shape, np.arange(steps), cond, sampling_options, x_T)
 
     def sample(
         self,
@@ -298,14 +319,14 @@ class DDPM(DiffusionProcess):
         shape: Sequence[int] | None = None,
         **options: Any,
     ) -> Any:
-        """Ancestral samples (batch_size, C, H, W) for the first `batch_size` items of the conditioning."""
+        """Sample (batch_size, C, H, W) ancestrally for the first `batch_size` items of the conditioning."""
         shape = default(shape, (batch_size, self.channels, self.image_size, self.image_size))
         return self.p_sample_loop(slice_batch(cond, batch_size), shape, return_intermediates, **options)
 
     def sample_log(
         self, cond: Conditioning, batch_size: int, ddim: bool, ddim_steps: int, **options: Any
     ) -> tuple[torch.Tensor, Any]:
-        """Samples and intermediates, by DDIM or ancestrally, as previews want them."""
+        """Sample with DDIM or ancestrally; return the samples and the intermediates, for previews."""
         if not ddim:
             return self.sample(cond, batch_size, return_intermediates=True, **options)
         shape = (self.channels, self.image_size, self.image_size)
@@ -313,25 +334,56 @@ class DDPM(DiffusionProcess):
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, torch.Tensor]:
-        """Pictures (B, C, H, W) in [-1, 1] that show what the model does with a batch; see `preview`."""
+        """Return images in [-1, 1] that show the model's results for a batch; see `preview`."""
         return preview.pixel_previews(self, batch, N, **options)
 
 
-class LatentDiffusion(LatentSpace, DDPM):
-    """A diffusion model of the latents of a first stage, optionally conditioned (arXiv:2112.10752).
+class LatentDiffusion(LatentSpace, ConditioningStage, DDPM):
+    """Diffusion model of the latents of a first stage, optionally conditional (arXiv:2112.10752).
 
     Args:
-        first_stage_config: the autoencoder; frozen.
-        cond_stage_config: the encoder of the conditioning, `__is_first_stage__` or `__is_unconditional__`.
-        num_timesteps_cond: more than 1 noises the conditioning itself, over so many steps.
-        cond_stage_key: entry of the batch that conditions.
-        cond_stage_trainable: train the encoder along with the denoising network.
-        concat_mode: without a `conditioning_key`, join the conditioning to the input (else by cross-attention).
+        first_stage_config: target and parameters of the autoencoder, which is frozen.
+        cond_stage_config: target and parameters of the encoder of the conditioning, or `__is_first_stage__`, or
+            `__is_unconditional__`.
+        num_timesteps_cond: more than 1 noises the conditioning too, over this number of timesteps.
+        cond_stage_key: entry of a batch that holds the conditioning.
+        cond_stage_trainable: train the encoder together with the denoising network.
+        concat_mode: without a `conditioning_key`, concatenate the conditioning with the input; if False, attend to it.
         cond_stage_forward: name of the encoder's method to call instead of `encode`.
-        scale_factor: latents are multiplied by it; a buffer when `scale_by_std` sets it to one over the standard
-            deviation of the first training batch's latents.
-        cond_dropout: share of training items whose conditioning is replaced by the empty one ("" for text, the
-            last class for classes, zeros otherwise), which classifier-free guidance needs (arXiv:2207.12598).
+        conditioning_key: see `DiffusionWrapper`.
+        scale_factor: factor of the latents.
+        scale_by_std: make `scale_factor` a buffer and set it to one over the standard deviation of the latents of the
+            first training batch.
+        cond_dropout: probability of replacing the conditioning of a training item by the empty one: "" for text, the
+            last class for labels, zeros otherwise. Classifier-free guidance needs it (arXiv:2207.12598).
+        class_names: names of the classes in order, or a string that names their source: "imagenet", or the path of a
+            file of names. It is stored as given; the model does not read the file.
+        ckpt_path, ignore_keys, load_only_unet: see `DDPM`.
+        **kwargs: parameters of `DDPM`.
+
+    Example:
+        A class-conditional model without a first stage. The last of its classes is the empty conditioning:
+
+        >>> unet = {"in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1, "num_heads": 2}
+        >>> unet |= {"image_size": 8, "attention_resolutions": [2], "channel_mult": [1, 1]}
+        >>> unet |= {"use_spatial_transformer": True, "context_dim": 16}
+        >>> classes = {"embed_dim": 16, "n_classes": 11, "key": "class_label"}
+        >>> model = LatentDiffusion(
+        ...     first_stage_config={"target": "ldm.models.autoencoder.IdentityFirstStage"},
+        ...     cond_stage_config={"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": classes},
+        ...     cond_stage_key="class_label",
+        ...     conditioning_key="crossattn",
+        ...     unet_config={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
+        ...     image_size=8,
+        ... )
+        >>> loss, log = model.shared_step({"image": torch.zeros(2, 8, 8, 3), "class_label": torch.tensor([3, 7])})
+        >>> loss.backward()
+        >>> c, uc = (model.get_learned_conditioning({"class_label": torch.tensor([k, k])}) for k in (3, 10))
+        >>> guidance = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": uc}
+        >>> with model.ema_scope():
+        ...     latents, _ = DDIMSampler(model).sample(5, 2, (3, 8, 8), c, verbose=False, **guidance)
+        >>> model.decode_first_stage(latents).shape
+        torch.Size([2, 3, 8, 8])
     """
 
     def __init__(
@@ -347,6 +399,7 @@ class LatentDiffusion(LatentSpace, DDPM):
         scale_factor: float = 1.0,
         scale_by_std: bool = False,
         cond_dropout: float = 0.0,
+        class_names: Sequence[str] | str = (),
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
@@ -360,6 +413,7 @@ class LatentDiffusion(LatentSpace, DDPM):
         if not 0.0 <= cond_dropout < 1.0:
             raise UserError(f"cond_dropout must lie in [0, 1), got {cond_dropout}")
         self.cond_dropout = cond_dropout
+        self.class_names = class_names
         self.concat_mode = concat_mode
         self.cond_stage_trainable = cond_stage_trainable
         self.cond_stage_key = cond_stage_key
@@ -370,85 +424,23 @@ class LatentDiffusion(LatentSpace, DDPM):
             self.register_table("scale_factor", scale_factor)
         else:
             self.scale_factor = scale_factor
-        self._register_cond_schedule(default(num_timesteps_cond, 1))
+        self.register_cond_schedule(default(num_timesteps_cond, 1))
         self.first_stage_model = freeze(instantiate_from_config(first_stage_config))
-        self.cond_stage_model = self._build_cond_stage(cond_stage_config)
+        self.cond_stage_model = self.build_cond_stage(cond_stage_config)
         self.restarted_from_ckpt = ckpt_path is not None
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
 
-    def _register_cond_schedule(self, num_timesteps_cond: int) -> None:
-        self.num_timesteps_cond = num_timesteps_cond
-        self.shorten_cond_schedule = num_timesteps_cond > 1
-        if self.shorten_cond_schedule:
-            ids = torch.full((self.num_timesteps,), self.num_timesteps - 1, dtype=torch.long)
-            ids[:num_timesteps_cond] = torch.linspace(0, self.num_timesteps - 1, num_timesteps_cond).round().long()
-            self.register_buffer("cond_ids", ids, persistent=False)
-
-    def _build_cond_stage(self, config: Mapping[str, Any] | str) -> nn.Module | None:
-        if config == "__is_first_stage__":
-            return self.first_stage_model
-        model = instantiate_from_config(config)
-        return model if model is None or self.cond_stage_trainable else freeze(model)
-
     def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning = None) -> torch.Tensor:
-        """The network's prediction for x_noisy (B, C, H, W) at steps t; tiled where `split_input_params` says so.
+        """Return the network's prediction for x_noisy (B, C, H, W) at timesteps t.
 
-        What is joined to the input is cut into the same tiles; other conditioning serves every tile.
+        With `split_input_params` the prediction is made in tiles. Conditioning that is concatenated with the input
+        is cut into the same tiles. All tiles share the rest.
         """
         if not self.split_input_params:
             return super().apply_model(x_noisy, t, cond)
-        given = as_dict(cond, self.model.conditioning_key)
-        return tiled_predict(self.model, x_noisy, t, given, self.split_input_params)
-
-    # -- conditioning ----------------------------------------------------------------------------------------
-
-    def get_learned_conditioning(self, c: Any) -> Any:
-        """Encode captions, labels or images with the conditioning stage.
-
-        Masked images {`masked_image`: (B, 3, H, W), `mask`: (B, 1, H, W) of -1 and 1} are joined with their mask,
-        resized to the map's size.
-        """
-        if isinstance(c, Mapping) and MASK_KEY in c:
-            encoded = self.get_learned_conditioning(c[MASKED_KEY])
-            mask = nn.functional.interpolate(c[MASK_KEY], size=encoded.shape[-2:])
-            return torch.cat([encoded, mask.to(encoded)], dim=1)
-        if self.cond_stage_forward is not None:
-            return getattr(self.cond_stage_model, self.cond_stage_forward)(c)
-        encode = getattr(self.cond_stage_model, "encode", None)
-        encoded = encode(c) if callable(encode) else self.cond_stage_model(c)
-        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
-
-    def raw_conditioning(self, batch: Mapping[str, Any], cond_key: str | None = None) -> Any:
-        """The part of a batch that conditions, not yet encoded."""
-        key = default(cond_key, self.cond_stage_key)
-        if key == "class_label":
-            return {key: batch_entry(batch, key).to(self.device)}
-        if key == LAYOUT_KEY:
-            return batch_entry(batch, key).to(self.device)
-        if key == "caption":
-            return batch_entry(batch, key)
-        if key == MASKED_KEY:
-            return {name: self.get_input(batch, name) for name in (MASKED_KEY, MASK_KEY)}
-        return self.get_input(batch, key)
-
-    def drop_conditioning(self, xc: Any) -> Any:
-        """`xc` with each item replaced by the empty conditioning with probability `cond_dropout`."""
-        empty = self.empty_conditioning(xc)
-        n = len(next(iter(xc.values()))) if isinstance(xc, Mapping) else len(xc)
-        dropped = torch.rand(n, device=self.device) < self.cond_dropout
-        if isinstance(xc, list):
-            return [e if drop else x for drop, e, x in zip(dropped.tolist(), empty, xc, strict=True)]
-        return map_tensors(lambda e, x: torch.where(dropped.reshape(-1, *[1] * (x.dim() - 1)), e, x), empty, xc)
-
-    def empty_conditioning(self, xc: Any) -> Any:
-        """What stands for no conditioning, in the form of `xc`: "" for text, the last class, zeros otherwise."""
-        if isinstance(xc, Mapping) and MASK_KEY in xc:
-            return map_tensors(torch.zeros_like, xc)
-        if isinstance(xc, Mapping):
-            known = getattr(self.cond_stage_model, "n_classes", None) or self.model.diffusion_model.num_classes
-            return {key: torch.full_like(value, known - 1) for key, value in xc.items()}
-        return torch.zeros_like(xc) if isinstance(xc, torch.Tensor) else [""] * len(xc)
+        cond = as_dict(cond, self.model.conditioning_key)
+        return tiled_predict(self.model, x_noisy, t, cond, self.split_input_params)
 
     # -- training --------------------------------------------------------------------------------------------
 
@@ -463,9 +455,19 @@ class LatentDiffusion(LatentSpace, DDPM):
         return_original_cond: bool = False,
         bs: int | None = None,
     ) -> Any:
-        """Scaled latents and conditioning of a batch, and on request images, reconstructions and raw conditioning.
+        """Return the scaled latents and the conditioning of a batch.
 
-        For keys other than `first_stage_key` the entry itself, as (B, C, H, W).
+        For other keys than `first_stage_key`, return the entry itself as (B, C, H, W).
+
+
+        Args:
+            batch: images or their moments, and the conditioning or its encoding.
+            k: entry of the batch.
+            return_first_stage_outputs: append the images and their reconstructions.
+            force_c_encode: encode the conditioning even if its encoder is trained.
+            cond_key: entry of the conditioning, by default `cond_stage_key`.
+            return_original_cond: append the conditioning before it is encoded.
+            bs: use the first `bs` items of the batch.
         """
         if k != self.first_stage_key:
             return super().get_input(batch, k)
@@ -491,23 +493,26 @@ class LatentDiffusion(LatentSpace, DDPM):
 
     @torch.no_grad()
     def get_x_start(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The scaled latents (B, c, h, w) of a batch, which needs no conditioning for it."""
+        """Return the scaled latents (B, c, h, w) of a batch, without its conditioning."""
         return self.get_first_stage_encoding(self._encoded_batch(batch, self.first_stage_key, None)[1]).float()
 
     def _encoded_batch(self, batch: Mapping[str, Any], k: str, bs: int | None) -> tuple[torch.Tensor | None, Any]:
-        """Images (None where the batch carries moments instead) and what the first stage says of them."""
+        """Return the images and their encoding; the images are None if the batch holds moments instead."""
         if LATENT_KEY in batch:
             return None, DiagonalGaussianDistribution(batch[LATENT_KEY][:bs].to(self.device, torch.float32))
         x = super().get_input(batch, k)[:bs]
         return x, self.encode_first_stage(x.to(next(self.first_stage_model.parameters(), x).dtype))
 
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of a batch at random steps."""
+        """Return the loss of a batch at random timesteps, and the values to log."""
         z, c = self.get_input(batch, self.first_stage_key)
         return self(z, c)
 
     def forward(self, x: torch.Tensor, c: Any = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of latents (B, c, h, w) at random steps; a trainable stage encodes `c` here, with gradients."""
+        """Return the loss of latents (B, c, h, w) at random timesteps, and the values to log.
+
+        A trainable conditioning stage encodes `c` here, with gradients.
+        """
         t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=self.device).long()
         if self.model.conditioning_key is not None:
             if c is None:
@@ -519,38 +524,38 @@ class LatentDiffusion(LatentSpace, DDPM):
         return self.p_losses(x, c, t)
 
     def optimizer_parameters(self) -> list[nn.Parameter]:
-        """The denoising network, and the conditioning stage when it is trained too."""
+        """Return the parameters of the denoising network and, if it is trained, of the conditioning stage."""
         conditioning = list(self.cond_stage_model.parameters()) if self.cond_stage_trainable else []
         return [*super().optimizer_parameters(), *conditioning]
 
     @torch.no_grad()
     def before_training_batch(self, batch: Mapping[str, Any], is_first: bool) -> None:
-        """On the first batch of a fresh run, set the scale of the latents where `scale_by_std` asks for it."""
+        """Set the scale of the latents on the first batch of a new run, if `scale_by_std` is set."""
         if not (self.scale_by_std and is_first and not self.restarted_from_ckpt):
             return
         if self.scale_factor != 1.0:
-            raise UserError("scale_by_std sets the scale itself: leave scale_factor at 1.0")
+            raise UserError("scale_by_std measures the scale of the latents; leave scale_factor at 1.0")
         z = self.get_input(batch, self.first_stage_key)[0]
         self.scale_factor.copy_(1.0 / z.flatten().std())
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, torch.Tensor]:
-        """Pictures (B, C, H, W) in [-1, 1] that show what the model does with a batch; see `preview`."""
+        """Return images in [-1, 1] that show the model's results for a batch; see `preview`."""
         return preview.latent_previews(self, batch, N, **options)
 
 
 class Layout2ImgDiffusion(LatentDiffusion):
-    """A latent diffusion model of pictures that follow a layout of labelled boxes (arXiv:2112.10752, section 4.3.1).
+    """Latent diffusion model conditional on layouts of labelled boxes (arXiv:2112.10752, section 4.3.1).
 
     Args:
-        cond_stage_key: must be "coordinates_bbox", the entry of the batch with the layouts' tokens.
-        class_names: what previews call the classes, in their order; numbers beyond it.
+        cond_stage_key: must be "coordinates_bbox", the entry of a batch that holds the tokens of the layouts.
+        **kwargs: parameters of `LatentDiffusion`.
 
     Raises:
-        UserError: another `cond_stage_key`, or a conditioning stage that reads no tokens.
+        UserError: another `cond_stage_key`, or a conditioning stage that does not read tokens.
     """
 
-    def __init__(self, cond_stage_key: str = LAYOUT_KEY, class_names: Sequence[str] = (), **kwargs: Any) -> None:
+    def __init__(self, cond_stage_key: str = LAYOUT_KEY, **kwargs: Any) -> None:
         if cond_stage_key != LAYOUT_KEY:
             raise UserError(f'Layout2ImgDiffusion needs the cond_stage_key "{LAYOUT_KEY}", not "{cond_stage_key}"')
         super().__init__(cond_stage_key=cond_stage_key, **kwargs)
@@ -558,22 +563,22 @@ class Layout2ImgDiffusion(LatentDiffusion):
         if transformer is None or getattr(self.cond_stage_model, "use_tknz_fn", False):
             raise UserError("Layout2ImgDiffusion needs a cond_stage_config that reads tokens: use_tokenizer: false")
         self.layout_tokens = LayoutTokens(transformer.num_tokens)
-        self.class_names = tuple(class_names)
 
     def class_name(self, label: int) -> str:
-        """What previews call class `label`."""
-        return self.class_names[label] if label < len(self.class_names) else str(label)
+        """Return the name of class `label`, or its number where `class_names` does not list it."""
+        names = () if isinstance(self.class_names, str) else self.class_names
+        return names[label] if label < len(names) else str(label)
 
     def empty_conditioning(self, xc: torch.Tensor) -> torch.Tensor:
-        """Layouts like `xc` without any box."""
+        """Return layouts of the shape of `xc` without boxes."""
         return torch.full_like(xc, self.layout_tokens.none)
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, torch.Tensor]:
-        """Pictures (B, C, H, W) in [-1, 1] that show what the model does with a batch; see `preview`."""
+        """Return images in [-1, 1] that show the model's results for a batch; see `preview`."""
         return preview.layout_previews(self, batch, N, **options)
 
 
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+def _check_known(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise UserError(f'{name} "{value}" is not known{did_you_mean(value, known)}; choose one of {", ".join(known)}')

@@ -1,4 +1,4 @@
-"""DPM-Solver++ of second order, the multistep one (arXiv:2211.01095, algorithm 2)."""
+"""DPM-Solver++ sampler: the second-order multistep solver (arXiv:2211.01095)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.sampler import GridSampler
 from ldm.modules.diffusionmodules.schedule import make_ddim_sampling_parameters
 
-FEW_STEPS = 15  # below so many the last step is of first order, for stability
+LOWER_ORDER_FINAL_BELOW = 15  # runs of fewer steps end with a first-order step, for stability
 
 
 class DPMSolverSampler(GridSampler):
-    """Solves the probability-flow ODE along the model's estimates of x_start, extrapolated in λ from the last two.
+    """DPM-Solver++(2M) sampler (arXiv:2211.01095, algorithm 2).
 
-    λ = log(√ᾱ / √(1 - ᾱ)). With one estimate, as in the first step, a step is DDIM's at eta 0. The sampler's own
-    grid is even in λ from the model's last step to step 0, and then goes to the data. It draws no noise but the
-    start's and, with a mask, the known part's.
+    ::
+
+        x_s = (σ_s / σ_t) · x_t - α_s · (exp(-h) - 1) · D,   D = x̂_0(t) + h / (2 h') · (x̂_0(t) - x̂_0(r))
+
+        α = √ᾱ,   σ = √(1 - ᾱ),   λ = log(α / σ),   h = λ_s - λ_t,   h' = λ_t - λ_r
+
+    Here r, t and s are consecutive timesteps of the run and x̂_0 is the model's estimate of x_start. The first step
+    has a single estimate, D = x̂_0(t), and equals a DDIM step at η = 0. The default grid is even in λ from the last
+    timestep of the model to timestep 0; a last step reaches the data. The method is deterministic: it samples the
+    start noise and, with a mask, the noise of the known region.
     """
 
     name = "DPM-Solver++"
@@ -29,36 +36,41 @@ class DPMSolverSampler(GridSampler):
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str | None = None, ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
-        """Choose the grid and the tables (S + 1,) at its positions, after the position where the run ends.
+        """Set the grid, and the tables `alphas`, `sigmas`, `lambdas` (each (S + 1,)).
+
+        Entry 0 of a table belongs to the end of the run, entry i + 1 to grid index i.
 
         Raises:
-            UserError: `ddim_eta` other than 0, as the method is deterministic; or no such grid.
+            UserError: `ddim_eta` is not 0, as the method is deterministic; or there is no such grid.
         """
         if ddim_eta != 0:
             raise UserError(f"DPM-Solver++ is deterministic: eta must be 0, got {ddim_eta}")
         self.ddim_timesteps = self.grid(ddim_num_steps, ddim_discretize)
-        _, alphas, alphas_prev = make_ddim_sampling_parameters(self.alphas_cumprod, self.ddim_timesteps, 0.0)
-        alphas = np.append(alphas_prev[:1], alphas)
-        self.signal, self.spread = np.sqrt(alphas), np.sqrt(1 - alphas)
-        with np.errstate(divide="ignore"):  # at the data λ is infinite
-            self.half_logsnr = np.log(self.signal / self.spread)
+        _, alphas_cumprod, alphas_cumprod_prev = make_ddim_sampling_parameters(
+            self.alphas_cumprod, self.ddim_timesteps, 0.0
+        )
+        alphas_cumprod = np.append(alphas_cumprod_prev[:1], alphas_cumprod)
+        self.alphas, self.sigmas = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
+        with np.errstate(divide="ignore"):  # λ of the data is infinite
+            self.lambdas = np.log(self.alphas / self.sigmas)
 
     def begin(self) -> None:
-        """Forget the estimate of the previous run."""
+        """Reset the estimate of the previous run."""
         self.previous: torch.Tensor | None = None
 
     def step(self, x: torch.Tensor, index: int, cond: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
-        """One step from grid position `index`, which is entry `index` + 1 of the tables, down to the one before."""
+        """Run one step, of first order if there is no earlier estimate."""
         x_start = self.quantized(self.predict(x, index, cond).x_start)
-        h = float(self.half_logsnr[index] - self.half_logsnr[index + 1])
+        h = float(self.lambdas[index] - self.lambdas[index + 1])
         estimate = x_start
-        if self.previous is not None and not self.is_last_and_plain(index):
-            h_before = float(self.half_logsnr[index + 1] - self.half_logsnr[index + 2])
+        if self.previous is not None and not self.is_first_order_final(index):
+            h_before = float(self.lambdas[index + 1] - self.lambdas[index + 2])
             estimate = x_start + h / (2 * h_before) * (x_start - self.previous)
         self.previous = x_start
-        shrink = float(self.spread[index] / self.spread[index + 1])
-        return shrink * x - float(self.signal[index]) * math.expm1(-h) * estimate, x_start
+        shrink = float(self.sigmas[index] / self.sigmas[index + 1])
+        return shrink * x - float(self.alphas[index]) * math.expm1(-h) * estimate, x_start
 
-    def is_last_and_plain(self, index: int) -> bool:
-        """Whether this step is the last and to be of first order: in a short run, or to the data at infinite λ."""
-        return index == 0 and (len(self.ddim_timesteps) < FEW_STEPS or math.isinf(self.half_logsnr[0]))
+    def is_first_order_final(self, index: int) -> bool:
+        """Return whether the step is the last and of first order: in a short run, or to the data at infinite λ."""
+        short = len(self.ddim_timesteps) < LOWER_ORDER_FINAL_BELOW
+        return index == 0 and (short or math.isinf(self.lambdas[0]))

@@ -1,4 +1,4 @@
-"""Noise that belongs to pictures: the same for a picture whatever batch it is drawn in."""
+"""Seeded noise: every image of a batch has its own generator."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import Tensor
 
 
 class SeededNoise:
-    """Standard normal noise, picture b's from a generator of its own, seeded with `seeds[b]`.
+    """Source of standard normal noise in which image b has its own generator, seeded with `seeds[b]`.
 
-    Drawn on the CPU whatever the device, so that a GPU starts from the same noise.
+    The noise of an image does not depend on the batch that contains it. It is sampled on the CPU, so that every device
+    starts from the same noise.
 
     Args:
-        seeds: one for each picture of the batch, from 0 to 2⁶³ - 1.
-        device: where the noise is needed.
+        seeds: one seed for each image of the batch, from 0 to 2⁶³ - 1.
+        device: device of the returned noise.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
@@ -23,13 +24,13 @@ class SeededNoise:
         self.device = device
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
-        """The next noise: `(B, …)` float32, or `(1, …)`, which the first picture's generator gives.
+        """Return the next noise `(B, …)` float32, or `(1, …)` from the generator of the first image.
 
         Raises:
-            ValueError: the batch is of neither size.
+            ValueError: the batch size is neither 1 nor the number of seeds.
         """
-        count, *rest = shape
-        if count not in (1, len(self.generators)):
-            raise ValueError(f"noise for {len(self.generators)} pictures was asked for a batch of {count}")
-        noise = [torch.randn(rest, generator=generator) for generator in self.generators[:count]]
+        batch_size, *item_shape = shape
+        if batch_size not in (1, len(self.generators)):
+            raise ValueError(f"the noise has {len(self.generators)} seeds and cannot fill a batch of {batch_size}")
+        noise = [torch.randn(item_shape, generator=generator) for generator in self.generators[:batch_size]]
         return torch.stack(noise).to(self.device)

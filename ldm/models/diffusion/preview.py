@@ -1,26 +1,48 @@
-"""Pictures that show what a model does with a batch: the `log_images` of diffusion models.
+"""Previews: images that show the results of a diffusion model for a batch, for `log_images`.
 
-Every entry is (B, C, H, W) in [-1, 1], or a ready grid of such pictures.
+An entry of the previews is a batch of images (B, C, H, W), or one image (C, H, W) with a grid of them, in [-1, 1].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 
+from ldm.config.model_config import TEXT_KEYS
 from ldm.io.grids import draw_boxes, log_txt_as_img
 from ldm.io.pixels import in_random_colours
 from ldm.models.autoencoder import VQModel
+from ldm.models.diffusion.batch_keys import CLASS_KEY, CLASS_NAME_KEY
 from ldm.models.diffusion.conditioning import slice_batch
 
-if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion, Layout2ImgDiffusion
+
+class DiffusionModel(Protocol):
+    """Interface of the models that previews show. Latent models have more methods, see `LatentDiffusion`."""
+
+    first_stage_key: str
+    num_timesteps: int
+    log_every_t: int
+
+    def get_input(self, batch: Mapping[str, Any], k: str) -> torch.Tensor:
+        """Return entry `k` of a batch as (B, C, H, W)."""
+
+    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Return x_start noised to the timesteps t."""
+
+    def sample(self, **options: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return samples and intermediates."""
+
+    def ema_scope(self, context: str | None = None) -> AbstractContextManager[None]:
+        """Run with the averaged weights."""
 
 
 def pixel_previews(
-    model: DDPM,
+    model: DiffusionModel,
     batch: Mapping[str, Any],
     N: int = 8,
     n_row: int = 2,
@@ -28,18 +50,31 @@ def pixel_previews(
     return_keys: Sequence[str] | None = None,
     split: str = "train",
 ) -> dict[str, torch.Tensor]:
-    """Previews of a model of pixels: the inputs, their noising, samples and their denoising."""
+    """Return previews of a model of pixels.
+
+    Args:
+        model: the diffusion model.
+        batch: the batch to show.
+        N: number of items.
+        n_row: number of items in the rows.
+        sample: also show samples and their denoising.
+        return_keys: return only these previews.
+        split: split of the data, which the trainer passes; has no effect.
+
+    Returns:
+        `inputs`, `diffusion_row` (noising), `samples` and `denoise_row` (the steps of sampling).
+    """
     x = model.get_input(batch, model.first_stage_key)[:N]
-    log = {"inputs": x, "diffusion_row": diffusion_rows(model, x[:n_row])}
+    log = {"inputs": x, "diffusion_row": diffusion_row(model, x[:n_row])}
     if sample:
         with model.ema_scope("Plotting"):
             log["samples"], steps = model.sample(batch_size=len(x), return_intermediates=True, verbose=False)
         log["denoise_row"] = as_rows(steps)
-    return _only(log, return_keys)
+    return _select(log, return_keys)
 
 
 def latent_previews(
-    model: LatentDiffusion,
+    model: Any,
     batch: Mapping[str, Any],
     N: int = 8,
     n_row: int = 4,
@@ -55,74 +90,75 @@ def latent_previews(
     unconditional_guidance_scale: float = 1.0,
     split: str = "train",
 ) -> dict[str, torch.Tensor]:
-    """Previews of a latent model.
+    """Return previews of a latent diffusion model.
 
-    `inputs`, `reconstruction`, `conditioning`; then as asked `diffusion_row` (noising), `samples` by DDIM in
-    `ddim_steps` (ancestrally for None), `samples_guided`, `denoise_row`, `samples_x0_quantized`,
-    `samples_inpainting` and `samples_outpainting` of the middle square, and `progressive_row`.
+    Args:
+        model: a `LatentDiffusion`.
+        ddim_steps: number of DDIM steps; None samples ancestrally.
+        ddim_eta: η of DDIM.
+        unconditional_guidance_scale: scale of classifier-free guidance; other than 1 adds `samples_guided`.
+        batch, N, n_row, return_keys, split: see `pixel_previews`.
+        sample, quantize_denoised, inpaint, plot_denoise_rows, plot_progressive_rows, plot_diffusion_rows: the previews
+            to return.
+
+    Returns:
+        `inputs`, `reconstruction` and `conditioning`; then `diffusion_row` (noising), `samples`, `denoise_row` (the
+        steps of sampling), `samples_guided`, `samples_x0_quantized`, `mask`, `samples_inpainting` and
+        `samples_outpainting` of the central square, and `progressive_row` (the estimates of x_0).
     """
     z, c, x, reconstruction, xc = model.get_input(
         batch, model.first_stage_key, True, force_c_encode=True, return_original_cond=True, bs=N
     )
-    n, size = len(x), {"x_T": None, "verbose": False}
     log = {"inputs": x, "reconstruction": reconstruction}
     if c is not None:
-        log.update(_conditioning(model, batch, xc, x))
+        log.update(_conditioning_preview(model, batch, xc, x))
     if plot_diffusion_rows:
-        log["diffusion_row"] = diffusion_rows(model, z[:n_row], model.decode_first_stage)
-
-    def draw(**options: Any) -> tuple[torch.Tensor, Any]:
-        eta = {"eta": ddim_eta} if ddim_steps is not None else {}
-        with model.ema_scope("Plotting"):
-            latents, steps = model.sample_log(c, n, ddim_steps is not None, ddim_steps, **eta, **size, **options)
-        return model.decode_first_stage(latents), steps
-
+        log["diffusion_row"] = diffusion_row(model, z[:n_row], model.decode_first_stage)
+    generate = partial(_decoded_samples, model, c, len(x), ddim_steps, ddim_eta)
     if sample:
-        log["samples"], steps = draw()
+        log["samples"], steps = generate()
         if plot_denoise_rows:
             steps = steps["x_inter"] if isinstance(steps, dict) else steps
             log["denoise_row"] = as_rows([model.decode_first_stage(s[:n_row]) for s in steps])
         if unconditional_guidance_scale != 1.0 and c is not None:
-            empty = model.get_learned_conditioning(model.empty_conditioning(xc))
-            log["samples_guided"], _ = draw(
-                unconditional_guidance_scale=unconditional_guidance_scale, unconditional_conditioning=empty
+            uc = model.get_learned_conditioning(model.empty_conditioning(xc))
+            log["samples_guided"], _ = generate(
+                unconditional_guidance_scale=unconditional_guidance_scale, unconditional_conditioning=uc
             )
         if quantize_denoised and isinstance(model.first_stage_model, VQModel):
-            log["samples_x0_quantized"], _ = draw(quantize_x0=True)
+            log["samples_x0_quantized"], _ = generate(quantize_x0=True)
     if inpaint:
-        kept = middle_square(z)
-        log["mask"] = kept.expand(-1, 3, -1, -1) * 2 - 1
-        log["samples_inpainting"], _ = draw(mask=kept, x0=z)
-        log["samples_outpainting"], _ = draw(mask=1 - kept, x0=z)
+        mask = central_square_mask(z)
+        log["mask"] = mask.expand(-1, 3, -1, -1) * 2 - 1
+        log["samples_inpainting"], _ = generate(mask=mask, x0=z)
+        log["samples_outpainting"], _ = generate(mask=1 - mask, x0=z)
     if plot_progressive_rows:
-        with model.ema_scope("Plotting Progressives"):
-            shape = (model.channels, model.image_size, model.image_size)
-            _, estimates = model.progressive_denoising(slice_batch(c, n_row), shape, min(n, n_row), verbose=False)
-        log["progressive_row"] = as_rows([model.decode_first_stage(e) for e in estimates])
-    return _only(log, return_keys)
+        log["progressive_row"] = _progressive_row(model, c, min(len(x), n_row))
+    return _select(log, return_keys)
 
 
 def layout_previews(
-    model: Layout2ImgDiffusion,
-    batch: Mapping[str, Any],
-    N: int = 8,
-    return_keys: Sequence[str] | None = None,
-    **options: Any,
+    model: Any, batch: Mapping[str, Any], N: int = 8, return_keys: Sequence[str] | None = None, **options: Any
 ) -> dict[str, torch.Tensor]:
-    """Those of `latent_previews`, and `bbox_image`: the boxes with their labels, where the picture has them."""
+    """Return the previews of `latent_previews`, and `bbox_image`: the boxes with their labels.
+
+    `model` is a `Layout2ImgDiffusion`; the options are those of `latent_previews`.
+    """
     log = latent_previews(model, batch, N, **options)
     height, width = log["inputs"].shape[2:]
-    pictures = []
+    images = []
     for tokens in batch[model.cond_stage_key][:N]:
         boxes = model.layout_tokens.decode(tokens)
         labels = [model.class_name(box.label) for box in boxes]
-        pictures.append(draw_boxes((width, height), [box.position for box in boxes], labels, max(height // 25, 8)))
-    log["bbox_image"] = torch.stack(pictures)
-    return _only(log, return_keys)
+        images.append(draw_boxes((width, height), [box.position for box in boxes], labels, max(height // 25, 8)))
+    log["bbox_image"] = torch.stack(images)
+    return _select(log, return_keys)
 
 
-def diffusion_rows(model: DDPM, x_start: torch.Tensor, decode: Any = lambda x: x) -> torch.Tensor:
-    """A grid: each row one item, noised further and further, at the steps that `log_every_t` names."""
+def diffusion_row(
+    model: DiffusionModel, x_start: torch.Tensor, decode: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+) -> torch.Tensor:
+    """Return a grid with a row for each item: x_start noised to every `log_every_t`-th timestep and the last."""
     steps = [t for t in range(model.num_timesteps) if t % model.log_every_t == 0 or t == model.num_timesteps - 1]
     noise = torch.randn_like(x_start)
     noised = [
@@ -132,38 +168,54 @@ def diffusion_rows(model: DDPM, x_start: torch.Tensor, decode: Any = lambda x: x
 
 
 def as_rows(columns: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One picture (1, C, B·H, n·W) from n batches (B, C, H, W): a row for each item, a column for each batch."""
-    stacked = torch.stack(list(columns), dim=3)  # (B, C, H, n, W)
-    b, c, h, n, w = stacked.shape
-    return stacked.permute(1, 0, 2, 3, 4).reshape(1, c, b * h, n * w)
+    """Return n batches (B, C, H, W) as one image (C, B·H, n·W), with a row for each item."""
+    return rearrange(list(columns), "n b c h w -> c (b h) (n w)")
 
 
-def middle_square(z: torch.Tensor) -> torch.Tensor:
-    """A mask (B, 1, h, w): 1 around, 0 in the middle square, which in-painting fills."""
+def central_square_mask(z: torch.Tensor) -> torch.Tensor:
+    """Return a mask (B, 1, h, w) for inpainting: 0 in the central square, which is generated, and 1 around it."""
     mask = torch.ones_like(z[:, :1])
     h, w = z.shape[2:]
     mask[:, :, h // 4 : 3 * h // 4, w // 4 : 3 * w // 4] = 0
     return mask
 
 
-def _conditioning(
-    model: LatentDiffusion, batch: Mapping[str, Any], xc: Any, x: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """The conditioning as a picture: text written out, images as they are, maps in three fixed random colours.
+def _decoded_samples(
+    model: Any, c: Any, n: int, ddim_steps: int | None, ddim_eta: float, **options: Any
+) -> tuple[torch.Tensor, Any]:
+    """Return n decoded samples with the averaged weights, and the intermediates."""
+    if ddim_steps is not None:
+        options["eta"] = ddim_eta
+    with model.ema_scope("Plotting"):
+        latents, steps = model.sample_log(c, n, ddim_steps is not None, ddim_steps, verbose=False, **options)
+    return model.decode_first_stage(latents), steps
 
-    Labels are written as their names, where the batch has them.
+
+def _progressive_row(model: Any, c: Any, n: int) -> torch.Tensor:
+    """Return a grid with a row for each of n samples: the estimates of x_0 during ancestral sampling."""
+    shape = (model.channels, model.image_size, model.image_size)
+    with model.ema_scope("Plotting Progressives"):
+        _, estimates = model.progressive_denoising(slice_batch(c, n), shape, n, verbose=False)
+    return as_rows([model.decode_first_stage(e) for e in estimates])
+
+
+def _conditioning_preview(model: Any, batch: Mapping[str, Any], xc: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the conditioning as images: rendered text, images, or maps in random colours that never change.
+
+    Labels are rendered as their names if the batch holds these.
     """
     key = model.cond_stage_key
-    if key in ("caption", "class_label"):
-        words = batch.get("human_label", batch[key]) if key == "class_label" else batch[key]
-        words = (words.tolist() if isinstance(words, torch.Tensor) else words)[: len(x)]
-        return {"conditioning": log_txt_as_img((x.shape[3], x.shape[2]), words, size=max(x.shape[2] // 25, 8))}
+    if key in TEXT_KEYS or key == CLASS_KEY:
+        texts = batch.get(CLASS_NAME_KEY, batch[key]) if key == CLASS_KEY else batch[key]
+        texts = (texts.tolist() if isinstance(texts, torch.Tensor) else texts)[: len(x)]
+        return {"conditioning": log_txt_as_img((x.shape[3], x.shape[2]), texts, size=max(x.shape[2] // 25, 8))}
     xc = xc.get(key) if isinstance(xc, Mapping) else xc
     if not isinstance(xc, torch.Tensor) or xc.dim() != 4:
         return {}
     return {"conditioning": xc if xc.shape[1] in (1, 3) else in_random_colours(xc)}
 
 
-def _only(log: dict[str, torch.Tensor], keys: Sequence[str] | None) -> dict[str, torch.Tensor]:
-    chosen = [key for key in keys or () if key in log]
-    return {key: log[key] for key in chosen} if chosen else log
+def _select(log: dict[str, torch.Tensor], keys: Sequence[str] | None) -> dict[str, torch.Tensor]:
+    """Return the named previews, or all of them if no name matches."""
+    selected = [key for key in keys or () if key in log]
+    return {key: log[key] for key in selected} if selected else log

@@ -1,14 +1,14 @@
-"""The reverse process: one loop for every sampler, and the guidance that goes with it.
+"""Reverse process: the loop that all samplers share, and the guidance of its predictions.
 
-A sampler sees its model through the small protocol `Denoiser`; it never imports one. Subclasses write `step`,
-whose arithmetic is that of one reverse step, and choose the grid of steps.
+A sampler uses its model through the protocol `Denoiser` and imports no model. Subclasses implement `step`, the
+arithmetic of one reverse step, and choose the grid of timesteps.
 
-Shapes: x, eps, x_start are (B, C, H, W), float32 whatever the precision of the model. Steps t count from 0.
+Shapes: x, eps, x_start are (B, C, H, W), float32 whatever the precision of the model. Timesteps t count from 0.
 
-Draws from the global generator, or from the option `draw`, in this order (it is behaviour: the same seed gives the
-same picture): the start noise, which a known latent may be noised with (SDEdit, arXiv:2108.01073); then at every step,
-with a mask, the noise of the known part, and the step's own noise, which the published samplers draw also where its
-standard deviation is zero.
+The order in which noise is sampled is part of the interface: the same seed produces the same image. Noise comes from
+the global generator, or from the option `noise_sampler`. The start noise is first; it also noises the latent of SDEdit
+(arXiv:2108.01073). Every step then samples the noise of the known region, if there is a mask, and the noise of the
+step. As in the published samplers, a step samples its noise even if its standard deviation is zero.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ldm.modules.diffusionmodules.schedule import extract_into_tensor, make_ddim
 
 
 class Denoiser(Protocol):
-    """What a sampler needs of a model."""
+    """Interface of the models that samplers work on."""
 
     alphas_cumprod: torch.Tensor
     num_timesteps: int
@@ -35,30 +35,30 @@ class Denoiser(Protocol):
     device: torch.device
 
     def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        """The model's prediction (B, C, H, W): what it is, `parameterization` says."""
+        """Return the model's prediction (B, C, H, W): eps, x_start or v, according to `parameterization`."""
 
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """x_start noised to the steps t, with `noise` or noise of its own."""
+        """Return x_start noised to the timesteps t, with the given noise or with new noise."""
 
 
 @dataclass
 class SamplingOptions:
-    """What a run may ask for beside its steps. Names are those of the published `sample`."""
+    """Options of a sampling run. The names are those of the published `sample`."""
 
     mask: torch.Tensor | None = None  # (B, 1 or C, H, W), 1 where x0 is kept
     x0: torch.Tensor | None = None  # (B, C, H, W), the known latent
-    temperature: float | Sequence[float] = 1.0  # factor of the step noise; a sequence has one for every model step
+    temperature: float | Sequence[float] = 1.0  # factor of the step noise; a sequence has one value per model timestep
     noise_dropout: float = 0.0
-    quantize_x0: bool = False  # snap every estimate of x_start to the first stage's codebook
-    repeat_noise: bool = False  # the same step noise for the whole batch
-    score_corrector: Any = None  # has `modify_score`, such as `classifier.ClassifierGuidance`
+    quantize_x0: bool = False  # quantize every estimate of x_start with the codebook of the first stage
+    repeat_noise: bool = False  # use the same step noise for the whole batch
+    score_corrector: Any = None  # an object with `modify_score`, such as `classifier.ClassifierGuidance`
     corrector_kwargs: dict[str, Any] = field(default_factory=dict)
     unconditional_guidance_scale: float = 1.0
     unconditional_conditioning: Conditioning = None
-    normals_sequence: Sequence[torch.Tensor] | None = None  # the step noises, in the order of use
+    normals_sequence: Sequence[torch.Tensor] | None = None  # step noise, in the order of use
     noise_sampler: Callable[[Sequence[int]], torch.Tensor] | None = None  # returns noise of a shape, e.g. `SeededNoise`
     callback: Callable[[int], None] | None = None  # called with the number of the step, from 0
-    img_callback: Callable[[torch.Tensor, int], None] | None = None  # with the estimate of x_start, too
+    img_callback: Callable[[torch.Tensor, int], None] | None = None  # called with the estimate of x_start and the step
     log_every_t: int = 100
     verbose: bool = True
 
@@ -68,11 +68,35 @@ class SamplingOptions:
 
     @property
     def guided(self) -> bool:
+        """Return whether the run uses classifier-free guidance."""
         return self.unconditional_conditioning is not None and self.unconditional_guidance_scale != 1.0
 
 
 class Sampler:
-    """The loop. Subclasses provide `step` and may reset their state in `begin`."""
+    """Base class of samplers: the reverse process over a grid of timesteps.
+
+    Subclasses implement `step`. They can reset their state in `begin`.
+
+    Example:
+        A sampler that moves to the model's estimate of x_start in a single step:
+
+        >>> class PointMass:  # exact denoiser of data with a single image, which is 0.5 everywhere
+        ...     parameterization, num_timesteps, device = "x0", 1000, torch.device("cpu")
+        ...     alphas_cumprod = torch.linspace(0.999, 0.001, 1000)
+        ...
+        ...     def apply_model(self, x_noisy, t, cond):
+        ...         return torch.full_like(x_noisy, 0.5)
+        >>> class OneStepSampler(Sampler):
+        ...     def step(self, x, index, cond):
+        ...         x_start = self.predict(x, index, cond).x_start
+        ...         return x_start, x_start
+        >>> grid, options = np.array([999]), SamplingOptions(verbose=False)
+        >>> samples, intermediates = OneStepSampler(PointMass()).run((2, 3, 8, 8), grid, None, options)
+        >>> samples.shape, samples.unique()
+        (torch.Size([2, 3, 8, 8]), tensor([0.5000]))
+        >>> sorted(intermediates)
+        ['pred_x0', 'x_inter']
+    """
 
     name = "sampling"
 
@@ -82,16 +106,16 @@ class Sampler:
         self.start: int | None = None
         self.pair = Pairing()
 
-    # -- what subclasses write -------------------------------------------------------------------------------
+    # -- methods of subclasses -------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Forget the previous run."""
+        """Reset the state of the previous run."""
 
     def step(self, x: torch.Tensor, index: int, cond: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
-        """One reverse step from grid position `index` down: (x at the next position, estimate of x_start)."""
+        """Run one reverse step from grid index `index`; return x at the next index and the estimate of x_start."""
         raise NotImplementedError
 
-    # -- the loop --------------------------------------------------------------------------------------------
+    # -- loop ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def run(
@@ -103,26 +127,31 @@ class Sampler:
         x_T: torch.Tensor | None = None,
         start: int | None = None,
     ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
-        """Walk the increasing grid `timesteps` backwards from noise of `shape` (B, C, H, W).
+        """Run the reverse process over the increasing grid `timesteps`, from its end to its start.
 
         Args:
-            x_T: (B, C, H, W) to start from instead.
-            start: grid position to start from, by default the last; without `x_T` from the option `x0`, noised to it.
+            shape: (B, C, H, W) of the samples.
+            timesteps: grid of model timesteps.
+            cond: conditioning of the batch.
+            options: see `SamplingOptions`.
+            x_T: start noise (B, C, H, W); by default it is sampled.
+            start: grid index to start from, by default the last. Without `x_T` the run starts from the option `x0`,
+                noised to that timestep.
 
         Returns:
-            The sample, and the intermediates `x_inter` and `pred_x0`: the start, then every `log_every_t`-th
-            grid position and the last.
+            The samples, and the intermediates `x_inter` and `pred_x0`: the start, then every `log_every_t`-th
+            grid index and the last.
         """
         self.options, self.timesteps, self.start = options, timesteps, start
         self.begin()
         if x_T is None:
-            x_T = self.sample_noise(shape) if start is None else self.noised(shape)
+            x_T = self.sample_noise(shape) if start is None else self.noised_x0(shape)
         x = x_T.to(self.model.device)
         intermediates = {"x_inter": [x], "pred_x0": [x]}
-        total = self.first + 1
+        total = self.start_index + 1
         progress = tqdm(range(total), desc=self.name, total=total, disable=not options.verbose)
         for i in progress:
-            index = self.first - i
+            index = self.start_index - i
             x = self.before_step(x, index)
             x, pred_x0 = self.step(x, index, cond)
             x = self.after_step(x, index)
@@ -130,52 +159,52 @@ class Sampler:
                 options.callback(i)
             if options.img_callback:
                 options.img_callback(pred_x0, i)
-            if index % options.log_every_t == 0 or index == self.first:
+            if index % options.log_every_t == 0 or index == self.start_index:
                 intermediates["x_inter"].append(x)
                 intermediates["pred_x0"].append(pred_x0)
         return x, intermediates
 
     @property
-    def first(self) -> int:
-        """The grid position that the run starts from."""
+    def start_index(self) -> int:
+        """Grid index that the run starts from."""
         return len(self.timesteps) - 1 if self.start is None else self.start
 
     def before_step(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """Put the known part, noised to the present step, in its place."""
+        """Return the input of a step: x with the known region, noised to the timestep of `index`."""
         return self.blend(x, index)
 
     def after_step(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """What is done to the result of a step; nothing by default."""
+        """Return the result of a step after post-processing; by default unchanged."""
         return x
 
-    def noised(self, shape: Sequence[int]) -> torch.Tensor:
-        """The option `x0`, noised to the grid position that the run starts from."""
-        noise = self.sample_noise(shape)
-        return self.model.q_sample(self.options.x0.to(noise), self.steps_of(noise, self.first), noise)
+    # -- parts of a step -------------------------------------------------------------------------------------
 
-    # -- what steps are made of ------------------------------------------------------------------------------
+    def noised_x0(self, shape: Sequence[int]) -> torch.Tensor:
+        """Return the option `x0`, noised to the timestep that the run starts from."""
+        noise = self.sample_noise(shape)
+        return self.model.q_sample(self.options.x0.to(noise), self.timesteps_at(noise, self.start_index), noise)
 
     def blend(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """`x` with the known latent, noised to grid position `index`, where the mask is 1."""
+        """Return x, with the known latent, noised to the timestep of `index`, where the mask is 1."""
         mask = self.options.mask
         if mask is None:
             return x
         noise = None if self.options.noise_sampler is None else self.sample_noise(x.shape)
-        known = self.model.q_sample(self.options.x0.to(x), self.steps_of(x, index), noise)
+        known = self.model.q_sample(self.options.x0.to(x), self.timesteps_at(x, index), noise)
         mask = mask.to(x)
         return known * mask + (1.0 - mask) * x
 
-    def steps_of(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """The model's step at grid position `index`, (B,) int64."""
+    def timesteps_at(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """Return the model timestep at grid index `index` for the batch x, (B,) int64."""
         return torch.full((x.shape[0],), int(self.timesteps[index]), device=x.device, dtype=torch.long)
 
     def predict(self, x: torch.Tensor, index: int, cond: Conditioning) -> Prediction:
-        """What the model, guided and corrected as asked, says of `x` at grid position `index`."""
+        """Return the model's prediction for x at grid index `index`, with guidance and score correction."""
         options, model = self.options, self.model
-        t = self.steps_of(x, index)
+        t = self.timesteps_at(x, index)
         inputs = x.to(getattr(model, "dtype", x.dtype))
         if options.guided:
-            # Classifier-free guidance, arXiv:2207.12598: one pass over both halves.
+            # Classifier-free guidance, arXiv:2207.12598: one forward pass for both halves of the batch.
             both = self.pair(options.unconditional_conditioning, cond)
             output = model.apply_model(torch.cat([inputs] * 2), torch.cat([t] * 2), both).to(x.dtype)
             unconditional, conditional = output.chunk(2)
@@ -190,11 +219,11 @@ class Sampler:
         return interpret(model.parameterization, output, x, alpha)
 
     def quantized(self, x_start: torch.Tensor) -> torch.Tensor:
-        """The estimate, snapped to the first stage's codebook when the run asks for it."""
+        """Return the estimate, quantized with the codebook of the first stage if `quantize_x0` is set."""
         return self.model.first_stage_model.quantize(x_start)[0] if self.options.quantize_x0 else x_start
 
     def sample_noise(self, shape: Sequence[int], repeat: bool = False) -> torch.Tensor:
-        """Fresh noise of `shape` (B, C, H, W) on the model's device; with `repeat`, the same for the whole batch."""
+        """Sample noise of `shape` (B, C, H, W) on the model's device; with `repeat`, the same for the whole batch."""
         device = self.model.device
         if self.options.noise_sampler is None:
             return noise_like(shape, device, repeat)
@@ -202,10 +231,10 @@ class Sampler:
         return noise.expand(*shape)
 
     def noise(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """The noise of one step: drawn or given, then tempered and dropped out as asked."""
+        """Return the noise of one step, sampled or given, after temperature and dropout."""
         options = self.options
         if options.normals_sequence is not None:
-            noise = options.normals_sequence[self.first - index].to(x)
+            noise = options.normals_sequence[self.start_index - index].to(x)
         else:
             noise = self.sample_noise(x.shape, options.repeat_noise)
         temperature = options.temperature
@@ -218,14 +247,44 @@ class Sampler:
 
 
 class GridSampler(Sampler):
-    """A sampler on a subset of the model's steps: the published `sample(S, batch_size, shape, …)`."""
+    """Base class of samplers on a subset of the model's timesteps, with the published `sample(S, batch_size, shape)`.
 
-    own_grid = "exact"  # the grid where none is asked for
+    Example:
+        Classifier-free guidance moves the samples beyond the conditional ones, away from the unconditional ones:
+
+        >>> from ldm.models.diffusion.ddim import DDIMSampler
+        >>> class PointMass:  # exact denoiser of data whose pixels all equal the conditioning
+        ...     parameterization, num_timesteps, device = "x0", 1000, torch.device("cpu")
+        ...     alphas_cumprod = torch.linspace(1.0, 0.001, 1001)[1:]
+        ...
+        ...     def apply_model(self, x_noisy, t, cond):
+        ...         return cond.view(-1, 1, 1, 1).expand(x_noisy.shape)
+        ...
+        ...     def q_sample(self, x_start, t, noise=None):
+        ...         alpha = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        ...         return alpha.sqrt() * x_start + (1 - alpha).sqrt() * noise
+        >>> sampler, cond, uncond = DDIMSampler(PointMass()), torch.full((4, 1), 0.5), torch.zeros(4, 1)
+        >>> samples, _ = sampler.sample(50, 4, (3, 8, 8), cond, verbose=False)
+        >>> guidance = {"unconditional_guidance_scale": 2.0, "unconditional_conditioning": uncond}
+        >>> guided, _ = sampler.sample(50, 4, (3, 8, 8), cond, verbose=False, **guidance)
+        >>> round(samples.mean().item(), 1), round(guided.mean().item(), 1)
+        (0.5, 1.0)
+
+        Image to image (SDEdit) runs only a share of the steps:
+
+        >>> steps = []
+        >>> options = {"x0": torch.ones(4, 3, 8, 8), "callback": steps.append, "verbose": False}
+        >>> _ = sampler.sample(50, 4, (3, 8, 8), cond, strength=0.6, **options)
+        >>> len(steps)
+        30
+    """
+
+    own_grid = "exact"  # name of the default grid
 
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str | None = None, ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
-        """Choose the grid and the tables that go with it; see `schedule.make_ddim_timesteps`."""
+        """Set the grid `ddim_timesteps` and the sampler's tables on it; see `schedule.make_ddim_timesteps`."""
         raise NotImplementedError
 
     def sample(
@@ -240,50 +299,56 @@ class GridSampler(Sampler):
         strength: float | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
-        """Draw `batch_size` samples in S steps.
+        """Generate `batch_size` samples in S steps.
 
         Args:
-            S: number of steps, 1 .. T.
+            S: number of steps, 1 to T.
+            batch_size: number of samples.
             shape: (C, H, W) of one sample.
-            conditioning: what to sample from; its batch must be `batch_size`.
-            eta: η of arXiv:2010.02502: 0 is deterministic, 1 adds DDPM's noise.
-            x_T: (B, C, H, W) start noise instead of drawn noise.
-            ddim_discretize: the grid instead of the sampler's own; "uniform" is the published one.
-            strength: walk only the grid's steps below this share of the model's, in (0, 1], from `x_T` or, without
-                it, from the option `x0` noised to the first of them (SDEdit, arXiv:2108.01073).
-            **options: fields of `SamplingOptions`; an unknown one is a TypeError.
+            conditioning: conditioning of the samples; its batch size must be `batch_size`.
+            eta: η of arXiv:2010.02502; 0 is deterministic, 1 adds as much noise as DDPM.
+            x_T: start noise (B, C, H, W); by default it is sampled.
+            ddim_discretize: name of the grid, by default the sampler's own; "uniform" is the published one.
+            strength: run only the steps of the grid below this share of the model's timesteps, in (0, 1]. The run
+                starts from `x_T` or, without it, from the option `x0`, noised to the first of these steps (SDEdit,
+                arXiv:2108.01073).
+            **options: fields of `SamplingOptions`.
 
         Returns:
             (samples (B, C, H, W), intermediates): see `Sampler.run`.
+
+        Raises:
+            TypeError: an unknown option.
+            ValueError: the conditioning has another batch size, or `strength` has no start.
         """
-        conditioned = batch_size_of(conditioning)
-        if conditioned not in (None, batch_size):
-            raise ValueError(f"conditioning for {conditioned} samples, but batch_size is {batch_size}")
+        cond_batch_size = batch_size_of(conditioning)
+        if cond_batch_size not in (None, batch_size):
+            raise ValueError(f"conditioning for {cond_batch_size} samples, but batch_size is {batch_size}")
         self.make_schedule(S, ddim_discretize, eta)
-        settings = SamplingOptions(**options)
+        sampling_options = SamplingOptions(**options)
         start = None if strength is None else self.position(strength)
-        if start is not None and x_T is None and settings.x0 is None:
+        if start is not None and x_T is None and sampling_options.x0 is None:
             raise ValueError("strength needs something to start from: x0, or x_T")
-        return self.run((batch_size, *shape), self.ddim_timesteps, conditioning, settings, x_T, start)
+        return self.run((batch_size, *shape), self.ddim_timesteps, conditioning, sampling_options, x_T, start)
 
     def position(self, strength: float) -> int:
-        """The last position of the grid below the share `strength` of the model's steps, or 0.
+        """Return the last index of the grid below the share `strength` of the model's timesteps, or 0.
 
         Raises:
             ValueError: the share is outside (0, 1].
         """
         if not 0.0 < strength <= 1.0:
             raise ValueError(f"strength is a share of the steps, above 0 and at most 1, not {strength}")
-        # Of floats alone 0.7 × 1000 may lie above 700, and one step more would be walked.
+        # In floating point 0.7 × 1000 may exceed 700, which would add a step.
         end = round(strength * self.model.num_timesteps, 6)
         return max(int((self.ddim_timesteps < end).sum()) - 1, 0)
 
     def grid(self, S: int, ddim_discretize: str | None) -> np.ndarray:
-        """The increasing grid of S model steps."""
+        """Return the increasing grid of S model timesteps."""
         name = self.own_grid if ddim_discretize is None else ddim_discretize
         return make_ddim_timesteps(name, S, self.model.num_timesteps, alphas_cumprod=self.alphas_cumprod)
 
     @property
     def alphas_cumprod(self) -> np.ndarray:
-        """ᾱ at every step of the model, (T,) float64."""
+        """ᾱ at every timestep of the model, (T,) float64."""
         return self.model.alphas_cumprod.cpu().double().numpy()

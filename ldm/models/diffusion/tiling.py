@@ -1,15 +1,15 @@
-"""Running a network over overlapping tiles of a large map and blending the results.
+"""Tiled processing: run a network on overlapping tiles of a large map and blend the results.
 
-Published as `split_input_params` of a latent diffusion model: a dict with
+The parameters are published as `split_input_params` of a latent diffusion model, a dict with
 
-    ks, stride               (h, w) of a tile and of the step between tiles
-    vqf                      factor between the map that the tiles are cut from and the result, for the first stage
-    patch_distributed_vq     tile the first stage, too
-    clip_min_weight, clip_max_weight           bounds of the weight that a pixel has in the blend
-    tie_braker               weigh whole tiles as well, by their distance from the map's edge
-    clip_min_tie_weight, clip_max_tie_weight   bounds of that weight
+    ks, stride               (h, w) of a tile and of the distance between tiles
+    vqf                      downsampling factor of the first stage
+    patch_distributed_vq     process the first stage in tiles, too
+    clip_min_weight, clip_max_weight           bounds of the weight of a pixel in the blend
+    tie_braker               also weight whole tiles, by their distance from the border of the map
+    clip_min_tie_weight, clip_max_tie_weight   bounds of the weight of a tile
 
-A pixel weighs as much as it is far from its tile's border, so that seams vanish.
+The weight of a pixel grows with its distance from the border of its tile, which hides the seams.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch.nn import functional as F
 
 from ldm.errors import UserError, did_you_mean
@@ -31,10 +32,10 @@ KEYS = (
 
 
 def check_params(params: Mapping[str, Any]) -> None:
-    """Refuse what `tiled` cannot use.
+    """Check the parameters of tiled processing.
 
     Raises:
-        UserError: an unknown key, or `ks` or `stride` that are no pairs of positive numbers.
+        UserError: an unknown key, or `ks` or `stride` is not a pair of positive numbers.
     """
     for key in params:
         if key not in KEYS:
@@ -51,13 +52,13 @@ def tiled(
     params: Mapping[str, Any],
     factor: Fraction | int = 1,
 ) -> torch.Tensor:
-    """Blend `function(*tiles)` over tiles of the maps.
+    """Apply `function` to tiles of the maps and blend the results.
 
     Args:
-        function: takes the same tile of every map, (B, C_i, kh, kw), and gives (B, C, kh · factor, kw · factor).
-        maps: (B, C_i, H, W) each.
-        params: as in this module's docstring; tiles larger than the map shrink to it.
-        factor: size of a result over size of its tile.
+        function: takes the same tile of every map, (B, C_i, kh, kw); returns (B, C, kh · factor, kw · factor).
+        maps: inputs (B, C_i, H, W) of the same size.
+        params: see the docstring of this module; tiles larger than the map are cropped to it.
+        factor: size of a result divided by the size of its tile.
 
     Returns:
         (B, C, H · factor, W · factor).
@@ -68,34 +69,36 @@ def tiled(
     height, width = maps[0].shape[2:]
     kernel = (min(params["ks"][0], height), min(params["ks"][1], width))
     stride = (min(params["stride"][0], height), min(params["stride"][1], width))
-    counts = [(size - k) // s + 1 for size, k, s in zip((height, width), kernel, stride, strict=True)]
+    rows, columns = ((size - k) // s + 1 for size, k, s in zip((height, width), kernel, stride, strict=True))
     if any((size - k) % s for size, k, s in zip((height, width), kernel, stride, strict=True)):
         raise UserError(
             f"tiles of {kernel} with stride {stride} do not cover a map of {(height, width)}; choose others"
         )
-    # (B, C, kh, kw, tiles)
-    cut = [F.unfold(x, kernel, stride=stride).unflatten(1, (x.shape[1], *kernel)) for x in maps]
-    results = [function(*(tiles[..., i] for tiles in cut)) for i in range(counts[0] * counts[1])]
+    tiles = [
+        rearrange(F.unfold(x, kernel, stride=stride), "b (c kh kw) n -> n b c kh kw", kh=kernel[0], kw=kernel[1])
+        for x in maps
+    ]
+    results = [function(*parts) for parts in zip(*tiles, strict=True)]
 
-    scaled = [tuple(_times(n, factor) for n in pair) for pair in (kernel, stride, (height, width))]
-    weights = tile_weights(scaled[0], counts, params).to(results[0])
-    stacked = torch.stack(results, dim=-1) * weights
-    fold = torch.nn.Fold(output_size=scaled[2], kernel_size=scaled[0], stride=scaled[1])
-    total = fold(weights.flatten(0, 1)[None])
-    return fold(stacked.flatten(1, 3)) / total
+    kernel, stride, size = (tuple(_scale(n, factor) for n in pair) for pair in (kernel, stride, (height, width)))
+    weights = tile_weights(kernel, (rows, columns), params).to(results[0])
+    fold = torch.nn.Fold(output_size=size, kernel_size=kernel, stride=stride)
+    weighted = torch.stack(results, dim=-1) * weights
+    total = fold(rearrange(weights, "kh kw n -> 1 (kh kw) n"))
+    return fold(rearrange(weighted, "b c kh kw n -> b (c kh kw) n")) / total
 
 
 def tiled_encode(encode: Callable[[torch.Tensor], Any], x: torch.Tensor, params: Mapping[str, Any]) -> Any:
-    """What a first stage's `encode` says of pictures (B, 3, H, W): latents, or one posterior of blended moments."""
-    moments: list[bool] = []
+    """Encode images (B, 3, H, W) in tiles; return latents, or one posterior of the blended moments."""
+    is_posterior: list[bool] = []
 
-    def parts(tile: torch.Tensor) -> torch.Tensor:
+    def encode_tile(tile: torch.Tensor) -> torch.Tensor:
         encoded = encode(tile)
-        moments.append(isinstance(encoded, DiagonalGaussianDistribution))
-        return encoded.parameters if moments[-1] else encoded
+        is_posterior.append(isinstance(encoded, DiagonalGaussianDistribution))
+        return encoded.parameters if is_posterior[-1] else encoded
 
-    blended = tiled(parts, [x], params, Fraction(1, params["vqf"]))
-    return DiagonalGaussianDistribution(blended) if moments[0] else blended
+    blended = tiled(encode_tile, [x], params, Fraction(1, params["vqf"]))
+    return DiagonalGaussianDistribution(blended) if is_posterior[0] else blended
 
 
 def tiled_predict(
@@ -105,34 +108,37 @@ def tiled_predict(
     cond: Mapping[str, list[torch.Tensor]],
     params: Mapping[str, Any],
 ) -> torch.Tensor:
-    """The prediction of `DiffusionWrapper` for x (B, C, H, W); `c_concat` is cut like x, the rest serves every tile."""
-    whole = {key: value for key, value in cond.items() if key != "c_concat"}
+    """Return the prediction of a `DiffusionWrapper` for x (B, C, H, W), computed in tiles.
 
-    def predict(tile: torch.Tensor, *joined: torch.Tensor) -> torch.Tensor:
-        return network(tile, t, **whole, **({"c_concat": list(joined)} if joined else {}))
+    The maps `c_concat` are cut into the same tiles as x. All tiles share the other conditioning.
+    """
+    shared = {key: value for key, value in cond.items() if key != "c_concat"}
+
+    def predict(tile: torch.Tensor, *c_concat: torch.Tensor) -> torch.Tensor:
+        return network(tile, t, **shared, **({"c_concat": list(c_concat)} if c_concat else {}))
 
     return tiled(predict, [x, *cond.get("c_concat", [])], params)
 
 
 def tile_weights(kernel: Sequence[int], counts: Sequence[int], params: Mapping[str, Any]) -> torch.Tensor:
-    """Weights (kh, kw, tiles) of the pixels of every tile, for `counts` (rows, columns) of tiles."""
-    inside = border_distance(*kernel).clamp(params["clip_min_weight"], params["clip_max_weight"])
-    weights = inside[..., None].repeat(1, 1, counts[0] * counts[1])
+    """Return the weights (kh, kw, tiles) of the pixels of every tile, for `counts` (rows, columns) of tiles."""
+    pixel_weights = border_distance(*kernel).clamp(params["clip_min_weight"], params["clip_max_weight"])
+    weights = repeat(pixel_weights, "kh kw -> kh kw n", n=counts[0] * counts[1])
     if params.get("tie_braker"):
-        among = border_distance(*counts).clamp(params["clip_min_tie_weight"], params["clip_max_tie_weight"])
-        weights = weights * among.flatten()
+        distances = border_distance(*counts).clamp(params["clip_min_tie_weight"], params["clip_max_tie_weight"])
+        weights = weights * rearrange(distances, "rows columns -> (rows columns)")
     return weights
 
 
 def border_distance(h: int, w: int) -> torch.Tensor:
-    """(h, w): distance of every position from the nearest edge, as a share of the side, from 0 to 0.5."""
+    """Return the distance (h, w) of every pixel from the nearest border, as a share of the side, from 0 to 0.5."""
     y, x = (torch.arange(n) / max(n - 1, 1) for n in (h, w))
     y, x = torch.minimum(y, 1 - y), torch.minimum(x, 1 - x)
     return torch.minimum(y[:, None], x[None, :])
 
 
-def _times(n: int, factor: Fraction | int) -> int:
+def _scale(n: int, factor: Fraction | int) -> int:
     scaled = n * Fraction(factor)
     if scaled.denominator != 1:
-        raise UserError(f"a tile side of {n} is not divisible by {Fraction(factor).denominator}; choose another")
+        raise UserError(f"a tile side of {n} is not divisible by {Fraction(factor).denominator}; choose another size")
     return int(scaled)

@@ -1,7 +1,7 @@
-"""The convolutional encoder and decoder of the first stage.
+"""Convolutional encoder and decoder of the first stage.
 
-Shapes: B batch, C channels, H and W height and width, N = H * W positions.
-Every module keeps the dtype, the device and the memory format of its input.
+Shapes: B batch, C channels, H and W height and width.
+Every module preserves the dtype, the device and the memory format of its input.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.modules.attention import LinearAttention, Normalize
-from ldm.modules.attention import SpatialSelfAttention as AttnBlock  # its published name here
+from ldm.modules.attention import SpatialSelfAttention as AttnBlock  # published name in this module
 
 ATTENTION_TYPES = ("vanilla", "linear", "none")
 
 
 def nonlinearity(x: Tensor) -> Tensor:
-    """Swish, `x * sigmoid(x)` (arXiv 1710.05941)."""
+    """Return the swish activation, `x * sigmoid(x)` (arXiv:1710.05941)."""
     return F.silu(x)
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repeating pixels, then (`with_conv`) smooths with a 3 x 3 convolution."""
+    """Nearest-neighbour upsampling by two, followed by a 3 x 3 convolution if `with_conv`."""
 
     def __init__(self, in_channels: int, with_conv: bool) -> None:
         super().__init__()
@@ -36,13 +36,13 @@ class Upsample(nn.Module):
             self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, 2H, 2W)."""
+        """Map (B, C, H, W) to (B, C, 2H, 2W)."""
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x) if self.with_conv else x
 
 
 class Downsample(nn.Module):
-    """Halves height and width with a strided 3 x 3 convolution, or (not `with_conv`) by averaging."""
+    """Downsampling by two with a strided 3 x 3 convolution if `with_conv`, else with average pooling."""
 
     def __init__(self, in_channels: int, with_conv: bool) -> None:
         super().__init__()
@@ -51,22 +51,22 @@ class Downsample(nn.Module):
             self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H // 2, W // 2)."""
+        """Map (B, C, H, W) to (B, C, H // 2, W // 2)."""
         if not self.with_conv:
             return F.avg_pool2d(x, kernel_size=2, stride=2)
-        # One row below and one column to the right: a symmetric margin would shift the picture.
+        # Pad one row below and one column on the right; symmetric padding would shift the image.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class ResnetBlock(nn.Module):
-    """Two normalized convolutions around a shortcut (arXiv 1512.03385), optionally shifted by an embedding.
+    """Residual block of two normalized convolutions (arXiv:1512.03385) that optionally adds an embedding.
 
     Args:
         in_channels: channels of the input.
-        out_channels: channels of the output; the input's by default.
-        conv_shortcut: where the two differ, project the shortcut with a 3 x 3 instead of a 1 x 1 convolution.
-        dropout: probability of dropping an activation between the convolutions.
-        temb_channels: length of the embedding given to `forward`; 0 for none.
+        out_channels: channels of the output; `in_channels` by default.
+        conv_shortcut: project the shortcut with a 3 x 3 instead of a 1 x 1 convolution if the channels differ.
+        dropout: dropout probability between the convolutions.
+        temb_channels: channels of the embedding passed to `forward`; 0 for none.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class ResnetBlock(nn.Module):
                 self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, out_channels, H, W); `temb`: (B, temb_channels)."""
+        """Map `x` (B, C, H, W) and `temb` (B, temb_channels) to (B, out_channels, H, W)."""
         h = self.conv1(nonlinearity(self.norm1(x)))
         if temb is not None:
             h = h + self.temb_proj(nonlinearity(temb))[:, :, None, None]
@@ -111,17 +111,17 @@ class ResnetBlock(nn.Module):
 
 
 class LinAttnBlock(LinearAttention):
-    """Linear attention with one head as wide as the input; there is no residual connection."""
+    """Linear attention with one head of `in_channels` channels and no residual connection."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__(dim=in_channels, heads=1, dim_head=in_channels)
 
 
 def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
-    """The attention block of a level: "vanilla" (softmax), "linear", or "none" (identity).
+    """Return the attention block of a level: "vanilla" (softmax), "linear" or "none" (identity).
 
     Raises:
-        UserError: another `attn_type`.
+        UserError: `attn_type` is unknown.
     """
     if attn_type == "vanilla":
         return AttnBlock(in_channels)
@@ -129,11 +129,11 @@ def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
         return LinAttnBlock(in_channels)
     if attn_type == "none":
         return nn.Identity()
-    raise UserError(f'attn_type "{attn_type}" is not one of {", ".join(ATTENTION_TYPES)}')
+    raise UserError(f'attn_type "{attn_type}" is unknown; choose one of {", ".join(ATTENTION_TYPES)}')
 
 
 def _make_level(channels: Sequence[int], attention: bool, attn_type: str, dropout: float) -> nn.Module:
-    """Residual blocks `channels[0] -> channels[1] -> ...`, each followed by attention where wanted."""
+    """Return residual blocks `channels[0] -> channels[1] -> ...`, each followed by attention if `attention` is set."""
     level = nn.Module()
     level.block = nn.ModuleList(
         ResnetBlock(in_channels=c_in, out_channels=c_out, dropout=dropout, temb_channels=0)
@@ -152,7 +152,7 @@ def _run_level(level: nn.Module, h: Tensor) -> Tensor:
 
 
 def _make_middle(channels: int, attn_type: str, dropout: float) -> nn.Module:
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Return the layers at the lowest resolution: residual block, attention, residual block."""
     middle = nn.Module()
     middle.block_1 = ResnetBlock(in_channels=channels, dropout=dropout, temb_channels=0)
     middle.attn_1 = make_attn(channels, attn_type)
@@ -165,20 +165,20 @@ def _run_middle(middle: nn.Module, h: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Image -> feature map, halving the resolution at every level but the last.
+    """Encoder from images to feature maps that halves the resolution at every level except the last.
 
     Args:
-        ch: channels of the first level; level `i` has `ch * ch_mult[i]`.
-        num_res_blocks: residual blocks a level.
-        attn_resolutions: resolutions, at the nominal `resolution` of the input, whose levels get attention.
-        dropout: dropout in the residual blocks.
-        resamp_with_conv: halve with a strided convolution rather than by averaging.
+        ch: base number of channels; level `i` has `ch * ch_mult[i]`.
+        num_res_blocks: number of residual blocks per level.
+        attn_resolutions: resolutions with attention, for inputs of the nominal `resolution`.
+        dropout: dropout probability in the residual blocks.
+        resamp_with_conv: downsample with a strided convolution instead of average pooling.
         in_channels: channels of the image.
-        resolution: nominal height and width of the image; other sizes work too.
-        z_channels: channels of the feature map, twice as many with `double_z` (mean and log-variance).
-        use_linear_attn: the same as `attn_type="linear"`.
+        resolution: nominal height and width of the image; other sizes are accepted.
+        z_channels: channels of the feature map, doubled by `double_z` (mean and log-variance).
+        use_linear_attn: same as `attn_type="linear"`.
         attn_type: see `make_attn`.
-        out_ch, **ignored: parameters of `Decoder`, which is built from the same configuration.
+        out_ch, **ignored: parameters of `Decoder`, which shares the configuration.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, z_channels or 2 * z_channels, H / 2^(levels - 1), W / 2^(levels - 1))."""
+        """Map (B, in_channels, H, W) to (B, z_channels or 2 * z_channels, H / f, W / f), with f = 2^(levels - 1)."""
         h = self.conv_in(x)
         for i, level in enumerate(self.down):
             h = _run_level(level, h)
@@ -227,12 +227,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Feature map -> image, doubling the resolution at every level but the last. Mirrors `Encoder`.
+    """Decoder from feature maps to images that doubles the resolution at every level except the last.
 
-    Args beyond those of `Encoder`:
+    The structure mirrors `Encoder`, which documents the shared arguments.
+
+    Args:
         out_ch: channels of the image.
         give_pre_end: return the last features instead of the image.
-        tanh_out: squash the image into (-1, 1).
+        tanh_out: apply tanh to the image.
         in_channels, **ignored: parameters of `Encoder`.
     """
 
@@ -262,7 +264,7 @@ class Decoder(nn.Module):
         self.tanh_out = tanh_out
         self.conv_in = nn.Conv2d(z_channels, widths[-1], kernel_size=3, padding=1)
         self.mid = _make_middle(widths[-1], attn_type, dropout)
-        # up[i] works at the resolution of the encoder's down[i], so it runs from the last to the first.
+        # up[i] has the resolution of the encoder's down[i]; the forward pass runs from the last to the first.
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
             previous = widths[min(i + 1, len(widths) - 1)]
@@ -275,7 +277,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], out_ch, kernel_size=3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """(B, z_channels, h, w) -> (B, out_ch, h * 2^(levels - 1), w * 2^(levels - 1)), or the last features."""
+        """Map (B, z_channels, h, w) to (B, out_ch, h * f, w * f) or to the last features, with f = 2^(levels - 1)."""
         h = _run_middle(self.mid, self.conv_in(z))
         for i in reversed(range(len(self.up))):
             h = _run_level(self.up[i], h)

@@ -1,4 +1,4 @@
-"""The time-conditional U-Net (arXiv:2105.05233, arXiv:2112.10752) and its encoder half as a classifier.
+"""Time-conditional U-Net (arXiv:2105.05233, arXiv:2112.10752) and its encoder as a classifier.
 
 Shapes: B batch, C channels, `...` one to three spatial dimensions (`dims`), M context tokens, D context channels.
 """
@@ -45,7 +45,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class _Transformers:
-    """How the attention layers become transformers with cross-attention."""
+    """Options of the transformers with cross-attention that replace the self-attention layers."""
 
     depth: int
     context_dim: int | Sequence[int]
@@ -54,7 +54,7 @@ class _Transformers:
 
 @dataclass
 class _Layers:
-    """Makes the layers of one U-Net from its options, and remembers the channels of what it chained so far."""
+    """Factory of the layers of one U-Net that tracks the channels of the layers created so far."""
 
     channels: int
     emb_channels: int
@@ -105,7 +105,10 @@ class _Layers:
         )
 
     def _transformer_heads(self, num_heads: int) -> tuple[int, int]:
-        """Number of heads and channels of each. They differ by `legacy` only where the heads do not fit evenly."""
+        """Return the number of heads and the channels per head.
+
+        The option `legacy` matters only if `num_head_channels` does not divide the channels.
+        """
         if self.num_head_channels == -1:
             return num_heads, self.channels // num_heads
         num_heads = self.channels // self.num_head_channels
@@ -123,21 +126,21 @@ class _Layers:
 
 
 class _TimestepNetwork(nn.Module):
-    """What both networks share: the timestep embedding, the way down, the middle, and half precision."""
+    """Base class of both networks: timestep embedding, encoder, middle block and half precision."""
 
     image_size: int
     in_channels: int
     model_channels: int
     out_channels: int
 
-    def _build_way_down(
+    def _build_encoder(
         self,
         layers: _Layers,
         num_res_blocks: int,
         attention_resolutions: Sequence[int],
         channel_mult: Sequence[int],
     ) -> int:
-        """Make the modules up to the middle block; returns the downsampling factor there."""
+        """Create the modules up to and including the middle block and return their downsampling factor."""
         self.time_embed = nn.Sequential(
             nn.Linear(self.model_channels, layers.emb_channels),
             nn.SiLU(),
@@ -166,7 +169,7 @@ class _TimestepNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the blocks compute in (outside autocast)."""
+        """Dtype of the blocks' weights."""
         return next(self.input_blocks.parameters()).dtype
 
     def _embed(self, timesteps: Tensor) -> Tensor:
@@ -177,44 +180,44 @@ class _TimestepNetwork(nn.Module):
         return [self.input_blocks, self.middle_block]
 
     def convert_to_fp16(self) -> None:
-        """Put the blocks in half precision; the timestep embedding and the output layers stay in float32."""
+        """Convert the blocks to float16; the timestep embedding and the output layers stay in float32."""
         for blocks in self._block_lists():
             blocks.half()
 
     def convert_to_fp32(self) -> None:
-        """Put the blocks back in float32."""
+        """Convert the blocks to float32."""
         for blocks in self._block_lists():
             blocks.float()
 
 
 class UNetModel(_TimestepNetwork):
-    """The U-Net with attention and timestep embedding that predicts the noise (or x0) of a latent.
+    """U-Net with attention and timestep embedding that predicts the noise, x_0 or v of a noisy latent.
 
     Args:
-        image_size: height and width that it is meant for; other sizes that downsampling divides work too.
-        model_channels: channels at the first resolution; `channel_mult` multiplies them at each next one.
-        num_res_blocks: residual blocks at each resolution.
+        image_size: nominal height and width; other multiples of the downsampling factor are accepted.
+        model_channels: base number of channels; level `i` has `model_channels * channel_mult[i]`.
+        num_res_blocks: number of residual blocks per resolution.
         attention_resolutions: downsampling factors (1, 2, 4, ...) at which attention follows each residual block.
-        conv_resample: resample with convolutions; otherwise with pooling and nearest neighbours.
+        conv_resample: resample with convolutions instead of average pooling and nearest-neighbour interpolation.
         dims: number of spatial dimensions.
-        num_classes: adds an embedding of class labels `y` to the timestep embedding.
+        num_classes: number of classes; adds an embedding of the class labels `y` to the timestep embedding.
         use_checkpoint: recompute the blocks in the backward pass instead of storing their activations.
-        use_fp16: start with the blocks in half precision.
-        num_heads, num_head_channels: attention heads, by number or by size; the size wins if both are given.
-        num_heads_upsample: another number of heads on the way up, for legacy self-attention.
+        use_fp16: convert the blocks to float16.
+        num_heads, num_head_channels: number of attention heads or channels per head; the latter takes precedence.
+        num_heads_upsample: number of heads in the decoder, for legacy self-attention.
         use_scale_shift_norm: see `ResBlock`.
         resblock_updown: resample inside residual blocks.
         use_new_attention_order: see `AttentionBlock`.
-        use_spatial_transformer: attention is a transformer of `transformer_depth` blocks that also attends to a
-            context of `context_dim` channels (one number, or one for each block).
-        n_embed: predict the logits of that many codebook ids instead of `out_channels` channels.
-        legacy: the published head-size rule: with the transformer, heads of `num_head_channels` that do not fit
-            the channels evenly are widened until they do.
-        checkpoint_transformer: recompute transformer blocks in the backward pass, as published; False trains faster
-            in more memory. Never matters without gradients.
+        use_spatial_transformer: use transformers of `transformer_depth` blocks as attention layers. They also attend
+            to a context of `context_dim` channels (one number, or one for each block).
+        n_embed: number of codebook ids; predict their logits instead of `out_channels` channels.
+        legacy: use the published rule for the head size: transformer heads are widened to divide the channels if
+            `num_head_channels` does not.
+        checkpoint_transformer: recompute the transformer blocks in the backward pass, as published. False is faster in
+            training and needs more memory. There is no effect without gradients.
 
     Raises:
-        UserError: options that contradict each other.
+        UserError: the options contradict each other.
     """
 
     def __init__(
@@ -249,12 +252,12 @@ class UNetModel(_TimestepNetwork):
         if use_spatial_transformer != (context_dim is not None):
             raise UserError("UNetModel: use_spatial_transformer and context_dim go together; set both or neither")
         if num_heads == -1 and num_head_channels == -1:
-            raise UserError("UNetModel: the attention heads are not given; set num_heads or num_head_channels")
+            raise UserError("UNetModel: the number of attention heads is missing; set num_heads or num_head_channels")
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.out_channels = out_channels
-        self.downsampling = 2 ** (len(channel_mult) - 1)  # sides of maps must be multiples of it
+        self.downsampling = 2 ** (len(channel_mult) - 1)  # height and width must be multiples of it
         self.num_classes = num_classes
         self.predict_codebook_ids = n_embed is not None
         layers = _Layers(
@@ -273,12 +276,12 @@ class UNetModel(_TimestepNetwork):
         )
         if use_spatial_transformer:
             layers.transformers = _Transformers(transformer_depth, context_dim, checkpoint_transformer)
-        self._build_way_down(layers, num_res_blocks, attention_resolutions, channel_mult)
+        self._build_encoder(layers, num_res_blocks, attention_resolutions, channel_mult)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, layers.emb_channels)
-        # As published, only legacy self-attention knows another number of heads on the way up.
-        heads_up = num_heads_upsample if legacy and not use_spatial_transformer else -1
-        self._build_way_up(layers, num_res_blocks, attention_resolutions, channel_mult, heads_up)
+        # As published, only legacy self-attention may have another number of heads in the decoder.
+        decoder_heads = num_heads_upsample if legacy and not use_spatial_transformer else -1
+        self._build_decoder(layers, num_res_blocks, attention_resolutions, channel_mult, decoder_heads)
         self.out = nn.Sequential(
             normalization(layers.channels),
             nn.SiLU(),
@@ -289,7 +292,7 @@ class UNetModel(_TimestepNetwork):
         if use_fp16:
             self.convert_to_fp16()
 
-    def _build_way_up(
+    def _build_decoder(
         self,
         layers: _Layers,
         num_res_blocks: int,
@@ -319,20 +322,20 @@ class UNetModel(_TimestepNetwork):
         y: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor:
-        """Predict.
+        """Return the prediction of the network.
 
         Args:
-            x: (B, in_channels, ...), noisy latents.
+            x: noisy latents (B, in_channels, ...).
             timesteps: (B,), integers or fractions.
-            context: (B, M, D) for the transformers' cross-attention, if the model has transformers.
-            y: (B,) class labels, exactly if the model has `num_classes`.
+            context: (B, M, D) for cross-attention, used by models with transformers.
+            y: class labels (B,), required if and only if the model has `num_classes`.
             kwargs: ignored.
 
         Returns:
             (B, out_channels or n_embed, ...) in the dtype of `x`.
         """
         if (y is not None) != (self.num_classes is not None):
-            raise ValueError("class labels y must be given exactly if the model has num_classes")
+            raise ValueError("class labels y are required if and only if the model has num_classes")
         emb = self._embed(timesteps)
         if y is not None:
             emb = emb + self.label_emb(y)
@@ -350,11 +353,11 @@ class UNetModel(_TimestepNetwork):
 
 
 class AttentionPool2d(nn.Module):
-    """Pools a feature map by attention from its mean to all positions, as in CLIP (arXiv:2103.00020).
+    """Attention pooling of a feature map, with its mean as the query, as in CLIP (arXiv:2103.00020).
 
     Args:
         spacial_dim: height and width of the feature map.
-        embed_dim: its channels.
+        embed_dim: channels of the feature map.
         output_dim: channels of the output; `embed_dim` by default.
     """
 
@@ -369,7 +372,7 @@ class AttentionPool2d(nn.Module):
         self.attention = QKVAttention(self.num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, embed_dim, H, W) -> (B, output_dim)`."""
+        """Map (B, embed_dim, H, W) to (B, output_dim)."""
         x = x.flatten(2)
         x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding.to(x.dtype)
         x = self.attention(pointwise(self.qkv_proj, x))
@@ -377,18 +380,18 @@ class AttentionPool2d(nn.Module):
 
 
 class EncoderUNetModel(_TimestepNetwork):
-    """The way down of the U-Net and a pooling head, for classifying noisy latents.
+    """Encoder of the U-Net with a pooling head, for the classification of noisy latents.
 
     Args:
         out_channels: size of the output, such as the number of classes.
         pool: "adaptive" (mean), "attention" (`AttentionPool2d`), or "spatial" and "spatial_v2", two perceptrons on
             the means of every block's feature map.
-        num_heads_upsample: belongs to the published signature; there is no way up.
+        num_heads_upsample: not used, part of the published signature.
 
     The other arguments are those of `UNetModel`.
 
     Raises:
-        UserError: an unknown `pool`, or attention pooling without `num_head_channels`.
+        UserError: `pool` is unknown, or attention pooling lacks `num_head_channels`.
     """
 
     def __init__(
@@ -432,7 +435,7 @@ class EncoderUNetModel(_TimestepNetwork):
             num_head_channels=num_head_channels,
             use_new_attention_order=use_new_attention_order,
         )
-        factor = self._build_way_down(layers, num_res_blocks, attention_resolutions, channel_mult)
+        factor = self._build_encoder(layers, num_res_blocks, attention_resolutions, channel_mult)
         self.out = self._pooling_head(layers, image_size // factor)
         if use_fp16:
             self.convert_to_fp16()
@@ -457,7 +460,7 @@ class EncoderUNetModel(_TimestepNetwork):
         raise UserError(f'EncoderUNetModel: pool "{self.pool}" is unknown; choose one of {known}')
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """`x: (B, in_channels, ...)` and `timesteps: (B,)` to (B, out_channels) in the dtype of `x`."""
+        """Map `x` (B, in_channels, ...) and `timesteps` (B,) to (B, out_channels) in the dtype of `x`."""
         h, emb = x.to(self.dtype), self._embed(timesteps).to(self.dtype)
         means = []
         for module in [*self.input_blocks, self.middle_block]:

@@ -1,12 +1,12 @@
-"""What a denoising network may predict: the target of its training, and how its answer is read.
+"""Parameterizations of a denoising network: training targets and conversion of predictions.
 
-With x_t = √ᾱ x_start + √(1 - ᾱ) ε, a network of the parameterization
+With x_t = √ᾱ x_start + √(1 - ᾱ) ε, the parameterizations predict
 
-    eps   predicts ε                           (arXiv:2006.11239)
-    x0    predicts x_start
-    v     predicts √ᾱ ε - √(1 - ᾱ) x_start     (arXiv:2202.00512, appendix D)
+    eps   ε                           (arXiv:2006.11239)
+    x0    x_start
+    v     √ᾱ ε - √(1 - ᾱ) x_start     (arXiv:2202.00512, appendix D)
 
-Shapes: x_t, x_start, noise and predictions (B, C, H, W); alpha, which is ᾱ at each item's step, (B, 1, 1, 1).
+Shapes: x_t, x_start, noise and predictions (B, C, H, W); alpha (B, 1, 1, 1), the value of ᾱ at each item's timestep.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PARAMETERIZATIONS = ("eps", "x0", "v")
 
 
 class Prediction(NamedTuple):
-    """What a network says of x_t, as the noise in it and as what lies under the noise."""
+    """Prediction for x_t, both as the noise and as the clean latent."""
 
     eps: torch.Tensor
     x_start: torch.Tensor
@@ -28,14 +28,14 @@ class Prediction(NamedTuple):
 def training_target(
     parameterization: str, x_start: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor
 ) -> torch.Tensor:
-    """What the network should predict of x_start and the noise added to it."""
+    """Return the training target for `x_start` and the added `noise`."""
     if parameterization == "v":
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * x_start
     return x_start if parameterization == "x0" else noise
 
 
 def interpret(parameterization: str, output: torch.Tensor, x_t: torch.Tensor, alpha: torch.Tensor) -> Prediction:
-    """Both forms of the network's `output` for x_t."""
+    """Convert the network's `output` for `x_t` to both forms of the prediction."""
     signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
     if parameterization == "v":
         return Prediction(signal * output + spread * x_t, signal * x_t - spread * output)

@@ -1,4 +1,4 @@
-"""Noise schedules, and the closed forms of the diffusion process that they determine.
+"""Noise schedules and the closed-form quantities of the diffusion process.
 
 Symbols, as in DDPM (arXiv:2006.11239) and DDIM (arXiv:2010.02502):
 
@@ -6,9 +6,9 @@ Symbols, as in DDPM (arXiv:2006.11239) and DDIM (arXiv:2010.02502):
     alphas_cumprod       ᾱ_t          q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I)
     x_start, noise       x_0, ε       x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε
     sigmas               σ_t          noise added by a reverse step, σ_t = η · (DDPM's)
-    T, S                              steps of the model, steps of a sampling run
+    T, S                              timesteps of the model, steps of a sampling run
 
-Tables are float64 numpy arrays of shape (T,) or (S,); steps t count from 0.
+Tables are float64 NumPy arrays of shape (T,) or (S,). Timesteps t count from 0.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def make_beta_schedule(
     linear_end: float = 2e-2,
     cosine_s: float = 8e-3,
 ) -> np.ndarray:
-    """β_t of shape (n_timestep,).
+    """Return β_t (n_timestep,).
 
-    `linear` is linear in √β, as the published models were trained; `sqrt_linear` is linear in β itself.
-    `cosine` follows arXiv:2102.09672, equation 17, with offset `cosine_s`.
+    The schedule "linear" is linear in √β, as in the published models, and "sqrt_linear" is linear in β. The schedule
+    "cosine" follows arXiv:2102.09672, equation 17, with offset `cosine_s`.
 
     Raises:
-        UserError: an unknown schedule.
+        UserError: `schedule` is unknown.
     """
     if schedule == "linear":
         return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=np.float64) ** 2
@@ -56,16 +56,16 @@ def make_beta_schedule(
 def betas_for_alpha_bar(
     num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
 ) -> np.ndarray:
-    """β_t (T,) from a function ᾱ(t) of t in [0, 1]: β_t = min(1 - ᾱ((t+1)/T) / ᾱ(t/T), max_beta)."""
+    """Return β_t (T,) for a function ᾱ(t) of t in [0, 1]: β_t = min(1 - ᾱ((t+1)/T) / ᾱ(t/T), max_beta)."""
     values = np.array([alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)])
     return np.clip(1 - values[1:] / values[:-1], 0, max_beta)
 
 
 def diffusion_tables(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, np.ndarray]:
-    """Every table that a model registers as a buffer, under its published name.
+    """Return every table that a model registers as a buffer, by its published name.
 
-    The posterior q(x_{t-1} | x_t, x_0) is equation 7 of arXiv:2006.11239; `v_posterior` v moves its
-    variance towards β_t: (1 - v) β̃_t + v β_t.
+    Equation 7 of arXiv:2006.11239 defines the posterior q(x_{t-1} | x_t, x_0). With v = `v_posterior` its variance
+    is (1 - v) β̃_t + v β_t.
     """
     alphas = 1.0 - betas
     alphas_cumprod = np.cumprod(alphas)
@@ -92,11 +92,11 @@ TABLE_NAMES = frozenset(diffusion_tables(np.full(2, 0.5)))
 
 
 def lvlb_weights(tables: Mapping[str, np.ndarray], parameterization: str) -> np.ndarray:
-    """Weights (T,) that turn the simple loss into the variational bound.
+    """Return the weights (T,) that turn the simple loss into the variational lower bound.
 
-    For `eps` these are those of equation 12, arXiv:2006.11239. For `x0` the published expression is kept:
-    its denominator is 2 - ᾱ_t. Computed in single precision, as published: 1 - ᾱ_0 cancels. For `v` they are
-    those of `eps` times ᾱ_t: an error of v is an error of √ᾱ_t as much in the noise.
+    The weights for "eps" are those of equation 12, arXiv:2006.11239. The weights for "x0" follow the published code,
+    with the denominator 2 - ᾱ_t. The weights for "v" are those for "eps" times ᾱ_t, because an error δ of v is an
+    error √ᾱ_t δ of the noise. The published code computes in float32, where 1 - ᾱ_0 loses precision; so does this one.
     """
     single = {name: table.astype(np.float32) for name, table in tables.items()}
     betas, alphas_cumprod, variance = (single[name] for name in ("betas", "alphas_cumprod", "posterior_variance"))
@@ -112,15 +112,16 @@ def lvlb_weights(tables: Mapping[str, np.ndarray], parameterization: str) -> np.
 
 
 def min_snr_weights(alphas_cumprod: np.ndarray, gamma: float, parameterization: str) -> np.ndarray:
-    """Weights (T,) of the simple loss by which errors of x_start weigh min(SNR_t, γ); arXiv:2303.09556, section 3.4.
+    """Return the min-SNR-γ weights (T,) of the simple loss (arXiv:2303.09556, section 3.4).
 
-    SNR_t = ᾱ_t / (1 - ᾱ_t); an error of x_start is one of √SNR_t in the noise and of √(SNR_t + 1) in v.
+    The weight of a squared error of x_start is min(SNR_t, γ), with SNR_t = ᾱ_t / (1 - ᾱ_t). An error δ of x_start is
+    an error √SNR_t δ of the noise and an error √(SNR_t + 1) δ of v.
 
     Raises:
-        UserError: γ is not above 0.
+        UserError: `gamma` is not above 0.
     """
     if not gamma > 0:
-        raise UserError(f"min_snr_gamma must be above 0, got {gamma}; leave it out to weight all steps alike")
+        raise UserError(f"min_snr_gamma must be above 0, got {gamma}; omit it to weight all timesteps equally")
     snr = alphas_cumprod / (1 - alphas_cumprod)
     return np.minimum(snr, gamma) / {"eps": snr, "x0": 1.0, "v": snr + 1}[parameterization]
 
@@ -132,26 +133,33 @@ def make_ddim_timesteps(
     verbose: bool = False,
     alphas_cumprod: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The increasing grid of model steps, int64, that a sampling run visits backwards.
+    """Return the timesteps of a sampling run as an increasing int64 grid; sampling visits them in reverse.
 
-    `exact` gives S evenly spaced steps for every S from 1 to T. It starts at step 1, as the published grid
-    does, and equals it wherever S divides T; at S = T it is 0 .. T-1.
-    `uniform` is the published grid: stride T // S from step 1. Unless S divides T it has more steps than
-    asked for, and it leaves the model's range for some S.
-    `quad` is quadratic in t over the first 80 % of the steps.
-    `logsnr` spaces S steps from T-1 to 0 evenly in log √(ᾱ / (1 - ᾱ)), for which it needs `alphas_cumprod` (T,).
+    Args:
+        ddim_discr_method: name of the grid.
+
+            - "exact": S evenly spaced timesteps for every S from 1 to T. The grid starts at 1 and equals the published
+              grid if S divides T. For S = T it is 0 .. T-1.
+            - "uniform": the published grid with stride T // S from timestep 1. Unless S divides T, it has more than
+              S timesteps, and for some S it exceeds T - 1.
+            - "quad": quadratic in t over the first 80 % of the timesteps.
+            - "logsnr": S timesteps from T-1 to 0, evenly spaced in log √(ᾱ / (1 - ᾱ)).
+        num_ddim_timesteps: S.
+        num_ddpm_timesteps: T.
+        verbose: not used, part of the published signature.
+        alphas_cumprod: ᾱ (T,), required by "logsnr".
 
     Raises:
-        UserError: an unknown method, S outside 1 .. T, or a grid that leaves the model's range.
+        UserError: the grid is unknown, S is not in 1 .. T, or the grid exceeds T - 1.
     """
     S, T = num_ddim_timesteps, num_ddpm_timesteps
     if not 1 <= S <= T:
-        raise UserError(f"{S} sampling steps asked for: choose between 1 and the model's {T}")
+        raise UserError(f"the number of sampling steps is {S}; choose between 1 and the model's {T}")
     if ddim_discr_method == "exact":
         return np.arange(T) if S == T else np.arange(S) * T // S + 1
     if ddim_discr_method == "logsnr":
         if alphas_cumprod is None:
-            raise ValueError('the "logsnr" grid follows the noise schedule: give alphas_cumprod')
+            raise ValueError('the "logsnr" grid depends on the noise schedule; pass alphas_cumprod')
         return _logsnr_timesteps(S, alphas_cumprod)
     if ddim_discr_method == "uniform":
         steps = np.arange(0, T, T // S) + 1
@@ -162,31 +170,30 @@ def make_ddim_timesteps(
         raise UserError(f'step grid "{ddim_discr_method}" is not known{hint}; choose one of {", ".join(GRIDS)}')
     if steps[-1] >= T:
         raise UserError(
-            f'the "{ddim_discr_method}" grid with {S} of {T} steps reaches step {steps[-1]}, past the last one;'
-            ' use "exact", which runs any number of steps'
+            f'the "{ddim_discr_method}" grid with {S} of {T} steps reaches timestep {steps[-1]}, past the last one; '
+            'use "exact", which supports any number of steps'
         )
     return steps
 
 
 def _logsnr_timesteps(S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
-    """The model steps nearest to an even grid of λ = log √(ᾱ / (1 - ᾱ)), each once, from 0 to T - 1."""
+    """Return the timesteps nearest to an even grid of λ = log √(ᾱ / (1 - ᾱ)), without repetition, from 0 to T - 1."""
     T = len(alphas_cumprod)
     half_logsnr = 0.5 * np.log(alphas_cumprod / (1 - alphas_cumprod))
-    wanted = np.linspace(half_logsnr[-1], half_logsnr[0], S)[::-1]
-    steps = np.rint(np.interp(-wanted, -half_logsnr, np.arange(T))).astype(np.int64)
-    # λ falls fastest near step 0, where neighbours of the grid may share a step: move them up, one each.
-    places = np.arange(S)
-    steps = np.maximum.accumulate(steps - places) + places
-    return np.minimum(steps, T - S + places)
+    targets = np.linspace(half_logsnr[-1], half_logsnr[0], S)[::-1]
+    steps = np.rint(np.interp(-targets, -half_logsnr, np.arange(T))).astype(np.int64)
+    # λ falls fastest near t = 0, where neighbouring targets may round to the same timestep: shift them up by one each.
+    positions = np.arange(S)
+    steps = np.maximum.accumulate(steps - positions) + positions
+    return np.minimum(steps, T - S + positions)
 
 
 def make_ddim_sampling_parameters(
     alphacums: np.ndarray | torch.Tensor, ddim_timesteps: np.ndarray, eta: float, verbose: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(sigmas, alphas, alphas_prev), each (S,), of equation 16, arXiv:2010.02502.
+    """Return (sigmas, alphas, alphas_prev), each (S,), of equation 16, arXiv:2010.02502.
 
-    The step that follows the last one goes to ᾱ_0, as published, unless the grid contains step 0 itself:
-    then it goes to the data, ᾱ = 1.
+    As published, the last sampling step ends at ᾱ_0. If the grid contains timestep 0, it ends at the data, ᾱ = 1.
     """
     alphacums = np.asarray(alphacums, dtype=np.float64)
     alphas = alphacums[ddim_timesteps]
@@ -197,12 +204,12 @@ def make_ddim_sampling_parameters(
 
 
 def extract_into_tensor(a: torch.Tensor, t: torch.Tensor, x_shape: Sequence[int]) -> torch.Tensor:
-    """`a[t]` for steps t (B,), shaped (B, 1, ..., 1) to multiply a tensor of shape `x_shape`."""
+    """Return `a[t]` for timesteps `t` (B,), shaped (B, 1, ..., 1) to broadcast against `x_shape`."""
     return a[t].reshape(t.shape[0], *((1,) * (len(x_shape) - 1)))
 
 
 def noise_like(shape: Sequence[int], device: torch.device | str, repeat: bool = False) -> torch.Tensor:
-    """Standard normal noise; with `repeat` every item of the batch gets the same."""
+    """Return standard normal noise; with `repeat` all items of the batch share it."""
     if repeat:
         return torch.randn((1, *shape[1:]), device=device).repeat(shape[0], *((1,) * (len(shape) - 1)))
     return torch.randn(tuple(shape), device=device)

@@ -1,4 +1,4 @@
-"""Building blocks of the U-Nets; `openaimodel` re-exports them.
+"""Building blocks of the U-Nets, re-exported by `openaimodel`.
 
 Shapes: B batch, C channels, `...` one to three spatial dimensions (`dims`), E embedding channels, N tokens.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
@@ -17,15 +18,15 @@ from ldm.modules.diffusionmodules.util import avg_pool_nd, checkpoint, conv_nd, 
 
 
 class TimestepBlock(nn.Module):
-    """A module that takes the timestep embedding as its second argument."""
+    """Module that takes the timestep embedding as its second argument."""
 
     @abstractmethod
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """`x: (B, C, ...)`, `emb: (B, E)`."""
+        """Return features (B, C', ...) from `x` (B, C, ...) and `emb` (B, E)."""
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """Layers in sequence, each given the timestep embedding or the context if it takes one."""
+    """Sequence of layers that passes the timestep embedding or the context to the layers that take one."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         for layer in self:
@@ -58,7 +59,7 @@ class Upsample(nn.Module):
 
 
 class TransposedUpsample(nn.Module):
-    """Learned upsampling by two without padding: `(B, C, H, W) -> (B, C', 2H + ks - 2, 2W + ks - 2)`."""
+    """Learned upsampling by two without padding: (B, C, H, W) -> (B, C', 2H + ks - 2, 2W + ks - 2)."""
 
     def __init__(self, channels: int, out_channels: int | None = None, ks: int = 5) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class TransposedUpsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Downsampling by two: a strided 3-wide convolution if `use_conv`, average pooling otherwise.
+    """Downsampling by two with a strided 3-wide convolution if `use_conv`, else with average pooling.
 
     Three-dimensional inputs keep the size of their first spatial dimension.
     """
@@ -83,7 +84,7 @@ class Downsample(nn.Module):
         out_channels = out_channels or channels
         stride = (1, 2, 2) if dims == 3 else 2
         if not use_conv and out_channels != channels:
-            raise ValueError(f"average pooling cannot turn {channels} channels into {out_channels}")
+            raise ValueError(f"average pooling cannot change {channels} channels to {out_channels}; set use_conv")
         self.channels = channels
         self.op = (
             conv_nd(dims, channels, out_channels, 3, stride=stride, padding=padding)
@@ -101,9 +102,9 @@ class ResBlock(TimestepBlock):
     Args:
         emb_channels: E, channels of the timestep embedding.
         out_channels: channels of the output; `channels` by default.
-        use_conv: a change of channels on the residual connection uses a 3-wide convolution instead of a 1-wide one.
-        use_scale_shift_norm: the embedding scales and shifts the second normalisation instead of being added before it.
-        up, down: resample both branches by two, the main one before its first convolution.
+        use_conv: change the channels of the residual connection with a 3-wide instead of a 1-wide convolution.
+        use_scale_shift_norm: scale and shift the second normalisation by the embedding instead of adding it before.
+        up, down: resample both branches by two, the main branch before its first convolution.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class ResBlock(TimestepBlock):
             self.skip_connection = conv_nd(dims, channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """`x: (B, C, ...)` and `emb: (B, E)` to (B, out_channels, ...)."""
+        """Return (B, out_channels, ...) from `x` (B, C, ...) and `emb` (B, E)."""
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -173,9 +174,9 @@ class QKVAttentionLegacy(nn.Module):
         self.n_heads = n_heads
 
     def forward(self, qkv: Tensor) -> Tensor:
-        """`(B, 3C, N) -> (B, C, N)`."""
-        q, k, v = qkv.transpose(1, 2).unflatten(-1, (self.n_heads, 3, -1)).unbind(dim=3)
-        return _attend_to_all(q, k, v)
+        """Map (B, 3C, N) to (B, C, N)."""
+        qkv = rearrange(qkv, "b (heads three c) n -> b n heads three c", heads=self.n_heads, three=3)
+        return _attend_heads(*qkv.unbind(dim=3))
 
 
 class QKVAttention(nn.Module):
@@ -186,27 +187,29 @@ class QKVAttention(nn.Module):
         self.n_heads = n_heads
 
     def forward(self, qkv: Tensor) -> Tensor:
-        """`(B, 3C, N) -> (B, C, N)`."""
-        q, k, v = qkv.transpose(1, 2).unflatten(-1, (3, self.n_heads, -1)).unbind(dim=2)
-        return _attend_to_all(q, k, v)
+        """Map (B, 3C, N) to (B, C, N)."""
+        qkv = rearrange(qkv, "b (three heads c) n -> b n three heads c", heads=self.n_heads, three=3)
+        return _attend_heads(*qkv.unbind(dim=2))
 
 
-def _attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of (B, N, heads, channels) tensors, returned as (B, heads * channels, N)."""
-    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2).flatten(2).transpose(1, 2)
+def _attend_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the attention of (B, N, heads, channels) tensors as (B, heads * channels, N), channels-last in memory."""
+    q, k, v = (rearrange(x, "b n heads c -> b heads n c") for x in (q, k, v))
+    return rearrange(attend(q, k, v), "b heads n c -> b n (heads c)").transpose(1, 2)
 
 
 class AttentionBlock(nn.Module):
-    """Residual self-attention between all positions of a feature map; starts as the identity.
+    """Self-attention over all positions of a feature map, with a residual connection.
+
+    The last projection is initialised to zero, so a new module is the identity.
 
     Args:
-        num_heads: number of heads, unless `num_head_channels` gives their size.
+        num_heads: number of heads, used if `num_head_channels` is -1.
         num_head_channels: channels of each head; -1 to use `num_heads`.
         use_new_attention_order: split the channels as `QKVAttention` instead of `QKVAttentionLegacy`.
 
     Raises:
-        UserError: the heads do not divide the channels.
+        UserError: the channels cannot be divided into these heads.
     """
 
     def __init__(
@@ -230,7 +233,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, ...)` to the same shape."""
+        """Map (B, C, ...) to the same shape."""
         return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -240,5 +243,5 @@ class AttentionBlock(nn.Module):
 
 
 def pointwise(layer: nn.Conv1d, x: Tensor) -> Tensor:
-    """The 1-wide convolution `layer` of `x: (B, C, N)` as a matrix product, which keeps channels-last data in place."""
+    """Apply the 1-wide convolution `layer` to `x` (B, C, N) as a matrix product, without copying channels-last data."""
     return linear(x.transpose(1, 2), layer.weight[:, :, 0], layer.bias).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Layer helpers shared by the networks, the timestep embedding, and the published home of the schedule's names."""
+"""Layer helpers shared by the networks, the timestep embedding, and re-exports of the noise schedule."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 
 from ldm.config.instantiate import instantiate_from_config
 
-# Compatibility names: the published code keeps the noise schedule's functions in this module.
+# The published code defines the functions of the noise schedule in this module.
 from ldm.modules.diffusionmodules.schedule import (
     betas_for_alpha_bar,
     extract_into_tensor,
@@ -51,21 +52,21 @@ _AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation that sums in float32 whatever the dtype of its input (torch does so by itself)."""
+    """Group normalisation that accumulates in float32 for every input dtype, as torch's implementation does."""
 
 
 def normalization(channels: int) -> GroupNorm32:
-    """The normalisation layer of the U-Nets: 32 groups, eps 1e-5."""
+    """Return the normalisation layer of the U-Nets: 32 groups, eps 1e-5."""
     return GroupNorm32(32, channels)
 
 
 def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
-    """A 1-, 2- or 3-dimensional convolution."""
+    """Return a 1-, 2- or 3-dimensional convolution."""
     return _by_dims(_CONVOLUTIONS, dims)(*args, **kwargs)
 
 
 def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
-    """A 1-, 2- or 3-dimensional average pooling."""
+    """Return a 1-, 2- or 3-dimensional average pooling layer."""
     return _by_dims(_AVERAGE_POOLS, dims)(*args, **kwargs)
 
 
@@ -76,13 +77,13 @@ def _by_dims(classes: Mapping[int, Callable[..., nn.Module]], dims: int) -> Call
 
 
 def linear(*args: Any, **kwargs: Any) -> nn.Linear:
-    """A fully connected layer."""
+    """Return a fully connected layer."""
     return nn.Linear(*args, **kwargs)
 
 
 @torch.no_grad()
 def zero_module(module: M) -> M:
-    """Set every parameter of `module` to zero; a residual branch that ends in it starts as the identity."""
+    """Set every parameter of `module` to zero and return it; a residual block that ends with it is the identity."""
     for parameter in module.parameters():
         parameter.zero_()
     return module
@@ -90,24 +91,24 @@ def zero_module(module: M) -> M:
 
 @torch.no_grad()
 def scale_module(module: M, scale: float) -> M:
-    """Multiply every parameter of `module` by `scale`."""
+    """Multiply every parameter of `module` by `scale` and return it."""
     for parameter in module.parameters():
         parameter.mul_(scale)
     return module
 
 
 def mean_flat(tensor: Tensor) -> Tensor:
-    """The mean over all dimensions but the first: `(B, ...) -> (B,)`."""
+    """Return the mean over all dimensions except the first: (B, ...) -> (B,)."""
     return tensor.mean(dim=tuple(range(1, tensor.dim())))
 
 
 def checkpoint(
     func: Callable[..., Tensor], inputs: tuple[Any, ...], params: Iterable[nn.Parameter], flag: bool
 ) -> Tensor:
-    """`func(*inputs)`; with `flag` its activations are computed again in the backward pass instead of stored.
+    """Return `func(*inputs)`; with `flag` the backward pass recomputes the activations instead of storing them.
 
-    Costs nothing while gradients are off. `params` belongs to the published signature: torch's
-    non-reentrant checkpointing finds the parameters that `func` uses by itself.
+    There is no overhead without gradients. The argument `params` is part of the published signature and not used,
+    because torch's non-reentrant checkpointing finds the parameters of `func` itself.
     """
     if not (flag and torch.is_grad_enabled()):
         return func(*inputs)
@@ -117,14 +118,13 @@ def checkpoint(
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False) -> Tensor:
-    """Sinusoidal embedding of timesteps (arXiv:1706.03762, section 3.5): `(B,) -> (B, dim)` in float32.
+    """Return the sinusoidal embedding of timesteps (arXiv:1706.03762, section 3.5): (B,) -> (B, dim) in float32.
 
-    The first half holds cosines, the second sines, of frequencies from 1 down to 1/`max_period`;
-    an odd `dim` ends in a zero. Timesteps may be fractional. `repeat_only` repeats the raw
-    timestep `dim` times instead.
+    The first half holds cosines and the second half sines, with frequencies from 1 down to 1 / `max_period`. The last
+    entry of an odd `dim` is zero. Timesteps may be fractional. With `repeat_only` the timestep is repeated `dim` times.
     """
     if repeat_only:
-        return timesteps[:, None].repeat(1, dim)
+        return repeat(timesteps, "b -> b d", d=dim)
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)
@@ -133,7 +133,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, r
 
 
 class HybridConditioner(nn.Module):
-    """Two conditioners side by side: one whose output joins the image channels, one for cross-attention."""
+    """Pair of conditioners: one for concatenation with the image channels and one for cross-attention."""
 
     def __init__(self, c_concat_config: Mapping[str, Any], c_crossattn_config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class HybridConditioner(nn.Module):
         self.crossattn_conditioner = instantiate_from_config(c_crossattn_config)
 
     def forward(self, c_concat: Any, c_crossattn: Any) -> dict[str, list[Tensor]]:
-        """The conditioning dict that `DiffusionWrapper` takes for the key "hybrid"."""
+        """Return the conditioning dict of `DiffusionWrapper` with the conditioning key "hybrid"."""
         return {
             "c_concat": [self.concat_conditioner(c_concat)],
             "c_crossattn": [self.crossattn_conditioner(c_crossattn)],

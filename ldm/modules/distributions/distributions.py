@@ -1,4 +1,4 @@
-"""The distributions that the first stage puts on its latent."""
+"""Distributions over the latent of the first stage."""
 
 from __future__ import annotations
 
@@ -10,38 +10,39 @@ from torch import Tensor
 
 
 class AbstractDistribution:
-    """Something to draw from, with a most likely value."""
+    """Base class of distributions with a sample and a mode."""
 
     def sample(self) -> Tensor:
-        """A random draw."""
+        """Return a random sample."""
         raise NotImplementedError
 
     def mode(self) -> Tensor:
-        """The most likely value."""
+        """Return the most likely value."""
         raise NotImplementedError
 
 
 class DiracDistribution(AbstractDistribution):
-    """All the mass on one value."""
+    """Distribution with all its probability on one value."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
 
     def sample(self) -> Tensor:
-        """The value."""
+        """Return the value."""
         return self.value
 
     def mode(self) -> Tensor:
-        """The value."""
+        """Return the value."""
         return self.value
 
 
 class DiagonalGaussianDistribution(AbstractDistribution):
-    """A Gaussian with independent entries.
+    """Gaussian with a diagonal covariance matrix.
 
     Args:
-        parameters: (B, 2C, H, W), the mean above the logarithm of the variance; the latter is clamped to [-30, 20].
-        deterministic: put all the mass on the mean; `sample` gives the mean, `kl` and `nll` give 0.
+        parameters: (B, 2C, H, W), the mean in the first C channels and the log-variance in the others. The
+            log-variance is clamped to [-30, 20].
+        deterministic: put all the probability on the mean; `sample` returns the mean, `kl` and `nll` return 0.
     """
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
@@ -55,18 +56,18 @@ class DiagonalGaussianDistribution(AbstractDistribution):
             self.std, self.var = torch.exp(0.5 * self.logvar), torch.exp(self.logvar)
 
     def sample(self) -> Tensor:
-        """A draw, (B, C, H, W).
+        """Return a random sample (B, C, H, W).
 
-        The noise comes from the CPU generator on every device, so that a seed means the same latent everywhere.
+        The noise comes from the CPU generator on every device, so a seed gives the same latent on all devices.
         """
         return self.mean + self.std * torch.randn(self.mean.shape).to(self.mean)
 
     def mode(self) -> Tensor:
-        """The mean, (B, C, H, W)."""
+        """Return the mean (B, C, H, W)."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """KL divergence to `other`, to the standard normal distribution by default, of each image: (B,)."""
+        """Return the KL divergence (B,) of each image to `other`, by default to the standard normal distribution."""
         if self.deterministic:
             return self.mean.new_zeros(self.mean.shape[0])
         if other is None:
@@ -77,7 +78,7 @@ class DiagonalGaussianDistribution(AbstractDistribution):
         return 0.5 * terms.sum(dim=(1, 2, 3))
 
     def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
-        """Negative log-likelihood of `sample`: (B, C, H, W), summed over `dims`."""
+        """Return the negative log-likelihood of `sample` (B, C, H, W), summed over `dims`."""
         if self.deterministic:
             return self.mean.new_zeros(self.mean.shape[0])
         terms = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean).square() / self.var
@@ -85,16 +86,16 @@ class DiagonalGaussianDistribution(AbstractDistribution):
 
 
 def normal_kl(mean1: Tensor, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
-    """KL divergence between Gaussians given by their means and log-variances, entry by entry.
+    """Return the elementwise KL divergence between two Gaussians, given their means and log-variances.
 
-    Arguments broadcast against each other; any of them may be a number as long as one is a tensor.
+    The arguments are broadcast against each other. At least one of them must be a tensor, the others may be numbers.
 
     Raises:
-        TypeError: none of them is a tensor.
+        TypeError: no argument is a tensor.
     """
-    like = next((x for x in (mean1, logvar1, mean2, logvar2) if isinstance(x, Tensor)), None)
-    if like is None:
+    tensor = next((x for x in (mean1, logvar1, mean2, logvar2) if isinstance(x, Tensor)), None)
+    if tensor is None:
         raise TypeError("normal_kl needs at least one tensor")
-    mean1, logvar1, mean2, logvar2 = (torch.as_tensor(x).to(like) for x in (mean1, logvar1, mean2, logvar2))
+    mean1, logvar1, mean2, logvar2 = (torch.as_tensor(x).to(tensor) for x in (mean1, logvar1, mean2, logvar2))
     distance = (mean1 - mean2).square() * torch.exp(-logvar2)
     return 0.5 * (logvar2 - logvar1 - 1.0 + torch.exp(logvar1 - logvar2) + distance)

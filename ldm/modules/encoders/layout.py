@@ -1,11 +1,10 @@
-"""Layouts as tokens: what a layout-to-image model reads, and what its tokens mean.
+"""Token encoding of layouts for layout-to-image models.
 
-A box is three tokens: its class, its top-left corner and its bottom-right corner. A corner is a cell of a square
-grid over the layout, counted along the rows. The last token of the vocabulary stands where there is no box.
-Sequences two tokens longer than their boxes end with the corners of a window: the part of the layout that the
-picture shows.
+A box has three tokens: its class, its top-left corner and its bottom-right corner. A corner is the index of a cell of
+a square grid over the layout, counted row by row. The last token of the vocabulary stands for "no box".
+A sequence of 3 n + 2 tokens ends with the two corners of a window, the part of the layout that the image shows.
 
-Positions are (left, top, right, bottom) in [0, 1] of the width and height.
+Positions are (left, top, right, bottom), relative to width and height in [0, 1].
 """
 
 from __future__ import annotations
@@ -18,34 +17,36 @@ import torch
 
 from ldm.errors import UserError
 
-WHOLE = (0.0, 0.0, 1.0, 1.0)
+FULL_WINDOW = (0.0, 0.0, 1.0, 1.0)
 Position = tuple[float, float, float, float]
 
 
 class Box(NamedTuple):
-    """An object of a layout."""
+    """Object of a layout: class index and position."""
 
     label: int
     position: Position
 
 
 class LayoutTokens:
-    """The vocabulary of layouts.
+    """Encoder and decoder between boxes and layout tokens.
 
     Args:
-        vocab_size: number of tokens; the grid has as many cells a side as its square root holds, and the classes
-            count from 0 to at most `vocab_size` - 2.
+        vocab_size: number of tokens. The grid has floor(√vocab_size) cells per side. Classes are numbered from 0 to at
+            most `vocab_size` - 2.
     """
 
     def __init__(self, vocab_size: int) -> None:
         self.side = math.isqrt(vocab_size)
         self.none = vocab_size - 1
 
-    def encode(self, boxes: Sequence[Box], length: int, window: Position = WHOLE) -> torch.Tensor:
-        """Tokens (length,) int64 of at most length // 3 boxes; `window` is told where there is room for it.
+    def encode(self, boxes: Sequence[Box], length: int, window: Position = FULL_WINDOW) -> torch.Tensor:
+        """Encode at most `length` // 3 boxes to tokens (length,) int64.
+
+        The tokens end with `window` if `length` has the form 3 n + 2.
 
         Raises:
-            UserError: too many boxes, an unknown class, or a corner outside the layout.
+            UserError: there are too many boxes, a class is unknown, or a corner is outside the layout.
         """
         if len(boxes) > length // 3:
             raise UserError(f"{len(boxes)} boxes do not fit into {length} tokens; give at most {length // 3}")
@@ -58,28 +59,28 @@ class LayoutTokens:
         return torch.tensor([*(token for triple in triples for token in triple), *ending], dtype=torch.int64)
 
     def decode(self, tokens: torch.Tensor) -> list[Box]:
-        """The boxes that tokens (L,) tell of, placed in the window; parts outside it lie outside [0, 1]."""
+        """Decode tokens (L,) to boxes with positions relative to the window; they may exceed [0, 1]."""
         ids = [int(token) for token in tokens]
-        window = self._position(*ids[-2:]) if len(ids) % 3 == 2 else WHOLE
-        left, top, right, bottom = window or WHOLE
+        window = self._position(*ids[-2:]) if len(ids) % 3 == 2 else FULL_WINDOW
+        left, top, right, bottom = window or FULL_WINDOW
         width, height = max(right - left, 1 / self.side), max(bottom - top, 1 / self.side)
         boxes = []
-        for at in range(0, len(ids) - len(ids) % 3, 3):
-            label, position = ids[at], self._position(*ids[at + 1 : at + 3])
+        for start in range(0, len(ids) - len(ids) % 3, 3):
+            label, position = ids[start], self._position(*ids[start + 1 : start + 3])
             if label != self.none and position is not None:
                 x0, y0, x1, y1 = position
-                placed = ((x0 - left) / width, (y0 - top) / height, (x1 - left) / width, (y1 - top) / height)
-                boxes.append(Box(label, placed))
+                relative = ((x0 - left) / width, (y0 - top) / height, (x1 - left) / width, (y1 - top) / height)
+                boxes.append(Box(label, relative))
         return boxes
 
     def _corners(self, position: Position) -> list[int]:
         if not all(0 <= value <= 1 for value in position):
-            raise UserError(f"a box reaches from {position[:2]} to {position[2:]}; positions lie in [0, 1]")
+            raise UserError(f"a box extends from {position[:2]} to {position[2:]}; positions must lie in [0, 1]")
         column0, row0, column1, row1 = (round(value * (self.side - 1)) for value in position)
         return [row0 * self.side + column0, row1 * self.side + column1]
 
     def _position(self, first: int, last: int) -> Position | None:
-        """Where the corners lie; None for what is no corner."""
+        """Return the position of two corner tokens, or None if one of them is not a corner."""
         if not (0 <= first < self.side**2 and 0 <= last < self.side**2):
             return None
         (row0, column0), (row1, column1) = (divmod(corner, self.side) for corner in (first, last))

@@ -1,4 +1,4 @@
-"""Conditioning encoders: what a caption, a class or a map becomes before the U-Net sees it.
+"""Conditioning encoders for captions, classes and maps.
 
 Shapes: B batch, L tokens.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -36,26 +37,26 @@ logger = logging.getLogger(__name__)
 
 
 class AbstractEncoder(nn.Module):
-    """A conditioning encoder: `encode` turns a batch of raw conditions into tensors."""
+    """Base class of conditioning encoders, whose method `encode` maps a batch of raw conditions to tensors."""
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} does not implement encode")
 
 
 class IdentityEncoder(AbstractEncoder):
-    """Gives back what it is given."""
+    """Conditioning encoder that returns its input unchanged."""
 
     def encode(self, x: Any) -> Any:
         return x
 
 
 class ClassEmbedder(nn.Module):
-    """One learned vector for each class.
+    """Learned embedding of class labels.
 
     Args:
-        embed_dim: channels of the vectors.
-        n_classes: number of classes, a "no class" for guidance included.
-        key: entry of the batch that holds the labels.
+        embed_dim: channels of the embeddings.
+        n_classes: number of classes, including the "no class" for guidance.
+        key: entry of the batch with the labels.
     """
 
     def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
@@ -65,17 +66,20 @@ class ClassEmbedder(nn.Module):
         self.embedding = nn.Embedding(n_classes, embed_dim)
 
     def forward(self, batch: Mapping[str, Tensor], key: str | None = None) -> Tensor:
-        """Labels `batch[key]: (B,)` to (B, 1, embed_dim), a context of one token."""
+        """Map the labels `batch[key]` (B,) to a context of one token (B, 1, embed_dim)."""
         labels = batch[self.key if key is None else key]
-        return self.embedding(labels[:, None])
+        return self.embedding(rearrange(labels, "b -> b 1"))
 
 
 class TransformerEmbedder(AbstractEncoder):
-    """A transformer over token ids.
+    """Transformer over token ids.
 
     Args:
-        n_embed: channels. n_layer: pairs of attention and perceptron. max_seq_len: most tokens of an input.
-        device: only for published configurations; token ids follow the weights.
+        n_embed: channels of the output.
+        n_layer: number of pairs of attention and perceptron.
+        vocab_size: size of the vocabulary.
+        max_seq_len: maximum number of tokens.
+        device: not used, part of published configurations; token ids are moved to the device of the weights.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class TransformerEmbedder(AbstractEncoder):
         self.transformer = TransformerWrapper(num_tokens=vocab_size, max_seq_len=max_seq_len, attn_layers=layers)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """`(B, L)` token ids to (B, L, n_embed)."""
+        """Map token ids (B, L) to (B, L, n_embed)."""
         return self.transformer(tokens.to(self.transformer.token_emb.weight.device), return_embeddings=True)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -99,18 +103,20 @@ class TransformerEmbedder(AbstractEncoder):
 
 
 class BERTTokenizer(AbstractEncoder):
-    """Captions to ids of lower-case WordPiece tokens: `[CLS] ... [SEP]`, cut or padded to a fixed length.
+    """WordPiece tokenizer for lower-case captions: `[CLS] ... [SEP]`, truncated or padded to a fixed length.
+
+    The token ids equal those of `transformers.BertTokenizerFast`. The package tokenizers imports much faster.
 
     Args:
-        device: where the ids are put.
-        vq_interface: `encode` answers like a first-stage model does, as published.
-        max_length: tokens of every caption.
-        version: a `vocab.txt` or a folder that holds one, looked for in the current folder and then in the
-            repository; or a name on the Hugging Face hub, fetched on first use.
-        max_tokens: how many tokens the model's embedding has room for.
+        device: device of the token ids.
+        vq_interface: return the token ids from `encode` in the format of a first-stage model, as published.
+        max_length: number of tokens of every caption.
+        version: a `vocab.txt` or a folder that contains one, searched in the current folder and then in the
+            repository; or a name on the Hugging Face hub, downloaded on first use.
+        max_tokens: size of the model's token embedding.
 
     Raises:
-        UserError: no such vocabulary, it cannot be fetched, or it has more than `max_tokens` tokens.
+        UserError: the vocabulary does not exist, cannot be downloaded, or has more than `max_tokens` tokens.
     """
 
     def __init__(
@@ -128,16 +134,16 @@ class BERTTokenizer(AbstractEncoder):
         self.version = version
         self.max_tokens = max_tokens
         path = find_vocabulary(version)
-        self._tokenizer = None if path is None else self._prepare(path)
+        self._tokenizer = None if path is None else self._load_tokenizer(path)
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer itself, of the tokenizers package."""
+        """Tokenizer object of the package tokenizers."""
         if self._tokenizer is None:
-            self._tokenizer = self._prepare(_fetch_vocabulary(self.version))
+            self._tokenizer = self._load_tokenizer(_download_vocabulary(self.version))
         return self._tokenizer
 
-    def _prepare(self, path: Path) -> Any:
+    def _load_tokenizer(self, path: Path) -> Any:
         tokenizer = _read_vocabulary(path)
         size = tokenizer.get_vocab_size()
         if self.max_tokens is not None and size > self.max_tokens:
@@ -148,33 +154,33 @@ class BERTTokenizer(AbstractEncoder):
 
     @torch.no_grad()
     def forward(self, text: str | Sequence[str]) -> Tensor:
-        """Captions to (B, max_length) int64."""
+        """Map captions to token ids (B, max_length) int64."""
         captions = [text] if isinstance(text, str) else list(text)
         ids = [encoding.ids for encoding in self.tokenizer.encode_batch(captions)]
         return torch.tensor(ids, dtype=torch.int64, device=self.device)
 
     @torch.no_grad()
     def encode(self, text: str | Sequence[str]) -> Any:
-        """The token ids, inside a first-stage model's `(None, None, [None, None, ids])` with `vq_interface`."""
+        """Return the token ids, or `(None, None, [None, None, ids])` with `vq_interface`."""
         ids = self(text)
         return (None, None, [None, None, ids]) if self.vq_interface else ids
 
     def decode(self, text: Any) -> Any:
-        """`text` itself."""
+        """Return `text` unchanged."""
         return text
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of `text`, lower-case and each once, that the vocabulary does not hold whole."""
+        """Return the distinct lower-case words of `text` that are not tokens of the vocabulary."""
         normalized = self.tokenizer.normalizer.normalize_str(text)
         words = [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
         return [word for word in dict.fromkeys(words) if self.tokenizer.token_to_id(word) is None]
 
 
 def find_vocabulary(name: str) -> Path | None:
-    """The local vocabulary file that `name` means, or None if it is a name on the hub.
+    """Return the local vocabulary file `name`, or None for a name on the hub.
 
     Raises:
-        UserError: `name` is written like a path and no such file exists.
+        UserError: `name` has the form of a path and the file does not exist.
     """
     for folder in search_path():
         path = folder / Path(name).expanduser()
@@ -183,7 +189,7 @@ def find_vocabulary(name: str) -> Path | None:
             return path
     # The hub's names are "model" or "owner/model".
     if name.endswith(".txt") or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"vocabulary {name} does not exist; give a vocab.txt, a folder that holds one, or a hub name")
+        raise UserError(f"vocabulary {name} does not exist; give a vocab.txt, a folder with one, or a hub name")
     return None
 
 
@@ -194,46 +200,46 @@ def _read_vocabulary(path: Path) -> Any:
         ids = {line.rstrip("\n"): index for index, line in enumerate(lines)}
     missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in ids]
     if missing:
-        raise UserError(f"vocabulary {path} lacks {', '.join(missing)}; give a WordPiece vocab.txt, one token a line")
+        raise UserError(f"vocabulary {path} lacks {', '.join(missing)}; give a WordPiece vocab.txt, one token per line")
     return BertWordPieceTokenizer(ids, lowercase=True)
 
 
-def _fetch_vocabulary(name: str) -> Path:
-    """The vocabulary file of a model on the Hugging Face hub, from the local cache if it is there.
+def _download_vocabulary(name: str) -> Path:
+    """Return the vocabulary file of a model on the Hugging Face hub, from the local cache if possible.
 
-    Fetched as a file because transformers' tokenizers, when offline, come back empty instead of failing.
+    The file is downloaded directly because transformers' tokenizers are empty instead of an error without a network.
     """
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(name, "vocab.txt", local_files_only=True))
     except (OSError, ValueError):
-        logger.info("fetching the vocabulary of %s from the Hugging Face hub", name)
+        logger.info("downloading the vocabulary of %s from the Hugging Face hub", name)
     try:
         return Path(hf_hub_download(name, "vocab.txt"))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f'cannot fetch the vocabulary "{name}" from the Hugging Face hub ({reason}); '
+            f'cannot download the vocabulary "{name}" from the Hugging Face hub ({reason}); '
             "go online once, or set vocab to a local vocab.txt"
         ) from None
 
 
 class BERTEmbedder(AbstractEncoder):
-    """Captions, or token ids, to a context: a transformer over WordPiece tokens, trained with the model.
+    """Transformer over WordPiece tokens that maps captions or token ids to a context, trained with the model.
 
     Args:
         n_embed: channels of the context.
-        n_layer: pairs of attention and perceptron.
-        vocab_size: rows of the embedding, at least the tokens of the vocabulary.
-        max_seq_len: tokens of a context.
-        device: only for published configurations; token ids follow the weights.
-        use_tokenizer: take captions; otherwise token ids.
+        n_layer: number of pairs of attention and perceptron.
+        vocab_size: size of the token embedding, at least the size of the vocabulary.
+        max_seq_len: number of tokens of a context.
+        device: not used, part of published configurations; token ids are moved to the device of the weights.
+        use_tokenizer: accept captions instead of token ids.
         embedding_dropout: dropout after the embeddings.
-        vocab: the vocabulary, see `BERTTokenizer`'s `version`.
+        vocab: vocabulary, see `version` of `BERTTokenizer`.
 
     Raises:
-        UserError: no such vocabulary, or it has more than `vocab_size` tokens.
+        UserError: the vocabulary does not exist or has more than `vocab_size` tokens.
     """
 
     def __init__(
@@ -261,7 +267,7 @@ class BERTEmbedder(AbstractEncoder):
         )
 
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
-        """Captions (B of them), or token ids (B, L), to (B, L, n_embed); captions give L = max_seq_len."""
+        """Map B captions or token ids (B, L) to (B, L, n_embed), with L = max_seq_len for captions."""
         tokens = self.tknz_fn(text) if self.use_tknz_fn else text
         return self.transformer(tokens.to(self.transformer.token_emb.weight.device), return_embeddings=True)
 
@@ -270,13 +276,13 @@ class BERTEmbedder(AbstractEncoder):
 
 
 class SpatialRescaler(nn.Module):
-    """Resizes a map `n_stages` times by `multiplier`, then mixes its channels if `out_channels` is given.
+    """Rescaling of a map, `n_stages` times by `multiplier`, with an optional 1 x 1 convolution to `out_channels`.
 
     Args:
         method: interpolation mode of `torch.nn.functional.interpolate`, e.g. "bilinear", "nearest" or "area".
 
     Raises:
-        UserError: an unknown `method`.
+        UserError: `method` is unknown.
     """
 
     METHODS = ("nearest", "linear", "bilinear", "trilinear", "bicubic", "area")
@@ -299,7 +305,7 @@ class SpatialRescaler(nn.Module):
         self.channel_mapper = nn.Conv2d(in_channels, out_channels, 1, bias=bias) if out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, in_channels, H, W)` to (B, out_channels or in_channels, H', W')."""
+        """Map (B, in_channels, H, W) to (B, out_channels or in_channels, H', W')."""
         for _ in range(self.n_stages):
             x = interpolate(x, scale_factor=self.multiplier, mode=self.method)
         return x if self.channel_mapper is None else self.channel_mapper(x)

@@ -1,4 +1,4 @@
-"""Random degradations of photographs, to train super-resolution that works outside the laboratory."""
+"""Random degradations of photographs, for the training of super-resolution on real images."""
 
 from ldm.modules.image_degradation.bsrgan import degradation_fn_bsr, degradation_fn_bsr_light
 

@@ -1,4 +1,4 @@
-"""Gaussian blur kernels, round and stretched, and blurring with them.
+"""Isotropic and anisotropic Gaussian blur kernels and blur.
 
 Shapes: kernels (K, K) float64; images (H, W, C) float32. Axes are in the order (row, column).
 """
@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch.nn.functional import conv2d
 
 
 def gaussian_kernel(size: int, covariance: np.ndarray, shift: float = 0.0) -> np.ndarray:
-    """A Gaussian on a grid of `size` × `size` pixels (odd), with sum 1.
+    """Return a Gaussian kernel with sum 1.
 
     Args:
+        size: height and width of the kernel, odd.
         covariance: (2, 2), in square pixels.
-        shift: how far its centre lies from the grid's, along both axes.
+        shift: offset of the Gaussian from the centre of the kernel, along both axes.
     """
     offsets = np.arange(size) - size // 2 - shift
     rows, columns = np.meshgrid(offsets, offsets, indexing="ij")
@@ -26,21 +28,27 @@ def gaussian_kernel(size: int, covariance: np.ndarray, shift: float = 0.0) -> np
 
 
 def isotropic(deviation: float) -> np.ndarray:
-    """The covariance (2, 2) of a round Gaussian."""
+    """Return the covariance (2, 2) of an isotropic Gaussian."""
     return deviation**2 * np.eye(2)
 
 
 def anisotropic(angle: float, variances: tuple[float, float]) -> np.ndarray:
-    """The covariance (2, 2) with these variances along `angle` (in radians, from rows to columns) and across it."""
+    """Return the covariance (2, 2) with the given variances along and across `angle`.
+
+    The angle is in radians, from the row axis to the column axis.
+    """
     cos, sin = np.cos(angle), np.sin(angle)
     axes = np.array([[cos, -sin], [sin, cos]])
     return axes @ np.diag(variances) @ axes.T
 
 
 def blur(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Correlate each channel of `image` with `kernel`; beyond its border the image is mirrored."""
+    """Correlate each channel of `image` with `kernel`, with reflection at the border.
+
+    The result equals that of `kornia.filters.filter2d`, which rejects images smaller than half the kernel.
+    """
     half = len(kernel) // 2
     padded = np.pad(image, ((half, half), (half, half), (0, 0)), mode="reflect")
-    channels = torch.from_numpy(padded).permute(2, 0, 1)[:, None]
-    blurred = conv2d(channels, torch.from_numpy(kernel).to(channels)[None, None])
-    return np.ascontiguousarray(blurred[:, 0].permute(1, 2, 0).numpy())
+    channels = rearrange(torch.from_numpy(padded), "h w c -> c 1 h w")
+    blurred = conv2d(channels, rearrange(torch.from_numpy(kernel).to(channels), "h w -> 1 1 h w"))
+    return np.ascontiguousarray(rearrange(blurred, "c 1 h w -> h w c").numpy())

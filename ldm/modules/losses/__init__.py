@@ -1,4 +1,4 @@
-"""The losses that first stages are trained with."""
+"""Losses for the training of first stages."""
 
 from ldm.modules.losses.contperceptual import LPIPSWithDiscriminator
 

@@ -1,4 +1,4 @@
-"""What the two first-stage losses share: a perceptual network, a discriminator, and how they are weighed."""
+"""Base of the two first-stage losses: perceptual network, discriminator and their weights."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ldm.modules.losses.lpips import LPIPS
 
 
 def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Hinge loss of a discriminator (arXiv 1705.02894): 0 once real logits pass 1 and fake ones -1."""
+    """Return the hinge loss of a discriminator (arXiv:1705.02894); it is 0 for real logits ≥ 1 and fake logits ≤ -1."""
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
 
 
 def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Cross-entropy of a discriminator (arXiv 1406.2661)."""
+    """Return the cross-entropy of a discriminator (arXiv:1406.2661)."""
     return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
 
 
 def hinge_d_loss_with_exemplar_weights(logits_real: Tensor, logits_fake: Tensor, weights: Tensor) -> Tensor:
-    """`hinge_d_loss` with a weight for each image.
+    """Return the hinge loss of a discriminator with a weight for each image.
 
     Args:
         logits_real, logits_fake: (B, 1, h, w).
@@ -35,24 +35,24 @@ def hinge_d_loss_with_exemplar_weights(logits_real: Tensor, logits_fake: Tensor,
     """
     if not weights.shape[0] == logits_real.shape[0] == logits_fake.shape[0]:
         sizes = f"{weights.shape[0]}, {logits_real.shape[0]} and {logits_fake.shape[0]}"
-        raise ValueError(f"weights, real and fake logits need one batch size, got {sizes}")
+        raise ValueError(f"weights, real and fake logits must have the same batch size, got {sizes}")
     real = F.relu(1.0 - logits_real).mean(dim=(1, 2, 3))
     fake = F.relu(1.0 + logits_fake).mean(dim=(1, 2, 3))
     return 0.5 * ((weights * real).sum() + (weights * fake).sum()) / weights.sum()
 
 
 def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
-    """`value` before step `threshold`, `weight` from then on."""
+    """Return `value` before step `threshold` and `weight` from that step on."""
     return value if global_step < threshold else weight
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
-    """Absolute difference, entry by entry."""
+    """Return the elementwise absolute difference."""
     return torch.abs(x - y)
 
 
 def l2(x: Tensor, y: Tensor) -> Tensor:
-    """Squared difference, entry by entry."""
+    """Return the elementwise squared difference."""
     return (x - y).square()
 
 
@@ -60,17 +60,20 @@ DISCRIMINATOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"hinge": 
 
 
 class AdversarialLoss(nn.Module):
-    """Base of the first-stage losses: reconstruction error, and a discriminator that starts later (arXiv 2012.09841).
+    """Base class of the first-stage losses: reconstruction error and a discriminator (arXiv:2012.09841).
 
     Args:
-        disc_start: global step at which the discriminator begins to count.
+        disc_start: global step at which the adversarial terms start.
         pixelloss_weight: weight of the pixel-wise error.
         disc_num_layers, disc_in_channels, use_actnorm, disc_ndf: see `NLayerDiscriminator`.
-        disc_factor: weight of both adversarial terms once started; 0 builds no discriminator.
-        disc_weight: multiplies the adaptive weight of the generator's adversarial term.
-        perceptual_weight: weight of the perceptual distance; 0 builds no perceptual network.
-        disc_conditional: the discriminator sees the image together with `cond`; its `disc_in_channels` counts both.
+        disc_factor: weight of both adversarial terms from `disc_start` on; 0 omits the discriminator.
+        disc_weight: factor of the adaptive weight of the generator's adversarial term.
+        perceptual_weight: weight of the perceptual distance; 0 omits the perceptual network.
+        disc_conditional: pass the image and `cond` to the discriminator; `disc_in_channels` is their total.
         disc_loss: "hinge" or "vanilla".
+
+    Raises:
+        UserError: `disc_loss` is unknown.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class AdversarialLoss(nn.Module):
     ) -> None:
         super().__init__()
         if disc_loss not in DISCRIMINATOR_LOSSES:
-            raise UserError(f'disc_loss "{disc_loss}" is not one of {", ".join(DISCRIMINATOR_LOSSES)}')
+            raise UserError(f'disc_loss "{disc_loss}" is unknown; choose one of {", ".join(DISCRIMINATOR_LOSSES)}')
         self.pixel_weight = pixelloss_weight
         self.perceptual_weight = perceptual_weight
         self.perceptual_loss = LPIPS() if perceptual_weight > 0 else None
@@ -104,20 +107,20 @@ class AdversarialLoss(nn.Module):
         self.disc_conditional = disc_conditional
 
     def prepare(self) -> None:
-        """Load the pretrained perceptual weights, if they are needed and not there yet.
+        """Load the pretrained perceptual weights if they are needed and not loaded.
 
-        The first use does it too; a trainer calls it beforehand so that a failure shows before anything starts.
+        The first forward pass also loads them. A trainer calls this method first to report a failure early.
 
         Raises:
-            UserError: they cannot be had.
+            UserError: the weights are not available.
         """
         if self.perceptual_loss is not None:
             self.perceptual_loss.prepare()
 
     def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor) -> Tensor:
-        """How much the adversarial term counts: the ratio of the two gradients at `last_layer`, times `disc_weight`.
+        """Return the adaptive weight of the adversarial term (arXiv:2012.09841, equation 7).
 
-        Equation 7 of arXiv 2012.09841, clamped to [0, 10^4].
+        It is the ratio of the two gradient norms at `last_layer`, clamped to [0, 10^4], times `disc_weight`.
         """
         (nll_grad,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
         (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
@@ -125,16 +128,16 @@ class AdversarialLoss(nn.Module):
         return ratio.clamp(0.0, 1e4).detach() * self.discriminator_weight
 
     def perceptual_distance(self, inputs: Tensor, reconstructions: Tensor) -> Tensor:
-        """(B, 1, 1, 1), before its weight; zeros without a perceptual network."""
+        """Return the unweighted perceptual distance (B, 1, 1, 1), or zeros without a perceptual network."""
         if self.perceptual_loss is None:
             return inputs.new_zeros(inputs.shape[0], 1, 1, 1)
         return self.perceptual_loss(inputs, reconstructions)
 
     def discriminate(self, images: Tensor, cond: Tensor | None) -> Tensor:
-        """Logits of the discriminator for (B, C, H, W), next to `cond` where it is conditional."""
+        """Return the logits of the discriminator for `images` (B, C, H, W), concatenated with `cond` if it is given."""
         if self.disc_conditional != (cond is not None):
             needs = "needs" if self.disc_conditional else "takes no"
-            raise ValueError(f"with disc_conditional={self.disc_conditional} the loss {needs} cond")
+            raise ValueError(f"the loss with disc_conditional={self.disc_conditional} {needs} cond")
         return self.discriminator(images if cond is None else torch.cat((images, cond), dim=1))
 
     def generator_terms(
@@ -145,7 +148,7 @@ class AdversarialLoss(nn.Module):
         last_layer: Tensor | None,
         cond: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted adversarial term of the generator, and its parts for the log."""
+        """Return the weighted adversarial term of the generator and its log entries."""
         zero = nll_loss.new_zeros(())
         disc_factor = adopt_weight(self.disc_factor, global_step, threshold=self.discriminator_iter_start)
         g_loss, d_weight = zero, zero
@@ -153,18 +156,18 @@ class AdversarialLoss(nn.Module):
             g_loss = -self.discriminate(reconstructions, cond).mean()
             if reconstructions.requires_grad:  # not in validation
                 if last_layer is None:
-                    raise ValueError("the adversarial term needs last_layer, the weight that makes the image")
+                    raise ValueError("the adversarial term needs last_layer, the weight of the last convolution")
                 d_weight = self.calculate_adaptive_weight(nll_loss, g_loss, last_layer)
         log = {"d_weight": d_weight, "disc_factor": zero + disc_factor, "g_loss": g_loss.detach()}
-        # Before its start the discriminator is only watched: nothing is propagated back through it.
+        # Before disc_start the term is only logged, without a backward pass through the discriminator.
         return d_weight * disc_factor * g_loss if disc_factor else zero, log
 
     def discriminator_step(
         self, inputs: Tensor, reconstructions: Tensor, global_step: int, cond: Tensor | None, split: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the discriminator on detached images, and its log."""
+        """Return the loss of the discriminator on detached images and its log entries."""
         if self.discriminator is None:
-            raise ValueError("disc_factor is 0: there is no discriminator to train")
+            raise ValueError("there is no discriminator to train because disc_factor is 0")
         logits_real = self.discriminate(inputs.detach(), cond)
         logits_fake = self.discriminate(reconstructions.detach(), cond)
         disc_factor = adopt_weight(self.disc_factor, global_step, threshold=self.discriminator_iter_start)
@@ -174,5 +177,5 @@ class AdversarialLoss(nn.Module):
 
 
 def named_log(log: dict[str, Tensor], split: str) -> dict[str, Tensor]:
-    """`log` detached, its keys behind `split/`."""
+    """Return the detached entries of `log`, with the prefix `split/` in their keys."""
     return {f"{split}/{key}": value.detach() for key, value in log.items()}

@@ -1,4 +1,4 @@
-"""The loss of the autoencoder with a continuous latent."""
+"""Loss of the autoencoder with a continuous latent."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from ldm.modules.losses.adversarial import AdversarialLoss, l1, named_log
 
 
 class DummyLoss(nn.Module):
-    """Stands where an autoencoder that is not trained needs no loss."""
+    """Placeholder for the loss of an autoencoder that is not trained."""
 
 
 class LPIPSWithDiscriminator(AdversarialLoss):
-    """Laplacian likelihood with a perceptual term, KL divergence, and a discriminator (arXiv 2112.10752, appendix G).
+    """Laplacian likelihood with a perceptual term, KL divergence and a discriminator (arXiv:2112.10752, appendix G).
 
-    Args beyond those of `AdversarialLoss`:
-        logvar_init: logarithm of the output variance, shared by all pixels.
-        kl_weight: weight of the divergence from the standard normal distribution.
+    The base class `AdversarialLoss` documents the other arguments.
+
+    Args:
+        logvar_init: initial logarithm of the output variance, which is shared by all pixels.
+        kl_weight: weight of the KL divergence from the standard normal distribution.
     """
 
     def __init__(
@@ -63,20 +65,20 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         split: str = "train",
         weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one of the two players, summed over pixels and averaged over the batch.
+        """Return the loss of the autoencoder or the discriminator, summed over pixels and averaged over the batch.
 
         Args:
             inputs, reconstructions: (B, C, H, W) in [-1, 1].
-            posteriors: of the latent of `inputs`.
+            posteriors: posterior distribution of the latent of `inputs`.
             optimizer_idx: 0 for the autoencoder, 1 for the discriminator.
-            global_step: decides whether the discriminator counts yet.
-            cond: (B, C', H, W), what the discriminator sees besides the image.
+            global_step: training step, compared with `disc_start`.
+            cond: additional input (B, C', H, W) of a conditional discriminator.
             last_layer: weight of the last convolution of the decoder.
             split: prefix of the log's keys.
             weights: factors of the likelihood that broadcast against (B, C, H, W).
 
         Returns:
-            The loss and what to log.
+            The loss and the log entries.
         """
         if optimizer_idx == 1:
             return self.discriminator_step(inputs, reconstructions, global_step, cond, split)

@@ -1,4 +1,4 @@
-"""The patch discriminator (PatchGAN, arXiv 1611.07004) and its normalization."""
+"""Patch discriminator (PatchGAN, arXiv:1611.07004) and its normalization."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from ldm.errors import UserError
 
 
 def weights_init(module: nn.Module) -> None:
-    """For `Module.apply`: kernels from N(0, 0.02), batch-norm scales from N(1, 0.02), shifts 0 (arXiv 1511.06434)."""
+    """Initialise a module for `Module.apply` (arXiv:1511.06434).
+
+    Kernels are sampled from N(0, 0.02) and batch-norm scales from N(1, 0.02). Batch-norm shifts are 0.
+    """
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -18,13 +21,13 @@ def weights_init(module: nn.Module) -> None:
 
 
 class ActNorm(nn.Module):
-    """A shift and a scale for each channel, set from the first training batch (arXiv 1807.03039).
+    """Activation normalization: a shift and a scale per channel, initialised from a batch (arXiv:1807.03039).
 
     Args:
-        num_features: channels.
-        logdet: return the logarithm of the determinant of the Jacobian too.
-        affine: must be True; there is nothing to learn otherwise.
-        allow_reverse_init: let the first batch arrive through `reverse`.
+        num_features: number of channels.
+        logdet: also return the log-determinant of the Jacobian.
+        affine: must be True.
+        allow_reverse_init: allow `reverse` to initialise the parameters.
     """
 
     def __init__(
@@ -41,14 +44,14 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialize(self, input: Tensor) -> None:
-        """Make the channels of `input`: (B, C, H, W) leave with mean 0 and standard deviation 1."""
+        """Set the parameters so that the channels of `input` (B, C, H, W) are mapped to mean 0 and deviation 1."""
         std, mean = torch.std_mean(input, dim=(0, 2, 3), keepdim=True)
         self.loc.copy_(-mean)
         self.scale.copy_(1.0 / (std + 1e-6))
         self.initialized.fill_(1)
 
     def forward(self, input: Tensor, reverse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """`scale * (input + loc)`, with `logdet` followed by the log-determinant of each image, (B,).
+        """Return `scale * (input + loc)`, and with `logdet` also the log-determinant (B,) of each image.
 
         Args:
             input: (B, C, H, W) or (B, C).
@@ -66,15 +69,15 @@ class ActNorm(nn.Module):
         return output, determinant.expand(x.shape[0])
 
     def reverse(self, output: Tensor) -> Tensor:
-        """The input that `forward` maps to `output`: (B, C, H, W) or (B, C).
+        """Return the input that `forward` maps to `output`, (B, C, H, W) or (B, C).
 
         Raises:
-            RuntimeError: nothing was normalized yet, in training mode and without `allow_reverse_init`.
+            RuntimeError: the parameters are not initialised, in training mode and without `allow_reverse_init`.
         """
         x = _as_map(output)
         if self.training and not self.initialized:
             if not self.allow_reverse_init:
-                raise RuntimeError("ActNorm was reversed before its first forward pass; set allow_reverse_init")
+                raise RuntimeError("ActNorm.reverse was called before the first forward pass; set allow_reverse_init")
             self.initialize(x)
         return (x / self.scale - self.loc).view(output.shape)
 
@@ -84,13 +87,13 @@ def _as_map(x: Tensor) -> Tensor:
 
 
 class NLayerDiscriminator(nn.Module):
-    """Judges overlapping patches of an image: positive for real, negative for made.
+    """Discriminator of overlapping image patches: positive logits for real images, negative for generated ones.
 
     Args:
         input_nc: channels of the image.
-        ndf: channels after the first convolution; doubled by each layer, up to 8 times.
-        n_layers: convolutions between the first and the last; all but the last of them halve the resolution.
-        use_actnorm: normalize with `ActNorm` instead of batch normalization.
+        ndf: channels after the first convolution, doubled by each layer up to `8 * ndf`.
+        n_layers: convolutions between the first and the last; all except the last of them halve the resolution.
+        use_actnorm: use `ActNorm` instead of batch normalization.
     """
 
     def __init__(self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3, use_actnorm: bool = False) -> None:
@@ -104,7 +107,7 @@ class NLayerDiscriminator(nn.Module):
         for n in range(1, n_layers + 1):
             width = ndf * min(2**n, 8)
             stride = 2 if n < n_layers else 1
-            # Batch normalization has a shift of its own, which makes the bias superfluous.
+            # The shift of batch normalization replaces the bias.
             layers += [
                 nn.Conv2d(channels, width, kernel_size=4, stride=stride, padding=1, bias=use_actnorm),
                 norm_layer(width),
@@ -113,17 +116,17 @@ class NLayerDiscriminator(nn.Module):
             channels = width
         layers.append(nn.Conv2d(channels, 1, kernel_size=4, stride=1, padding=1))
         self.main = nn.Sequential(*layers)
-        self.smallest = 3 * 2**n_layers  # the two convolutions without stride take one row each
+        self.min_size = 3 * 2**n_layers  # the two convolutions without stride remove one row each
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, input_nc, H, W) -> a logit for each patch, (B, 1, h, w).
+        """Map (B, input_nc, H, W) to one logit per patch, (B, 1, h, w).
 
         Raises:
-            UserError: the images are too small for so many layers.
+            UserError: the images are too small for the number of layers.
         """
-        if min(input.shape[2:]) < self.smallest:
+        if min(input.shape[2:]) < self.min_size:
             raise UserError(
-                f"images of {input.shape[2]} x {input.shape[3]} are too small for the discriminator, "
-                f"which needs {self.smallest}; lower disc_num_layers"
+                f"images of {input.shape[2]} x {input.shape[3]} pixels are too small for the discriminator, "
+                f"which needs {self.min_size} x {self.min_size}; lower disc_num_layers"
             )
         return self.main(input)

@@ -1,4 +1,4 @@
-"""The loss of the autoencoder with a codebook."""
+"""Loss of the autoencoder with a codebook."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ PIXEL_LOSSES = {"l1": l1, "l2": l2}
 
 @torch.no_grad()
 def measure_perplexity(predicted_indices: Tensor, n_embed: int) -> tuple[Tensor, Tensor]:
-    """How evenly a batch uses the codebook: 1 when a single entry is used, `n_embed` when all are used equally.
+    """Return the perplexity of the codebook use: 1 for a single entry, `n_embed` for uniform use of all entries.
 
     Args:
         predicted_indices: codebook indices of any shape.
         n_embed: size of the codebook.
 
     Returns:
-        The perplexity of the frequencies, and the number of entries in use.
+        The perplexity of the frequencies and the number of used entries.
     """
     counts = torch.bincount(predicted_indices.flatten(), minlength=n_embed)
     frequencies = counts / counts.sum()
@@ -51,13 +51,18 @@ def measure_perplexity(predicted_indices: Tensor, n_embed: int) -> tuple[Tensor,
 
 
 class VQLPIPSWithDiscriminator(AdversarialLoss):
-    """Pixel-wise and perceptual error, codebook loss, and a discriminator (VQGAN, arXiv 2012.09841).
+    """Pixel-wise and perceptual error, codebook loss and a discriminator (VQGAN, arXiv:2012.09841).
 
-    Args beyond those of `AdversarialLoss`:
+    The base class `AdversarialLoss` documents the other arguments.
+
+    Args:
         codebook_weight: weight of the codebook loss.
-        n_classes: size of the codebook, to log how much of it is used; None logs nothing of the kind.
+        n_classes: size of the codebook, for logging its perplexity; None logs no perplexity.
         perceptual_loss: "lpips".
         pixel_loss: "l1" or "l2".
+
+    Raises:
+        UserError: `perceptual_loss`, `pixel_loss` or `disc_loss` is unknown.
     """
 
     def __init__(
@@ -79,9 +84,9 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
         pixel_loss: str = "l1",
     ) -> None:
         if perceptual_loss != "lpips":
-            raise UserError(f'perceptual_loss "{perceptual_loss}" is not available; use "lpips"')
+            raise UserError(f'perceptual_loss "{perceptual_loss}" is unknown; use "lpips"')
         if pixel_loss not in PIXEL_LOSSES:
-            raise UserError(f'pixel_loss "{pixel_loss}" is not one of {", ".join(PIXEL_LOSSES)}')
+            raise UserError(f'pixel_loss "{pixel_loss}" is unknown; choose one of {", ".join(PIXEL_LOSSES)}')
         super().__init__(
             disc_start,
             pixelloss_weight=pixelloss_weight,
@@ -111,20 +116,20 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
         split: str = "train",
         predicted_indices: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one of the two players, averaged over pixels and batch.
+        """Return the loss of the autoencoder or the discriminator, averaged over pixels and batch.
 
         Args:
-            codebook_loss: of the quantizer.
+            codebook_loss: loss of the quantizer.
             inputs, reconstructions: (B, C, H, W) in [-1, 1].
             optimizer_idx: 0 for the autoencoder, 1 for the discriminator.
-            global_step: decides whether the discriminator counts yet.
+            global_step: training step, compared with `disc_start`.
             last_layer: weight of the last convolution of the decoder.
-            cond: (B, C', H, W), what the discriminator sees besides the image.
+            cond: additional input (B, C', H, W) of a conditional discriminator.
             split: prefix of the log's keys.
-            predicted_indices: codebook indices of any shape, to log how they are used.
+            predicted_indices: codebook indices of any shape, for logging the perplexity.
 
         Returns:
-            The loss and what to log.
+            The loss and the log entries.
         """
         if optimizer_idx == 1:
             return self.discriminator_step(inputs, reconstructions, global_step, cond, split)

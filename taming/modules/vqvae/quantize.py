@@ -1,6 +1,6 @@
 from ldm.modules.quantize import VectorQuantizer2
 
-# The older quantizer computed the same with more memory.
+# VectorQuantizer computes the same result as VectorQuantizer2.
 VectorQuantizer = VectorQuantizer2
 
 __all__ = ["VectorQuantizer", "VectorQuantizer2"]

@@ -1,0 +1,122 @@
+"""Metadata of images: text chunks of their PNG files for people, and one record from which `replay` samples again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli.options import MAX_SEED, PRECISIONS
+from ldm.config.distribution import version
+from ldm.config.model_files import ModelFiles
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm.pipelines.generation import BatchPosition
+
+KEY = "ldm"  # the text chunk that holds the record
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Facts that all images of a run share.
+
+    Attributes:
+        task: name of the command.
+        model: name of the model.
+        config, checkpoint: its files, relative to the working folder if they are inside it.
+        precision: dtype of the network.
+        version: of this package.
+        settings: settings of the pipeline.
+    """
+
+    task: str
+    model: str
+    config: str
+    checkpoint: str
+    precision: str
+    version: str
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, task: str, files: ModelFiles, precision: str, settings: Mapping[str, Any]) -> RunInfo:
+        """Return the facts of a run with the model in `files` and this version."""
+        config, checkpoint = (_relative(path) for path in (files.config, files.checkpoint))
+        return cls(task, files.name, config, checkpoint, precision, release(), settings)
+
+    def text(self, inputs: Mapping[str, Any], seed: int, position: BatchPosition) -> dict[str, Any]:
+        """Return the text chunks of one image."""
+        own = {**inputs, "seed": seed, "index": position.index}
+        run = {"task": self.task, "model": self.model, "precision": self.precision, "version": self.version}
+        record = {**asdict(self), "inputs": dict(inputs), "seed": seed, "place": asdict(position)}
+        return {**own, **self.settings, **run, KEY: json.dumps(record)}
+
+    def sheet_text(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the text chunks of the grid of all images: each distinct input once, line by line."""
+        names = dict.fromkeys(name for each in inputs for name in each)
+        lines = {name: "\n".join(dict.fromkeys(str(each[name]) for each in inputs if name in each)) for name in names}
+        return {**lines, **self.settings, "task": self.task, "model": self.model, "version": self.version}
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that is needed to sample an image again."""
+
+    run: RunInfo
+    inputs: dict[str, Any]
+    seed: int
+    position: BatchPosition
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Record:
+        """Read the record in a PNG file.
+
+        Raises:
+            UserError: The file is not a PNG, or has no valid record.
+        """
+        from PIL import Image
+
+        try:
+            with Image.open(path) as file:
+                text = getattr(file, "text", {}).get(KEY)
+        except FileNotFoundError:
+            raise UserError(f'there is no image "{path}"; check the path') from None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(
+                f'cannot read the image "{path}": {error}; give a PNG that a command of this project wrote'
+            ) from None
+        if text is None:
+            raise UserError(f'"{path}" has no settings; give a single image that a command of this project wrote')
+        try:
+            return cls._parsed(json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f'the settings in "{path}" are damaged: {error}') from None
+
+    @classmethod
+    def _parsed(cls, record: dict[str, Any]) -> Record:
+        from ldm.pipelines.generation import BatchPosition
+
+        inputs, seed, position = record.pop("inputs"), record.pop("seed"), BatchPosition(**record.pop("place"))
+        run = RunInfo(**record)
+        if not (isinstance(inputs, dict) and isinstance(seed, int) and isinstance(run.settings, dict)):
+            raise TypeError("wrong types")
+        if not 0 <= position.position < position.batch:
+            raise ValueError("the position is outside the batch")
+        if not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"the seed is not between 0 and {MAX_SEED}")
+        if run.precision not in PRECISIONS:
+            raise ValueError(f'the precision is "{run.precision}"')
+        return cls(run, inputs, seed, position)
+
+
+def release() -> str:
+    """Return the name and the version of this package."""
+    return f"ldm {version()}"
+
+
+def _relative(path: Path) -> str:
+    path, here = path.resolve(), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

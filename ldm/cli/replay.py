@@ -1,0 +1,224 @@
+"""The command `replay`: sample images again from the settings in their files, and compare."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli.command import Parser, command, example, say
+from ldm.cli.options import model_options
+from ldm.cli.task import Task
+from ldm.config.assets import locate
+from ldm.config.model_files import ModelFiles, find_model
+from ldm.errors import UserError, did_you_mean
+from ldm.io.files import check_writable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ldm.cli.metadata import Record, RunInfo
+
+logger = logging.getLogger("ldm")
+
+# Tasks by the name in the metadata of their images.
+TASKS = {
+    "knn2img": "ldm.cli.knn2img.Knn2Img",
+    "img2img": "ldm.cli.img2img.Img2Img",
+    "layout2img": "ldm.cli.layout2img.Layout2Img",
+    "semantic2img": "ldm.cli.semantic2img.Semantic2Img",
+    "class2img": "ldm.cli.class2img.Class2Img",
+    "sample_diffusion": "ldm.cli.sample_diffusion.SampleDiffusion",
+    "inpaint": "ldm.cli.inpaint.Inpaint",
+    "superres": "ldm.cli.superres.Superres",
+    "txt2img": "ldm.cli.txt2img.Txt2Img",
+    "reconstruct": "ldm.cli.reconstruct.Reconstruct",
+}
+
+
+@cache
+def find_task(name: str) -> Task:
+    """Return the task called `name`, always the same object: it may cache what several images need.
+
+    Raises:
+        UserError: There is no such task.
+    """
+    if name not in TASKS:
+        raise UserError(f'there is no task "{name}"{did_you_mean(name, TASKS)}; this image needs a newer version')
+    module, _, cls = TASKS[name].rpartition(".")
+    return getattr(import_module(module), cls)()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Comparison of an image in a file with the same sampled again.
+
+    Attributes:
+        path: the file.
+        again: the new image, (H, W, 3) uint8.
+        shape: of the image in the file.
+        different: number of pixels that differ.
+        largest: largest difference of a channel, in levels of 255.
+    """
+
+    path: Path
+    again: np.ndarray
+    shape: tuple[int, ...]
+    different: int
+    largest: int
+
+    @property
+    def identical(self) -> bool:
+        """Whether all pixels are equal."""
+        return self.different == 0 and self.shape == self.again.shape
+
+    def __str__(self) -> str:
+        if self.identical:
+            return f"{self.path}: identical"
+        if self.shape != self.again.shape:
+            return f"{self.path}: DIFFERENT, {self.shape} in the file, {self.again.shape} sampled again"
+        pixels = self.shape[0] * self.shape[1]
+        return f"{self.path}: DIFFERENT in {self.different} of {pixels} pixels, by {self.largest}/255 at most"
+
+
+def model_of(run: RunInfo, name: str | None, config: str | None, ckpt: str | None) -> ModelFiles:
+    """Return the model of a run, or the one that the options name instead.
+
+    Raises:
+        UserError: It is missing.
+    """
+    files = find_model(name, config, ckpt)
+    if files is not None:
+        return files
+    config, checkpoint = locate(run.config), locate(run.checkpoint)
+    for path in (config, checkpoint):
+        if not path.is_file():
+            raise UserError(
+                f'the model "{run.model}" was at "{path}", which is missing; name it with --model or --ckpt'
+            )
+    return ModelFiles(run.model, config, checkpoint)
+
+
+def replay(record: Record, path: Path, load: Callable[[RunInfo], Any]) -> Comparison:
+    """Sample the image of `record` again, and compare it with the file that the record comes from.
+
+    Args:
+        record: the record of the image.
+        path: the file.
+        load: returns the model of a run, ready to sample.
+
+    Raises:
+        UserError: An input is missing or has changed, or the record is damaged.
+    """
+    import numpy as np
+
+    from ldm.io.images import open_image
+
+    task = find_task(record.run.task)
+    model = load(record.run)
+    try:
+        again = _sampled_again(task, model, record, path.name)
+    except (KeyError, TypeError, ValueError) as error:  # an entry of the record is missing or has another type
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f'the settings in "{path}" are damaged, or need another version: {reason}') from error
+    before = np.asarray(open_image(path))
+    if before.shape != again.shape:
+        return Comparison(path, again, before.shape, 0, 0)
+    difference = np.abs(before.astype(int) - again).max(axis=-1)
+    return Comparison(path, again, before.shape, int((difference > 0).sum()), int(difference.max()))
+
+
+def _sampled_again(task: Task, model: Any, record: Record, description: str) -> np.ndarray:
+    from ldm.io.pixels import to_uint8
+    from ldm.pipelines.generation import Item, generate
+
+    pipeline, position = task.replayed(record.run.settings), record.position
+    request = task.read(record.inputs, pipeline)
+    # Copies fill the batch: the last bits of a sample depend on the size of its batch.
+    items = [Item(index, record.seed, request) for index in range(position.batch)]
+    samples = generate(
+        pipeline,
+        model,
+        items,
+        count=len(items),
+        batch_size=len(items),
+        packed=position.packed,
+        description=description,
+    )
+    return to_uint8(list(samples)[position.position].pixels)
+
+
+def make_parser() -> Parser:
+    """Return the parser."""
+    parser = Parser(
+        description="Sample images again from the settings in their files, and report whether they are identical. "
+        "The exit status is 1 if one is not.",
+        epilog=example("replay", "outputs/txt2img-samples/samples/0000.png"),
+        parents=[model_options()],
+    )
+    parser.add_argument("images", nargs="+", metavar="PNG", help="an image that a command of this project wrote")
+    parser.add_argument("--outdir", metavar="DIR", help="write the new images there (default: only compare)")
+    parser.set_defaults(precision=None)
+    return parser
+
+
+def _reported(error: UserError, paths: Sequence[Path]) -> UserError:
+    """Log `error` if there are other images to continue with, else raise it."""
+    if len(paths) == 1:
+        raise error
+    logger.error("%s", error)
+    return error
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    args = make_parser().parse_args(argv)
+    from ldm.cli.metadata import Record
+
+    paths = [Path(path) for path in args.images]
+    records: dict[Path, Record] = {}
+    failures: list[UserError] = []
+    for path in paths:
+        try:
+            records[path] = Record.read(path)
+        except UserError as error:
+            failures.append(_reported(error, paths))
+    if not records:
+        raise UserError("none of the images can be sampled again; see above")
+    if args.outdir:
+        check_writable(Path(args.outdir), "--outdir")
+
+    from ldm.config.model_config import read_config
+    from ldm.io.images import save_png
+    from ldm.modules.precision import choose_precision
+    from ldm.pipelines.loading import choose_device, load_files
+
+    device = choose_device(args.device)
+
+    @lru_cache(maxsize=1)
+    def loaded(files: ModelFiles, precision: str) -> Any:
+        return load_files(files, read_config(files.config), device, choose_precision(precision, device))
+
+    def load(run: RunInfo) -> Any:
+        return loaded(model_of(run, args.model, args.config, args.ckpt), args.precision or run.precision)
+
+    identical = True
+    for path, record in records.items():
+        try:
+            comparison = replay(record, path, load)
+        except UserError as error:
+            failures.append(_reported(error, paths))
+            continue
+        say(str(comparison))
+        identical &= comparison.identical
+        if args.outdir:
+            text = record.run.text(record.inputs, record.seed, record.position)
+            save_png(comparison.again, Path(args.outdir) / path.name, text)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(paths)} could not be sampled again; see above")
+    return 0 if identical else 1

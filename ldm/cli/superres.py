@@ -1,0 +1,91 @@
+"""The command `superres`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli.command import Parser
+from ldm.cli.input_files import check_apart, file_input, images_in, result_names, unchanged
+from ldm.cli.options import add_sampler, sampler_settings
+from ldm.cli.restoration_task import RestorationTask
+from ldm.cli.run import command_of
+from ldm.cli.task import Inputs
+from ldm.config.model_info import ModelInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ldm.pipelines.generation import Sample
+    from ldm.pipelines.super_resolution import SuperResolution
+
+
+class Superres(RestorationTask):
+    """Enlarge images, and sample the details that they lack; the model determines the factor."""
+
+    name = "superres"
+    arguments = "--indir data/superres_examples/drawings --seed 1"
+    outdir = "outputs/superres"
+    published, bundled = "bsr_sr", "emoji64-superres"
+
+    def add_options(self, parser: Parser) -> None:
+        """Add the images, the tiles and the sampler."""
+        source = parser.add_mutually_exclusive_group(required=True)
+        source.add_argument("--indir", metavar="DIR", help="enlarge every image there")
+        source.add_argument("--image", metavar="FILE", help="enlarge this image only")
+        self.add_tile_option(
+            parser,
+            None,
+            "side, in the result, of the overlapping tiles that larger images are sampled in; 0 samples them whole "
+            "(default: the size that the model was trained on)",
+        )
+        add_sampler(parser, 100, eta=1.0)
+
+    def pipeline(self, args: argparse.Namespace, info: ModelInfo) -> SuperResolution:
+        """See `Task.pipeline`."""
+        from ldm.pipelines.super_resolution import SuperResolution, default_tile, upscaling_factor
+
+        info.check_condition("LR_image", "a super-resolution")
+        tile = default_tile(info) if args.tile is None else args.tile
+        return SuperResolution(**sampler_settings(args), factor=upscaling_factor(info), tile=tile)
+
+    def replayed(self, settings: Mapping[str, Any]) -> SuperResolution:
+        """See `Task.replayed`."""
+        from ldm.pipelines.super_resolution import SuperResolution
+
+        return SuperResolution.from_settings(settings)
+
+    def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:
+        """Return each image."""
+        images = images_in(Path(args.indir)) if args.image is None else [Path(args.image)]
+        check_apart(args.outdir, images)
+        return [
+            {**file_input("image", path), "name": name} for path, name in zip(images, result_names(images), strict=True)
+        ]
+
+    def read(self, inputs: Inputs, pipeline: Any) -> np.ndarray:
+        """Return the image."""
+        import numpy as np
+
+        from ldm.io.images import open_image
+
+        return np.asarray(open_image(unchanged("image", inputs)))
+
+    def panels(self, sample: Sample, pipeline: SuperResolution) -> list[np.ndarray]:
+        """Return the image, enlarged by bicubic interpolation."""
+        return [bicubic(sample.item.request, pipeline.factor)]
+
+
+def bicubic(image: np.ndarray, factor: int) -> np.ndarray:
+    """Return an image (H, W, 3) uint8 enlarged by bicubic interpolation."""
+    import numpy as np
+    from PIL import Image
+
+    small = Image.fromarray(image)
+    size = tuple(factor * side for side in small.size)
+    return np.asarray(small.resize(size, Image.Resampling.BICUBIC))
+
+
+main = command_of(Superres())

@@ -1,0 +1,163 @@
+"""Base class of the tasks: the plain settings of a run, and the conditioning that the task makes of its requests.
+
+A pipeline imports torch only where it samples, so that commands check their options at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ldm.config.model_info import ModelInfo
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from torch import Tensor
+
+    from ldm.models.diffusion.conditioning import Conditioning
+    from ldm.models.diffusion.noise import SeededNoise
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """Conditioning of one batch, and the latents that it leads to.
+
+    Attributes:
+        size: (h, w) of the latents.
+        cond: conditioning of the batch.
+        uncond: unconditional conditioning; None without guidance.
+        x0: (B, C, h, w) latents to start from, noised by `strength`.
+        strength: share of the grid that is sampled, in (0, 1].
+        tile: side, in latents, of the overlapping tiles that the network sees; None for the whole map.
+    """
+
+    size: tuple[int, int]
+    cond: Conditioning = None
+    uncond: Conditioning = None
+    x0: Tensor | None = None
+    strength: float | None = None
+    tile: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline(ABC):
+    """One task of a model, with the settings that all images of a run share.
+
+    Args:
+        sampler: "ddim", "plms", "dpm" (DPM-Solver++ 2M) or "ddpm", which takes every timestep of the model.
+        steps: number of sampler steps.
+        eta: noise of a DDIM step: 0 is deterministic, 1 is as DDPM. The other samplers have none.
+        scale: guidance scale (arXiv:2207.12598); 1 samples without guidance.
+    """
+
+    sampler: str = "ddim"
+    steps: int = 50
+    eta: float = 0.0
+    scale: float = 1.0
+
+    decoding_tile: ClassVar[int | None] = None  # side, in latents, from which on maps are decoded in tiles
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Return the pipeline with recorded settings; names that it does not know are ignored.
+
+        Raises:
+            KeyError: A setting of the sampler is missing.
+        """
+        for field in fields(Pipeline):
+            if field.name not in settings:
+                raise KeyError(field.name)
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in settings.items() if name in known})
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values, from which `from_settings` returns an equal pipeline."""
+        return asdict(self)
+
+    def check(self, info: ModelInfo) -> None:
+        """Raise an error if the settings contradict each other, or the model cannot do this task.
+
+        Raises:
+            UserError: They do, or it cannot.
+        """
+        info.check_steps(1 if self.sampler == "ddpm" else self.steps)
+        if self.steps < 1:
+            raise UserError(f"the number of steps must be at least 1, got {self.steps}")
+        if self.sampler != "ddim" and self.sampler != "ddpm" and self.eta:
+            raise UserError(f'the sampler "{self.sampler}" is deterministic; eta must be 0, got {self.eta:g}')
+
+    def batch_key(self, request: Any) -> Hashable:
+        """Return a value that is equal for requests that can share a batch, such as the image size."""
+        return None
+
+    def count_steps(self, request: Any, timesteps: int) -> int:
+        """Return the number of sampler steps for a batch of such requests with a model of `timesteps`."""
+        return timesteps if self.sampler == "ddpm" else self.steps
+
+    @abstractmethod
+    def condition(self, model: Any, requests: Sequence[Any]) -> Conditioned:
+        """Return the conditioning of a batch of requests."""
+
+    def finish(self, requests: Sequence[Any], images: np.ndarray) -> Sequence[np.ndarray]:
+        """Return the finished images of a batch from decoded images (B, H, W, 3) uint8."""
+        return images
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        model: Any,
+        requests: Sequence[Any],
+        noise: SeededNoise,
+        x_T: Tensor | None = None,
+        on_step: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """Return the latents (B, C, h, w) of a batch of requests."""
+        from ldm.modules.tiles import TiledDenoiser
+        from ldm.pipelines.sampling import sample_latents
+
+        batch = self.condition(model, requests)
+        denoiser = TiledDenoiser(model, batch.tile, batch.tile // 4) if batch.tile else model
+        start = {} if batch.strength is None else {"x0": batch.x0, "strength": batch.strength}
+        return sample_latents(
+            denoiser,
+            (len(requests), model.channels, *batch.size),
+            sampler=self.sampler,
+            steps=self.steps,
+            eta=self.eta,
+            scale=self.scale,
+            cond=batch.cond,
+            uncond=batch.uncond,
+            x_T=x_T,
+            noise=noise,
+            on_step=on_step,
+            **start,
+        )
+
+    def decode(self, model: Any, requests: Sequence[Any], latents: Tensor) -> Sequence[np.ndarray]:
+        """Return the finished images, each (H, W, 3) uint8, of the latents of a batch."""
+        from ldm.io.pixels import to_uint8
+        from ldm.pipelines.sampling import decode
+
+        return self.finish(requests, to_uint8(decode(model, latents, self.decoding_tile)))
+
+
+def check_guidance(negative_prompt: str, scale: float) -> None:
+    """Raise an error if a negative prompt has no effect.
+
+    Raises:
+        UserError: Sampling is not guided.
+    """
+    if negative_prompt and scale == 1:
+        raise UserError("the negative prompt has no effect without guidance; give a scale above 1")
+
+
+def latent_size(model: Any, height: int, width: int) -> tuple[int, int]:
+    """Return (h, w) of the latents of an image of height × width pixels."""
+    factor = getattr(model, "downsampling", 1)
+    return height // factor, width // factor

@@ -1,0 +1,94 @@
+"""Reconstruction: encode images with a first stage and decode them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+
+from ldm.config.model_info import ModelInfo
+from ldm.pipelines.pipeline import Conditioned, Pipeline
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.models.autoencoder import Autoencoder
+    from ldm.pipelines.inputs import ImageLike
+    from ldm.pipelines.run import RunOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction(Pipeline):
+    """Pipeline that encodes images and decodes the mode of their posterior; a request is an image (H, W, 3) uint8.
+
+    Args:
+        size: side in pixels of the centred square that is used of each image; None uses whole images.
+    """
+
+    size: int | None = None
+
+    def check(self, info: ModelInfo) -> None:
+        """Do nothing: every first stage reconstructs."""
+
+    def batch_key(self, request: np.ndarray) -> tuple[int, ...]:
+        """Return the image size."""
+        return request.shape
+
+    def count_steps(self, request: np.ndarray, timesteps: int) -> int:
+        """Return 1: a batch is encoded and decoded once."""
+        return 1
+
+    def condition(self, model: Any, requests: Sequence[np.ndarray]) -> Conditioned:
+        """Raise an error: reconstruction does not sample."""
+        raise NotImplementedError("reconstruction does not sample")
+
+    def sample(
+        self, model: Any, requests: Sequence[np.ndarray], noise: Any, x_T: Tensor | None = None, on_step: Any = None
+    ) -> Tensor:
+        """Return the unscaled latents (B, C, h, w) of a batch of images; of a posterior the mode."""
+        from ldm.io.pixels import to_batch
+        from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+
+        stage = first_stage(model)
+        padded = [_padded(image, 2 ** (len(stage.encoder.down) - 1)) for image in requests]
+        encoded = stage.encode(to_batch(padded).to(stage.device, stage.get_last_layer().dtype))
+        if isinstance(encoded, tuple):  # quantized latents, codebook loss, indices
+            encoded = encoded[0]
+        if on_step is not None:
+            on_step()
+        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+
+    def decode(self, model: Any, requests: Sequence[np.ndarray], latents: Tensor) -> Sequence[np.ndarray]:
+        """Return the reconstructed images, each (H, W, 3) float32 in [-1, 1], so that scores see no rounding."""
+        height, width, _ = requests[0].shape
+        images = first_stage(model).decode(latents).float().clamp(-1.0, 1.0)
+        return images.permute(0, 2, 3, 1)[:, :height, :width].cpu().numpy()
+
+
+def first_stage(model: Any) -> Autoencoder:
+    """Return the first stage of a latent diffusion model, and an autoencoder itself."""
+    return getattr(model, "first_stage_model", model)
+
+
+def _padded(image: np.ndarray, factor: int) -> np.ndarray:
+    """Return the image, mirrored at its lower and right border up to multiples of `factor`."""
+    return np.pad(image, (*((0, -side % factor) for side in image.shape[:2]), (0, 0)), "reflect")
+
+
+def reconstruct(model: Any, images: ImageLike | Sequence[ImageLike], **options: Unpack[RunOptions]) -> list[Any]:
+    """Encode images with a first stage and decode them again.
+
+    Args:
+        model: an autoencoder, or a latent diffusion model, whose first stage is used.
+        images: PIL images, arrays or tensors of any size.
+        **options: see `ldm.pipelines.run.RunOptions`.
+
+    Returns:
+        PIL images, or what `output_type` names.
+    """
+    from ldm.pipelines.inputs import as_list, as_pixels
+    from ldm.pipelines.run import run
+
+    return run(Reconstruction(), model, [as_pixels(each) for each in as_list(images)], check=False, **options)

@@ -1,0 +1,167 @@
+"""Run a pipeline from Python: seeds, batches, placement, and the form of the results."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.config.model_info import ModelInfo
+from ldm.pipelines.generation import SEED_RANGE, Item, generate
+from ldm.pipelines.loading import place
+from ldm.pipelines.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+OutputType = Literal["pil", "numpy", "pt", "latent"]
+OUTPUT_TYPES = ("pil", "numpy", "pt", "latent")
+
+
+class RunOptions(TypedDict, total=False):
+    """Keyword options that every task takes.
+
+    Attributes:
+        seed: image i uses `seed` + i; or a list with one seed for each image. Default: random.
+        batch_size: images sampled at once; it changes results only by rounding. Default: 4.
+        latents: (N, C, h, w) start noise, instead of noise from the seeds.
+        output_type: "pil" returns PIL images, "numpy" arrays (H, W, 3) uint8, "pt" tensors (3, H, W) in [-1, 1],
+            "latent" tensors (C, h, w), which `ldm.pipelines.sampling.decode` decodes.
+        progress: show a progress bar. Default: True.
+        callback: called with the finished and the expected number of steps after every step.
+        device: move the model to this device first; it stays there.
+        precision: convert the model to this precision first: "float32", "bfloat16", "float16" or "auto".
+    """
+
+    seed: int | Sequence[int] | None
+    batch_size: int
+    latents: Tensor | None
+    output_type: OutputType
+    progress: bool
+    callback: Callable[[int, int], object] | None
+    device: str | torch.device | None
+    precision: str | None
+
+
+class SamplerOptions(RunOptions, total=False):
+    """Keyword options of tasks that sample: `RunOptions`, the sampler and its noise.
+
+    Attributes:
+        sampler: "ddim" (default), "plms", "dpm" (DPM-Solver++ 2M) or "ddpm", which takes every timestep.
+        eta: noise of a DDIM step: 0 is deterministic, 1 is as DDPM.
+    """
+
+    sampler: str
+    eta: float
+
+
+RUN_OPTIONS = frozenset(RunOptions.__annotations__)
+
+
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split keyword options into those of the sampler and those of `run`.
+
+    Raises:
+        TypeError: An option is unknown.
+    """
+    known = {*RUN_OPTIONS, "sampler", "eta"}
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r}; options are {', '.join(sorted(known))}")
+    run = {name: value for name, value in options.items() if name in RUN_OPTIONS}
+    return {name: value for name, value in options.items() if name not in RUN_OPTIONS}, run
+
+
+def run(
+    pipeline: Pipeline,
+    model: Any,
+    requests: Sequence[Any],
+    *,
+    seed: int | Sequence[int] | None = None,
+    batch_size: int = 4,
+    latents: Tensor | None = None,
+    output_type: OutputType = "pil",
+    progress: bool = True,
+    callback: Callable[[int, int], object] | None = None,
+    device: str | torch.device | None = None,
+    precision: str | None = None,
+    check: bool = True,
+) -> list[Image] | list[np.ndarray] | list[Tensor]:
+    """Sample an image for each request.
+
+    Args:
+        pipeline: the task and its settings.
+        model: a model that can do the task.
+        requests: one for each image.
+        check: raise an error before sampling if the model cannot do the task.
+
+    The other arguments are those of `RunOptions`.
+
+    Returns:
+        One result for each request, in order, in the form that `output_type` names.
+
+    Raises:
+        UserError: The settings contradict each other, or the model cannot do the task.
+        ValueError: The number of seeds or latents differs from the number of requests, or an option is unknown.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f'unknown output_type "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}')
+    if latents is not None and len(latents) != len(requests):
+        raise ValueError(f"{len(requests)} images need {len(requests)} latents, got {len(latents)}")
+    seeds = make_seeds(seed, len(requests))
+    if check:
+        pipeline.check(ModelInfo.of(model))
+    place(model, device, precision)
+    items = [Item(i, seed, request) for i, (seed, request) in enumerate(zip(seeds, requests, strict=True))]
+    samples = generate(
+        pipeline,
+        model,
+        items,
+        count=len(items),
+        batch_size=batch_size,
+        latents=latents,
+        decoded=output_type != "latent",
+        progress=progress,
+        callback=callback,
+    )
+    return [_result(sample.pixels, sample.latents, output_type) for sample in samples]
+
+
+def make_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """Return a seed for each image: `seed` + i, the seeds of a list, or for None those of a random start.
+
+    Raises:
+        ValueError: A list has another length, or a seed lies outside [0, 2⁶³).
+    """
+    if isinstance(seed, Sequence) or hasattr(seed, "__len__"):
+        seeds = [int(each) for each in seed]
+        if len(seeds) != count:
+            raise ValueError(f"{count} images need {count} seeds, got {len(seeds)}")
+    else:
+        first = secrets.randbelow(2**32) if seed is None else int(seed)
+        seeds = [first + i for i in range(count)] if first < 0 else [(first + i) % SEED_RANGE for i in range(count)]
+    if any(not 0 <= each < SEED_RANGE for each in seeds):
+        raise ValueError(f"seeds lie in [0, 2**63), got {min(seeds, key=lambda each: 0 <= each < SEED_RANGE)}")
+    return seeds
+
+
+def _result(pixels: np.ndarray | None, latents: Tensor, output_type: OutputType) -> Any:
+    """Return one result in the form that `output_type` names; `pixels` are uint8, or float32 in [-1, 1]."""
+    from ldm.io.pixels import to_batch, to_uint8
+
+    if output_type == "latent":
+        return latents
+    if output_type == "pt" and pixels.dtype != np.uint8:
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    if output_type == "pt":
+        return to_batch([pixels])[0]
+    pixels = to_uint8(pixels)
+    if output_type == "numpy":
+        return pixels
+    from PIL import Image
+
+    return Image.fromarray(pixels)

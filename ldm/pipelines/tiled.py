@@ -1,0 +1,47 @@
+"""Base class of the tasks that restore images: large ones are sampled in overlapping tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ldm.config.model_info import ModelInfo
+from ldm.errors import UserError
+from ldm.pipelines.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledPipeline(Pipeline):
+    """Pipeline that may sample large images in overlapping tiles, blended at every step, so that no seams show.
+
+    Args:
+        tile: side of a tile in pixels of the result; 0 samples images whole.
+    """
+
+    tile: int = 0
+
+    def check(self, info: ModelInfo) -> None:
+        """See `Pipeline.check`."""
+        super().check(info)
+        smallest = 2 * info.size.multiple  # the smallest map of the network needs more than one value
+        if 0 < self.tile < smallest:
+            raise UserError(f"tile {self.tile} is too small for this model; give {smallest} or more, or 0 for none")
+        info.size.check("tile", self.tile)
+
+    def latent_tile(self, model: Any) -> int | None:
+        """Return the side of a tile in latents."""
+        return self.tile // model.downsampling or None
+
+    def decode(self, model: Any, requests: Sequence[Any], latents: Tensor) -> Sequence[np.ndarray]:
+        """See `Pipeline.decode`; decoding uses tiles of the same side unless the task has its own."""
+        from ldm.io.pixels import to_uint8
+        from ldm.pipelines.sampling import decode
+
+        tile = self.decoding_tile or self.latent_tile(model)
+        return self.finish(requests, to_uint8(decode(model, latents, tile)))
