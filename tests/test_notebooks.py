@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = [
-    *sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")),
-    ROOT / "scripts" / "latent_imagenet_diffusion.ipynb",
-]
+FOLDER = ROOT / "docs" / "notebooks"
+NOTEBOOKS = [*sorted(FOLDER.glob("*.ipynb")), ROOT / "scripts" / "latent_imagenet_diffusion.ipynb"]
 
 
 def execute(name: str, values: str, monkeypatch) -> tuple[dict, int]:
@@ -27,14 +25,14 @@ def execute(name: str, values: str, monkeypatch) -> tuple[dict, int]:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     pytest.importorskip("matplotlib")
-    path = ROOT / "docs" / "notebooks" / f"{name}.ipynb"
+    path = FOLDER / f"{name}.ipynb"
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({values}))"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     client = nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
     )
     client.execute()  # raises an error if a cell raises one
     *cells, last = (cell for cell in notebook.cells if cell.cell_type == "code")

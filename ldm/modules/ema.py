@@ -11,7 +11,7 @@ from torch import nn
 
 from ldm.errors import UserError
 from ldm.modules.attention import has_cached_contexts
-from ldm.modules.packing import has_stand_ins
+from ldm.modules.packing import has_packed_weights
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +147,8 @@ class EmaMixin:
 
 def _check_replaceable(model: nn.Module) -> None:
     # Packed weights cannot be swapped. Weights packed inside would be restored as the model's own afterwards.
-    if has_stand_ins(model) or has_cached_contexts(model):
+    if has_packed_weights(model) or has_cached_contexts(model):
         raise UserError(
             "the weights of a model cannot be replaced while it is prepared for sampling; "
-            "enter ema_scope first, then ldm.pipelines.sampling.prepared"
+            "enter ema_scope first, then ldm.pipelines.preparation.prepared"
         )

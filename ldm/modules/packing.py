@@ -36,22 +36,22 @@ def packed_weights(*modules: nn.Module) -> Iterator[None]:
     parts = dict.fromkeys(part for module in modules for part in module.modules())
     owners = Counter(id(parameter) for part in parts for parameter in part._parameters.values())
     layers = [part for part in parts if _can_pack(part) and owners[id(part.weight)] == 1]
-    stand_ins: list[_StandIn] = [_PACKED[type(layer)](layer) for layer in layers]
-    if stand_ins:
-        stand_ins += [_NormInFloat32(part) for part in parts if _is_slow_norm(part)]
-    hooks = [module.register_forward_hook(_contiguous) for module in modules] if stand_ins else []
+    replacements: list[_Replacement] = [_PACKED[type(layer)](layer) for layer in layers]
+    if replacements:
+        replacements += [_NormInFloat32(part) for part in parts if _is_slow_norm(part)]
+    hooks = [module.register_forward_hook(_contiguous) for module in modules] if replacements else []
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for stand_in in stand_ins:
-            stand_in.remove()
+        for replacement in replacements:
+            replacement.remove()
 
 
-def has_stand_ins(module: nn.Module) -> bool:
+def has_packed_weights(module: nn.Module) -> bool:
     """Return whether `packed_weights` is active for a layer of `module`."""
-    return any(isinstance(vars(part).get("forward"), _StandIn) for part in module.modules())
+    return any(isinstance(vars(part).get("forward"), _Replacement) for part in module.modules())
 
 
 def _can_pack(layer: nn.Module) -> bool:
@@ -91,7 +91,7 @@ def _contiguous(module: nn.Module, inputs: Any, output: Any) -> Any:
     return output.contiguous() if isinstance(output, Tensor) else None
 
 
-class _StandIn:
+class _Replacement:
     """Replacement of the `forward` of one layer."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -102,7 +102,7 @@ class _StandIn:
         del self.layer.forward
 
 
-class _PackedLayer(_StandIn):
+class _PackedLayer(_Replacement):
     dims: range
 
     def __init__(self, layer: nn.Module) -> None:
@@ -178,7 +178,7 @@ class _PackedLinear(_PackedLayer):
         return linear(x, weight, self.layer.bias)
 
 
-class _NormInFloat32(_StandIn):
+class _NormInFloat32(_Replacement):
     def __init__(self, layer: nn.GroupNorm) -> None:
         super().__init__(layer)
         self.weight, self.bias = layer.weight.float(), layer.bias.float()

@@ -33,6 +33,13 @@ class RetrievalToImage(Pipeline):
     database: str | None = None
     knn: int | None = None
 
+    def settings(self) -> dict[str, Any]:
+        """See `Pipeline.settings`; without a database there is neither `database` nor `knn`."""
+        settings = super().settings()
+        if self.database is None:
+            del settings["database"], settings["knn"]
+        return settings
+
     def check(self, info: ModelInfo) -> None:
         """See `Pipeline.check`."""
         context_width(info)

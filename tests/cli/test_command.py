@@ -1,8 +1,7 @@
-"""How commands end, and what their options accept."""
+"""Tests of `ldm.cli.command`."""
 
 from __future__ import annotations
 
-import argparse
 import io
 import logging
 import subprocess
@@ -12,12 +11,12 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from ldm import cli
+from ldm.cli.command import _Handler, command, example, set_program
 from ldm.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("raised", "status", "said"),
+    ("raised", "status", "message"),
     [
         (None, 0, ""),
         (UserError("what, where, what to do"), 2, "error: what, where, what to do"),
@@ -26,25 +25,25 @@ from ldm.errors import UserError
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory"),
         (MemoryError(), 2, "error: out of memory"),
         (OSError(36, "File name too long", "x" * 300), 2, 'error: "xxx'),
-        (OSError(5, "some libraries\n  tell it in lines", "x"), 2, 'error: "x": some libraries tell it in lines'),
+        (OSError(5, "some libraries\n  use lines", "x"), 2, 'error: "x": some libraries use lines'),
         (BrokenPipeError(), 1, ""),
     ],
 )
-def test_how_a_command_ends(raised, status, said, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back what a closed one is replaced by
+def test_exit_status_and_message(raised, status, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # restores the stream that the command replaces
 
-    @cli.command
+    @command
     def main(argv=None):
         if raised is not None:
             raise raised
 
     assert main([]) == status
     error = capsys.readouterr().err
-    assert error.startswith(said) and len(error) < 300 and error.count("\n") == bool(said)
+    assert error.startswith(message) and len(error) < 300 and error.count("\n") == bool(message)
 
 
-def test_a_fault_of_ours_keeps_its_traceback():
-    @cli.command
+def test_other_exceptions_are_raised():
+    @command
     def main(argv=None):
         raise RuntimeError("a bug")
 
@@ -52,27 +51,10 @@ def test_a_fault_of_ours_keeps_its_traceback():
         main([])
 
 
-@pytest.mark.parametrize(
-    ("kind", "good", "bad"),
-    [
-        (cli.positive_int, {"1": 1, "50": 50}, ["0", "-1", "1.5", "", "x", str(2**63)]),
-        (cli.image_side, {"1": 1, "65536": 65536}, ["0", "65537", "1e3"]),
-        (cli.seed, {"0": 0, str(2**63 - 1): 2**63 - 1}, ["-1", str(2**63), "1e3"]),
-        (cli.finite_float, {"-1.5": -1.5, "5": 5.0}, ["nan", "inf", "", "x"]),
-        (cli.non_negative_float, {"0": 0.0, "1e-3": 1e-3}, ["-0.1", "nan", "inf"]),
-    ],
-)
-def test_numbers_are_checked(kind, good, bad):
-    assert {text: kind(text) for text in good} == good
-    for text in bad:
-        with pytest.raises(argparse.ArgumentTypeError):
-            kind(text)
-
-
-def test_a_line_of_the_log_stands_alone_beside_a_progress_bar(monkeypatch):
+def test_log_line_is_above_a_progress_bar(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    handler = cli._Handler(stream)
+    handler = _Handler(stream)
     with tqdm(total=3, file=stream) as progress:
         progress.update()
         handler.emit(logging.makeLogRecord({"msg": "error: what, where", "levelno": logging.ERROR}))
@@ -80,16 +62,24 @@ def test_a_line_of_the_log_stands_alone_beside_a_progress_bar(monkeypatch):
     assert "error: what, where" in lines
 
 
-def test_results_go_to_any_terminal():
-    """What its encoding lacks is written as an escape."""
-    code = "from ldm import cli; cli.command(lambda argv: cli.say('3 \\xd7 4'))()"
+def test_characters_outside_the_encoding_are_escaped():
+    code = "from ldm.cli.command import command, say; command(lambda argv: say('3 \\xd7 4'))()"
     command = [sys.executable, "-X", "utf8=0", "-c", code]
     done = subprocess.run(command, env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}, capture_output=True)
     assert done.returncode == 0 and done.stdout.strip() == rb"3 \xd7 4"
 
 
-def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path):
-    code = "from ldm import cli; import sys; sys.exit(cli.command(lambda argv: cli.say(10**6 * 'x'))())"
+def test_closed_pipe_is_not_an_error():
+    code = "from ldm.cli.command import command, say; import sys; sys.exit(command(lambda argv: say(10**6 * 'x'))())"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 1
+
+
+@pytest.mark.parametrize(("program", "shown"), [(None, "python scripts/x.py -n 3"), ("ldm x", "ldm x -n 3")])
+def test_example_has_the_form_of_the_call(program, shown):
+    set_program(program)
+    try:
+        assert example("x", "-n 3") == f"example: {shown}"
+    finally:
+        set_program(None)

@@ -14,7 +14,7 @@ from tiny_models import write_model
 from ldm.cli.run import command_of
 from ldm.cli.txt2img import Txt2Img
 from ldm.errors import UserError
-from ldm.modules.packing import has_stand_ins
+from ldm.modules.packing import has_packed_weights
 from ldm.pipelines import generation
 from ldm.pipelines.text import TextToImage
 
@@ -138,7 +138,7 @@ def test_model_is_prepared_for_each_batch_shape(sample, monkeypatch):
 
     @contextmanager
     def counted(model, packed):
-        entered.append(has_stand_ins(model))
+        entered.append(has_packed_weights(model))
         with prepared(model, packed):
             yield
 

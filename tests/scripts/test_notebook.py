@@ -39,6 +39,8 @@ def test_images_equal_those_of_the_command(notebook, tmp_path, monkeypatch, name
     """Tiny models stand in for the published model, and for the bundled one that replaces it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ldm.config.assets.ROOT", tmp_path)
+    monkeypatch.setattr("ldm.config.assets.IS_CHECKOUT", False)
+    monkeypatch.setenv("LDM_HOME", str(tmp_path))
     write_model(tmp_path / "models" / "ldm" / name, config)
     result = run(notebook, monkeypatch)
     assert result["name"] == name and result["labels"][: len(labels)] == labels
