@@ -1,4 +1,4 @@
-"""The networks that are measured, each here and in diffusers, with random weights."""
+"""Networks to measure, each of this project and of diffusers, with random weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 LATENT_CHANNELS = 4
-TEXT_LEVELS = (True, True, True, False)  # which levels attend to the text
+TEXT_LEVELS = (True, True, True, False)  # levels with cross-attention to the text
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of what is measured; by default those of the published text-to-image model of 1.45 billion weights."""
+    """Sizes of the networks; the defaults are those of the published text-to-image model of 1.45 billion parameters."""
 
     width: int = 320
     context: tuple[int, int] = (77, 1280)
@@ -33,12 +33,12 @@ TINY = Sizes(width=32, context=(7, 24), latent=8, decoder_width=32, unconditiona
 
 
 def sizes(tiny: bool) -> Sizes:
-    """The published sizes, or some that take no time."""
+    """Return the published sizes, or tiny ones."""
     return TINY if tiny else Sizes()
 
 
 def text_unet_params(size: Sizes) -> dict[str, Any]:
-    """Parameters of the text-conditional U-Net (872 million weights), as in its configuration."""
+    """Return the arguments of the text-conditional U-Net (872 million parameters), as in its configuration."""
     return {
         "image_size": size.latent,
         "in_channels": LATENT_CHANNELS,
@@ -55,12 +55,12 @@ def text_unet_params(size: Sizes) -> dict[str, Any]:
 
 
 def text_unet(size: Sizes) -> UNetModel:
-    """The text-conditional U-Net."""
+    """Return the text-conditional U-Net."""
     return random_weights(UNetModel(**text_unet_params(size)))
 
 
 def diffusers_text_unet(size: Sizes) -> nn.Module:
-    """The same in diffusers."""
+    """Return the text-conditional U-Net of diffusers."""
     kinds = ["CrossAttn" if attends else "" for attends in TEXT_LEVELS]
     return diffusers.UNet2DConditionModel(
         in_channels=LATENT_CHANNELS,
@@ -75,7 +75,7 @@ def diffusers_text_unet(size: Sizes) -> nn.Module:
 
 
 def autoencoder_params(size: Sizes) -> dict[str, Any]:
-    """Parameters of the autoencoder with factor 8."""
+    """Return the arguments of the autoencoder with factor 8."""
     return {
         "embed_dim": LATENT_CHANNELS,
         "lossconfig": {"target": "torch.nn.Identity"},
@@ -94,12 +94,12 @@ def autoencoder_params(size: Sizes) -> dict[str, Any]:
 
 
 def autoencoder(size: Sizes) -> AutoencoderKL:
-    """The autoencoder with factor 8."""
+    """Return the autoencoder with factor 8."""
     return random_weights(AutoencoderKL(**autoencoder_params(size)))
 
 
 def diffusers_autoencoder(size: Sizes) -> nn.Module:
-    """The same in diffusers."""
+    """Return the autoencoder with factor 8 of diffusers."""
     return diffusers.AutoencoderKL(
         block_out_channels=[factor * size.decoder_width for factor in (1, 2, 4, 4)],
         layers_per_block=2,
@@ -110,7 +110,7 @@ def diffusers_autoencoder(size: Sizes) -> nn.Module:
 
 
 def unconditional_params(size: Sizes) -> dict[str, Any]:
-    """Parameters of the unconditional U-Net of the published faces, narrower: 89 million weights."""
+    """Return the arguments of the unconditional U-Net of the published face models, narrower: 89 million parameters."""
     return {
         "image_size": size.unconditional_size,
         "in_channels": 3,
@@ -124,7 +124,7 @@ def unconditional_params(size: Sizes) -> dict[str, Any]:
 
 
 def diffusers_unconditional_unet(size: Sizes) -> nn.Module:
-    """The unconditional U-Net in diffusers."""
+    """Return the unconditional U-Net of diffusers."""
     return diffusers.UNet2DModel(
         sample_size=size.unconditional_size,
         block_out_channels=[factor * size.unconditional_width for factor in (1, 2, 3, 4)],
@@ -136,7 +136,7 @@ def diffusers_unconditional_unet(size: Sizes) -> nn.Module:
 
 
 def latent_diffusion(size: Sizes) -> Any:
-    """The text-to-image model without its text encoder: conditionings are given as they leave it."""
+    """Return the text-to-image model without its text encoder: the conditioning is the output of that encoder."""
     target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
     config = {
         "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
@@ -161,7 +161,7 @@ def latent_diffusion(size: Sizes) -> Any:
 
 @torch.no_grad()
 def random_weights(module: nn.Module) -> Any:
-    """`module` with values in the weights that start at zero: products of zeros prove nothing."""
+    """Fill weights that are initialised with zeros, which would hide differences; return `module`."""
     for parameter in module.parameters():
         if not parameter.is_meta and not parameter.any():
             parameter.normal_(std=0.02)

@@ -1,13 +1,12 @@
-"""Count the memory that drawing from text takes on a GPU, without one.
+"""Count the GPU memory of sampling an image from text; no GPU is needed.
 
-python benchmarks/memory.py --H 512 --W 1024
+python -m benchmarks.memory --H 512 --W 1024
 
-The model is built and run on torch's fake tensors, which have shapes and no values, in the precision asked for. A
-dispatch mode sees every operation, adds up the storages that are alive after it, and keeps the highest sum. Phases are
-those of a run: the text encoder, one step of DDIM with guidance, the decoder. The sum holds the weights throughout.
-Attention counts as one operation, as in torch's fused kernels on GPUs; `--plain_attention` writes all its products out.
-Not counted is what no tensor holds: workspaces of kernels, the allocator's gaps and the CUDA context, which together
-come to some hundred megabytes.
+The model is built and run in the requested precision on fake tensors of torch, which have shapes but no values. A
+dispatch mode adds up the live storages after every operation, and keeps the largest sum. The phases are those of a run:
+the text encoder, one DDIM step with guidance, the decoder. All sums include the weights. Attention counts as one
+operation, as in fused kernels on GPUs; `--plain_attention` stores all its products. The count omits memory that no
+tensor holds: workspaces of kernels, gaps of the allocator and the CUDA context, together some hundred megabytes.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
 from ldm.cli.command import Parser, command
 from ldm.cli.options import positive_int
@@ -35,14 +32,14 @@ PRECISIONS = ("bfloat16", "float16", "float32")
 
 
 class LiveBytes:
-    """Bytes of the storages that are alive, and the most that were at once. Copies and views share a storage."""
+    """Counter of the bytes of live storages, now and at their peak. A view shares the storage of its base."""
 
     def __init__(self) -> None:
         self.live = self.peak = 0
         self._known: dict[int, int] = {}
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage until nothing holds it any more."""
+        """Count the storage of a tensor until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
@@ -57,7 +54,7 @@ class LiveBytes:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Count what operations in the block make; `peak` starts anew."""
+        """Count the results of operations in the block; `peak` starts from the live bytes."""
         import torch
         from torch.utils._python_dispatch import TorchDispatchMode
         from torch.utils._pytree import tree_leaves
@@ -78,32 +75,36 @@ class LiveBytes:
 
 
 def make_parser() -> Parser:
-    """The options."""
-    parser = Parser(description="Count the memory that drawing from text takes on a GPU, without one.")
+    """Return the parser."""
+    parser = Parser(
+        prog="python -m benchmarks.memory", description="Count the GPU memory of sampling from text, without a GPU."
+    )
     parser.add_argument(
         "--config",
         default="configs/latent-diffusion/txt2img-1p4B-eval.yaml",
         metavar="YAML",
-        help="the model (default: the published one of 1.45 billion weights)",
+        help="configuration (default: that of the published model of 1.45 billion parameters)",
     )
     parser.add_argument("--H", type=positive_int, default=512, metavar="PIXELS", help="height (default: %(default)s)")
     parser.add_argument("--W", type=positive_int, default=1024, metavar="PIXELS", help="width (default: %(default)s)")
-    parser.add_argument("--n", type=positive_int, default=1, metavar="N", help="pictures at once (default: 1)")
+    parser.add_argument("--n", type=positive_int, default=1, metavar="N", help="batch size (default: 1)")
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="default: %(default)s")
-    parser.add_argument("--plain_attention", action="store_true", help="attention without fused kernels")
-    parser.add_argument("--json", metavar="FILE", help="write the counts here, too")
+    parser.add_argument("--plain_attention", action="store_true", help="count attention without fused kernels")
+    parser.add_argument("--json", metavar="FILE", help="write the counts to this file too")
     return parser
 
 
 def count(
-    config: dict[str, Any], height: int, width: int, pictures: int, dtype: torch.dtype, plain: bool = False
+    config: dict[str, Any], height: int, width: int, images: int, dtype: torch.dtype, plain: bool = False
 ) -> dict[str, int]:
-    """Bytes at the peak of each phase, and of the weights alone.
+    """Return the bytes of the weights, and those at the peak of each phase.
 
     Args:
-        config: a text-to-image model's `target` and `params`.
-        height, width: of a picture, in pixels.
-        plain: write the products of attention out.
+        config: `target` and `params` of a text-to-image model.
+        height, width: image size in pixels.
+        images: batch size.
+        dtype: the precision.
+        plain: store the products of attention, instead of fused kernels.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -111,10 +112,10 @@ def count(
 
     attention = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
     with torch.no_grad(), FakeTensorMode(), attention:
-        return _count(config, height, width, pictures, dtype)
+        return _count(config, height, width, images, dtype)
 
 
-def _count(config: dict[str, Any], height: int, width: int, pictures: int, dtype: torch.dtype) -> dict[str, int]:
+def _count(config: dict[str, Any], height: int, width: int, images: int, dtype: torch.dtype) -> dict[str, int]:
     import torch
 
     from benchmarks.timing import default_dtype
@@ -122,7 +123,7 @@ def _count(config: dict[str, Any], height: int, width: int, pictures: int, dtype
     from ldm.modules.attention import cached_contexts
     from ldm.pipelines.loading import for_inference, skip_init
 
-    with skip_init(), default_dtype(dtype):  # fake weights cannot be cast afterwards
+    with skip_init(), default_dtype(dtype):  # fake weights cannot be converted afterwards
         model = instantiate_from_config(for_inference(config))
     model.eval().requires_grad_(False)
     memory, peaks = LiveBytes(), {}
@@ -131,13 +132,13 @@ def _count(config: dict[str, Any], height: int, width: int, pictures: int, dtype
     peaks["weights"] = memory.live
     with memory.watching():
         transformer = model.cond_stage_model.transformer
-        tokens = torch.zeros(pictures, transformer.max_seq_len, dtype=torch.int64)
-        told, away = (transformer(tokens, return_embeddings=True) for _ in range(2))
+        tokens = torch.zeros(images, transformer.max_seq_len, dtype=torch.int64)
+        cond, uncond = (transformer(tokens, return_embeddings=True) for _ in range(2))
     peaks["text encoder"] = memory.peak
     with memory.watching(), cached_contexts(model.model):
-        x = torch.empty(pictures, model.channels, height // model.downsampling, width // model.downsampling)
-        for _ in range(2):  # in the second, the keys of the context are there
-            x = guided_step(model, x, told, away)
+        x = torch.empty(images, model.channels, height // model.downsampling, width // model.downsampling)
+        for _ in range(2):  # the second step has the cached keys of the context
+            x = guided_step(model, x, cond, uncond)
     peaks["guided step"] = memory.peak
     with memory.watching():
         model.decode_first_stage(x).float()
@@ -145,23 +146,23 @@ def _count(config: dict[str, Any], height: int, width: int, pictures: int, dtype
     return peaks
 
 
-def guided_step(model: Any, x: torch.Tensor, told: torch.Tensor, away: torch.Tensor) -> torch.Tensor:
-    """One step of DDIM, as the sampler makes it, in the middle of a run."""
+def guided_step(model: Any, x: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
+    """Return the result of one DDIM step with guidance, in the middle of a run."""
     import numpy as np
 
     from ldm.models.diffusion.ddim import DDIMSampler
     from ldm.models.diffusion.sampler import SamplingOptions
 
     sampler = DDIMSampler(model)
-    sampler.options = SamplingOptions(unconditional_guidance_scale=5.0, unconditional_conditioning=away)
+    sampler.options = SamplingOptions(unconditional_guidance_scale=5.0, unconditional_conditioning=uncond)
     sampler.timesteps = np.array([model.num_timesteps // 2])
-    sampler.ddim_sigmas, sampler.ddim_alphas_prev = [0.0], [0.5]  # fake tables have no values to take these from
-    return sampler.step(x, 0, told)[0]
+    sampler.ddim_sigmas, sampler.ddim_alphas_prev = [0.0], [0.5]  # fake tables have no values
+    return sampler.step(x, 0, cond)[0]
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     args = make_parser().parse_args(argv)
     config = read_config(locate(args.config))
     size = ImageSize.of(config)

@@ -1,4 +1,4 @@
-"""What every benchmark can be told. Imports nothing heavy: help and mistakes come before torch and diffusers."""
+"""Options that the benchmarks share. Nothing here imports torch or diffusers, so that help and errors are fast."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ from ldm.cli.options import positive_int
 PRECISIONS = ("float32", "bfloat16")
 
 
-def make_parser(description: str, rounds: int = 5) -> Parser:
-    """The options that the benchmarks share."""
-    parser = Parser(description=description)
+def make_parser(name: str, description: str, rounds: int = 5) -> Parser:
+    """Return the parser of the benchmark `name`, with the shared options."""
+    parser = Parser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument(
-        "--tiny", action="store_true", help="tiny sizes: shows that the benchmark runs, measures nothing"
+        "--tiny", action="store_true", help="use tiny sizes, to check that the benchmark runs; the times mean nothing"
     )
     parser.add_argument(
         "--rounds",
         type=positive_int,
         default=rounds,
         metavar="N",
-        help="times that each is timed (default: %(default)s)",
+        help="how often each contestant is timed (default: %(default)s)",
     )
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: the choice of torch)")
+    parser.add_argument("--device", help="device to measure (default: cpu)", default="cpu")
     parser.add_argument(
-        "--threads", type=positive_int, metavar="N", help="threads of the CPU (default: torch's choice)"
+        "--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="precisions to measure (default: all)"
     )
-    parser.add_argument("--device", help="where to measure (default: cpu)", default="cpu")
-    parser.add_argument(
-        "--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="types of numbers (default: all)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write every time measured here, too")
+    parser.add_argument("--json", metavar="FILE", help="write all measured times to this file too")
     return parser

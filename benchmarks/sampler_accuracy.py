@@ -1,32 +1,31 @@
-"""Measure how near to the solution each sampler comes in few steps: prints a table for each guidance scale.
+"""Measure how near each sampler comes to the solution in few steps, and print a table for each guidance scale.
 
-python benchmarks/sampler_accuracy.py --model emoji64
+python -m benchmarks.sampler_accuracy --model emoji64
 
-Protocol. The reference for a prompt is DDIM at eta 0 on every step of the model (1,000 of them). Every sampler starts
-from the reference's noise, is given the same prompts and the same guidance, and computes in float32 unless told
-otherwise. The noise depends on --seed alone, not on the device or the order of runs. Per prompt
+Protocol. The reference for a prompt is DDIM with eta 0 on all timesteps of the model (1,000 of them). All samplers use
+the start noise of the reference, the same prompts and the same guidance scale, and compute in float32 by default. The
+noise depends on --seed alone, not on the device or the order of runs. The columns are
 
-    distance   ‖latent - reference‖ / ‖reference‖; the table has the mean over prompts, and the largest
-    PSNR       of the decoded pictures, clipped to their range, against the reference's, in dB; mean over prompts
-    closer     the number of prompts whose distance is smaller than DDIM's in 50 steps
+    distance   ‖latent - reference‖ / ‖reference‖: the mean over prompts, and the largest
+    PSNR       of the decoded images, clipped to their range, relative to the reference, in dB: the mean over prompts
+    closer     the number of prompts with a smaller distance than that of DDIM in 50 steps
 
-Grids: "exact" is the one that DDIM and PLMS use unless told otherwise. It starts below the model's last step and stops
-at its first, as published, which the reference does not: a part of the distance that no number of steps removes.
-"logsnr", DPM-Solver++'s own, spans all steps and goes to the data. DDIM and PLMS are measured on it too, so that the
-gain of the grid and that of the method can be told apart. The reference is itself a first-order solution;
-DPM-Solver++ in 200 steps shows how far it is from the ODE's: distances below that one mean nothing more.
+Grids. "exact" is the default of DDIM and PLMS. As published, it starts below the last timestep and stops at the first,
+while the reference does not. This part of the distance remains with any number of steps. "logsnr", the default of
+DPM-Solver++, spans all timesteps and ends at the data. DDIM and PLMS are measured on both, to separate the gain of the
+grid from that of the method. The reference is itself a first-order solution. DPM-Solver++ in 200 steps shows its
+distance from the solution of the ODE: smaller distances mean nothing.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
 from ldm.cli.command import Parser, command
 from ldm.cli.options import finite_float, model_options, positive_int, seed
@@ -40,7 +39,8 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "emoji64"
 DRAWINGS = ("rocket", "fox", "rainbow", "red heart", "tiger", "cherries", "crescent moon", "wolf")
 COLOURS = ("blue", "white", "yellow", "black", "green", "purple")
-# Sampler, grid, steps; the first of all is what the others are compared with.
+LIMIT = 120.0  # PSNR of equal images, in dB
+# Sampler, grid, steps; the column "closer" compares with the baseline.
 BASELINE = ("ddim", "exact", 50)
 RUNS = (
     BASELINE,
@@ -62,7 +62,7 @@ RUNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """The accuracy of one sampler at one guidance scale."""
+    """Accuracy of one sampler at one guidance scale."""
 
     scale: float
     sampler: str
@@ -76,90 +76,102 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """What every sampler is given."""
+    """Inputs of every sampler: conditioning, and start noise (B, C, h, w)."""
 
-    conditioning: Any
-    unconditional: Any
+    cond: Any
+    uncond: Any
     noise: Tensor
 
 
 def make_parser() -> Parser:
-    """The options."""
-    parser = Parser(description="Measure how near each sampler comes to the solution.", parents=[model_options()])
-    parser.add_argument("--from-file", metavar="FILE", help="a prompt a line (default: sentences of the emoji data)")
-    parser.add_argument("--n", type=positive_int, default=16, help="at most so many prompts (default: %(default)s)")
-    parser.add_argument("--scales", type=finite_float, nargs="+", default=[1.0, 3.0], help="guidance (default: 1 3)")
-    parser.add_argument("--seed", type=seed, default=0, help="chooses the noise (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the rows and settings here too")
+    """Return the parser."""
+    parser = Parser(
+        prog="python -m benchmarks.sampler_accuracy",
+        description="Measure how near each sampler comes to the solution in few steps.",
+        parents=[model_options()],
+    )
+    parser.add_argument("--from-file", metavar="FILE", help="file of prompts, one per line (default: emoji captions)")
+    parser.add_argument("--n", type=positive_int, default=16, help="largest number of prompts (default: %(default)s)")
+    parser.add_argument(
+        "--scales", type=finite_float, nargs="+", default=[1.0, 3.0], help="guidance scales (default: 1 3)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the rows and the settings to this file too")
     return parser
 
 
 def read_prompts(path: str | None, n: int) -> list[str]:
-    """The first `n` prompts of the file, or of the script's own."""
+    """Return the first `n` prompts of the file, or of the default ones.
+
+    Raises:
+        UserError: The file cannot be read, or is empty.
+    """
     if path is None:
         prompts = [f"{drawing} on a {colour} background" for colour in COLOURS for drawing in DRAWINGS]
     else:
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+            text = Path(path).read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
             prompts = [line.strip() for line in text.splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f'cannot read the prompts "{path}": {error}; give UTF-8 text') from None
     if not prompts:
-        raise UserError(f'the prompt file "{path}" is empty; write one prompt a line')
+        raise UserError(f'the prompt file "{path}" is empty; write one prompt per line')
     return prompts[:n]
 
 
 def solve(model: Any, task: Task, scale: float, sampler: str, grid: str, steps: int) -> Tensor:
-    """Latents (B, C, h, w) by one sampler."""
+    """Sample latents (B, C, h, w) with one sampler."""
     from ldm.pipelines.sampling import make_sampler
 
     latents, _ = make_sampler(sampler, model).sample(
         S=steps,
         batch_size=len(task.noise),
         shape=task.noise.shape[1:],
-        conditioning=task.conditioning,
+        conditioning=task.cond,
         x_T=task.noise,
         ddim_discretize=grid,
         unconditional_guidance_scale=scale,
-        unconditional_conditioning=task.unconditional,
+        unconditional_conditioning=task.uncond,
         verbose=False,
     )
     return latents
 
 
 def distances(latents: Tensor, reference: Tensor) -> Tensor:
-    """‖latent - reference‖ / ‖reference‖ of each item, (B,)."""
+    """Return ‖latent - reference‖ / ‖reference‖ of each item, (B,)."""
     return (latents - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
 
 
-def psnr(pictures: Tensor, reference: Tensor) -> float:
-    """Mean over pictures (B, C, H, W) in [-1, 1] of the peak signal-to-noise ratio in dB."""
-    error = ((pictures - reference) / 2).square().flatten(1).mean(dim=1)
-    return float((-10 * error.clamp_min(1e-12).log10()).mean())
+def mean_psnr(images: Tensor, reference: Tensor) -> float:
+    """Return the mean PSNR of images (B, C, H, W) in [-1, 1], in dB."""
+    from ldm.pipelines.metrics import psnr
+
+    pairs = zip(reference.cpu().numpy(), images.cpu().numpy(), strict=True)
+    return statistics.mean(psnr(original, image, data_range=2.0, limit=LIMIT) for original, image in pairs)
 
 
 def measure(model: Any, task: Task, scale: float) -> list[Row]:
-    """The rows of one guidance scale, nearest first."""
+    """Return the rows of one guidance scale, the nearest first."""
     from tqdm import tqdm
 
-    def pictures(latents: Tensor) -> Tensor:
+    def decoded(latents: Tensor) -> Tensor:
         return model.decode_first_stage(latents).float().clamp(-1.0, 1.0)
 
     reference = solve(model, task, scale, "ddim", "exact", model.num_timesteps)
-    shown, rows, baseline = pictures(reference), [], None
+    expected, rows, baseline = decoded(reference), [], None
     for sampler, grid, steps in tqdm(RUNS, desc=f"scale {scale:g}", unit="run"):
         if steps > model.num_timesteps:
             continue
         latents = solve(model, task, scale, sampler, grid, steps)
-        away = distances(latents, reference)
-        baseline = away if baseline is None else baseline
-        accuracy = (float(away.mean()), float(away.max()), psnr(pictures(latents), shown))
-        rows.append(Row(scale, sampler, grid, steps, *accuracy, int((away < baseline).sum())))
+        distance = distances(latents, reference)
+        baseline = distance if baseline is None else baseline
+        accuracy = (float(distance.mean()), float(distance.max()), mean_psnr(decoded(latents), expected))
+        rows.append(Row(scale, sampler, grid, steps, *accuracy, int((distance < baseline).sum())))
     return sorted(rows, key=lambda row: row.distance)
 
 
 def table(rows: Sequence[Row], prompts: int) -> str:
-    """The rows in Markdown."""
+    """Return the rows in Markdown."""
     lines = [
         "| scale | sampler | grid | steps | distance | largest | PSNR, dB | closer |",
         "|---:|---|---|" + "---:|" * 5,
@@ -172,7 +184,7 @@ def table(rows: Sequence[Row], prompts: int) -> str:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     args = make_parser().parse_args(argv)
     files = find_model(args.model, args.config, args.ckpt) or named_model(DEFAULT_MODEL)
     info = ModelInfo.read(files)

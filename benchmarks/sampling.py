@@ -1,22 +1,19 @@
 """Time a whole sampling run without the text encoder: guided DDIM steps, then the decoder, here and in diffusers.
 
-python benchmarks/sampling.py --json sampling.json
+python -m benchmarks.sampling --json sampling.json
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
 from benchmarks.options import make_parser
 from ldm.cli.command import command
 from ldm.cli.options import positive_int
 
-if TYPE_CHECKING:  # torch and diffusers take seconds to import; mistakes are told before
+if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
@@ -28,27 +25,21 @@ SCALE = 5.0
 def ours(
     size: nets.Sizes, dtype: torch.dtype, device: torch.device, steps: int, contexts: tuple[Tensor, Tensor]
 ) -> Callable[[], Tensor]:
-    """A run as `ldm.inference.text_to_images` makes it, weights prepared and unprepared within."""
+    """Return a run as `ldm.pipelines` prepares it: long runs pack the weights and unpack them at the end."""
     from benchmarks import architectures as nets
     from benchmarks.timing import default_dtype
-    from ldm.pipelines.sampling import make_sampler, prepared
+    from ldm.pipelines.preparation import packing_pays, prepared
+    from ldm.pipelines.sampling import decode, sample_latents
 
     with default_dtype(dtype), device:
         model = nets.latent_diffusion(size).eval().requires_grad_(False)
-    count = len(contexts[0])
+    uncond, cond = contexts
+    shape = (len(cond), nets.LATENT_CHANNELS, size.latent, size.latent)
 
     def run() -> Tensor:
-        with prepared(model):
-            latents, _ = make_sampler("ddim", model).sample(
-                steps,
-                count,
-                (nets.LATENT_CHANNELS, size.latent, size.latent),
-                contexts[1],
-                unconditional_guidance_scale=SCALE,
-                unconditional_conditioning=contexts[0],
-                verbose=False,
-            )
-            return model.decode_first_stage(latents)
+        with prepared(model, packed=packing_pays(steps)):
+            latents = sample_latents(model, shape, steps=steps, scale=SCALE, cond=cond, uncond=uncond)
+            return decode(model, latents)
 
     return run
 
@@ -56,7 +47,7 @@ def ours(
 def theirs(
     size: nets.Sizes, dtype: torch.dtype, device: torch.device, steps: int, contexts: tuple[Tensor, Tensor]
 ) -> Callable[[], Tensor]:
-    """The same with diffusers' parts."""
+    """Return a run with the networks and the scheduler of diffusers."""
     import diffusers
     import torch
 
@@ -89,7 +80,7 @@ def theirs(
 
 
 def flops_of_run(size: nets.Sizes, steps: int, count: int) -> float:
-    """Of all steps, guided, and the decoder."""
+    """Return the floating-point operations of all guided steps and the decoder."""
     import torch
 
     from benchmarks import architectures as nets
@@ -104,10 +95,10 @@ def flops_of_run(size: nets.Sizes, steps: int, count: int) -> float:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = make_parser("Time sampling runs, here and in diffusers.", rounds=3)
+    """Run the command."""
+    parser = make_parser("sampling", "Time sampling runs, here and in diffusers.", rounds=3)
     parser.add_argument("--steps", type=positive_int, default=10, metavar="N", help="default: %(default)s")
-    parser.add_argument("--pictures", type=positive_int, default=1, metavar="N", help="at once (default: %(default)s)")
+    parser.add_argument("--images", type=positive_int, default=1, metavar="N", help="batch size (default: %(default)s)")
     args = parser.parse_args(argv)
 
     import torch
@@ -116,14 +107,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from benchmarks.timing import Report, begin, compare
 
     device, size, report = begin(args), nets.sizes(args.tiny), Report("sampling", args)
-    flops = flops_of_run(size, args.steps, args.pictures)
+    flops = flops_of_run(size, args.steps, args.images)
     for name in args.precision:
         dtype = getattr(torch, name)
-        contexts = tuple(torch.randn(args.pictures, *size.context, device=device).to(dtype) for _ in range(2))
+        contexts = tuple(torch.randn(args.images, *size.context, device=device).to(dtype) for _ in range(2))
         setting = (size, dtype, device, args.steps, contexts)
         with torch.no_grad():
             runs = {"diffusers": theirs(*setting), "ldm": ours(*setting)}
-            compare(report, runs, device, dtype, flops, args.pictures)
+            compare(report, runs, device, dtype, flops, args.images)
     report.finish()
 
 

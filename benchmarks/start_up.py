@@ -1,6 +1,6 @@
-"""Time what passes before the first step: help texts, imports, and which packages a sampling run imports.
+"""Time the start of commands: help texts, imports, and the packages that a sampling run imports.
 
-python benchmarks/start_up.py --json start_up.json
+python -m benchmarks.start_up --json start_up.json
 """
 
 from __future__ import annotations
@@ -14,23 +14,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
-
 from benchmarks.options import make_parser
 from ldm.cli.command import command
 
-if TYPE_CHECKING:  # torch takes seconds to import; mistakes are told before
+if TYPE_CHECKING:
     from benchmarks.timing import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTS = {
     "nothing": "pass",
     "torch": "import torch",
-    "what sampling imports": "import ldm.inference, ldm.models.diffusion.ddpm, ldm.models.diffusion.ddim",
-    "what training imports": "import ldm.training.run, ldm.training.assembly",
+    "the modules of sampling": "import ldm.pipelines.run, ldm.pipelines.text, ldm.models.diffusion.ddpm",
+    "the modules of training": "import ldm.training.run, ldm.training.assembly",
     "diffusers' networks and scheduler": "from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel",
 }
-DRAWING = (
+SAMPLING = (
     "scripts/txt2img.py",
     "--model",
     "emoji64",
@@ -42,11 +40,15 @@ DRAWING = (
     "1",
     "--skip_grid",
 )
-SHOWN = 12  # packages that take the longest
+SHOWN = 12  # packages with the longest imports
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run this interpreter at the repository's root."""
+    """Run a Python program in the repository root.
+
+    Raises:
+        RuntimeError: It failed.
+    """
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}: {done.stderr[-2000:]}")
@@ -54,13 +56,14 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def commands() -> list[str]:
-    """Every command, as a path from the repository's root."""
-    return ["main.py", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("scripts/*.py")))]
+    """Return the paths of all commands, relative to the repository root."""
+    return ["main.py", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("scripts/[!_]*.py")))]
 
 
 def runs(tiny: bool) -> dict[str, Callable[[], object]]:
-    """What is timed, by name: a fresh interpreter each."""
-    help_texts = {f"{path} --help": (path, "--help") for path in commands()}
+    """Return the programs to time, by name; each starts a fresh interpreter."""
+    help_texts = {"ldm --help": ("-m", "ldm.cli.main", "--help")}
+    help_texts |= {f"{path} --help": (path, "--help") for path in commands()}
     imports = {f"import {name}": ("-c", code) for name, code in IMPORTS.items()}
     chosen = {**imports, **help_texts}
     if tiny:
@@ -69,9 +72,10 @@ def runs(tiny: bool) -> dict[str, Callable[[], object]]:
 
 
 def import_times(log: str) -> dict[str, float]:
-    """Seconds that each package's own modules took, from what `python -X importtime` logs; the slowest first.
+    """Return the import time of each package's own modules in seconds, the slowest first.
 
-    A line is "import time: self [us] | cumulative | module".
+    Args:
+        log: output of `python -X importtime`, with lines "import time: self [us] | cumulative | module".
     """
     seconds: dict[str, float] = {}
     for own, module in re.findall(r"^import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)$", log, flags=re.M):
@@ -81,7 +85,7 @@ def import_times(log: str) -> dict[str, float]:
 
 
 def add_times(report: Report, args: argparse.Namespace) -> None:
-    """A row for each help text and import."""
+    """Add a row for each help text and import."""
     import torch
 
     from benchmarks.timing import contest
@@ -91,18 +95,18 @@ def add_times(report: Report, args: argparse.Namespace) -> None:
 
 
 def add_imports(report: Report, args: argparse.Namespace) -> None:
-    """A row for each of the packages that a sampling run spends the longest importing."""
-    drawing = ("-c", "import json") if args.tiny else (*DRAWING, "--outdir", args.outdir)
-    for package, seconds in list(import_times(python("-X", "importtime", *drawing).stderr).items())[:SHOWN]:
+    """Add a row for each of the packages with the longest imports in a sampling run."""
+    sampling = ("-c", "import json") if args.tiny else (*SAMPLING, "--outdir", args.outdir)
+    for package, seconds in list(import_times(python("-X", "importtime", *sampling).stderr).items())[:SHOWN]:
         report.add({"what": f"of a sampling run: importing {package}", "median s": f"{seconds:.2f}"})
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = make_parser("Time start-up.")
+    """Run the command."""
+    parser = make_parser("start_up", "Time start-up.")
     parser.add_argument(
-        "--outdir", metavar="DIR", default="outputs/start_up", help="where the run draws to (default: %(default)s)"
+        "--outdir", metavar="DIR", default="outputs/start_up", help="folder of the sampled image (default: %(default)s)"
     )
     args = parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: interleaved rounds, the machine's rate, tables."""
+"""Measurements of the benchmarks: interleaved rounds, the rate of the machine, tables."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from ldm.io.files import atomic_path
 from ldm.modules.packing import packed_weights
 from ldm.pipelines.loading import choose_device
 
-PREPARED = "ldm, as sampling runs it"
+AS_SAMPLED = "ldm, as sampling runs it"
 CPU_FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 
 @dataclass
 class Report:
-    """What one benchmark found: a table for people, and the same with every single time for programs."""
+    """Results of a benchmark: a table in Markdown, and a JSON file with all times."""
 
     benchmark: str
     args: argparse.Namespace
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, cells: Mapping[str, Any], seconds: list[float] | None = None) -> None:
-        """A row of the table; `seconds`, the times behind it, go to the file only."""
+        """Add a row to the table; `seconds`, its times, are written to the file only."""
         self.rows.append({**cells, **({"seconds": seconds} if seconds else {})})
 
     def finish(self) -> None:
-        """Print the table, and write the file that was asked for."""
+        """Print the table, and write the file if `--json` names one."""
         shown = [{name: str(value) for name, value in row.items() if name != "seconds"} for row in self.rows]
         print(environment_line() + (" **tiny sizes: no measurement**" if self.args.tiny else ""))
         print()
@@ -57,7 +57,7 @@ class Report:
 
 
 def begin(args: argparse.Namespace) -> torch.device:
-    """Set threads and seed; gives the device."""
+    """Set the number of threads and the seed; return the device."""
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def begin(args: argparse.Namespace) -> torch.device:
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `run` takes, until the device is done."""
+    """Return the seconds that `run` takes, until the device has finished."""
     wait(device)
     start = time.perf_counter()
     run()
@@ -74,7 +74,7 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
@@ -82,9 +82,9 @@ def wait(device: torch.device) -> None:
 def contest(
     runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each round.
+    """Return the seconds of each run in each round.
 
-    The runs take turns, in alternating order, so that a machine that slows down slows all of them.
+    The runs take turns in alternating order, so that a machine that slows down slows all of them.
     """
     for run in runs.values():
         for _ in range(warm_up):
@@ -102,13 +102,17 @@ def compare(
     device: torch.device,
     dtype: torch.dtype,
     flops: float | None = None,
-    pictures: int | None = None,
+    images: int | None = None,
 ) -> None:
-    """Time `runs` and add a row for each: its median, and how many times faster than the first it was.
+    """Time `runs` and add a row for each, with its median and its speed relative to the first.
 
     Args:
-        flops: floating-point operations of one run; adds the share of `matmul_rate` reached.
-        pictures: that one run draws; adds how many seconds one takes.
+        report: gets the rows.
+        runs: functions to time, by name.
+        device: where they run.
+        dtype: the precision that they compute in.
+        flops: floating-point operations of one run; adds their rate, and its share of `matmul_rate`.
+        images: images of one run; adds the seconds per image.
     """
     seconds = contest(runs, report.args.rounds, device)
     base = next(iter(seconds.values()))
@@ -123,15 +127,15 @@ def compare(
             "min - max": f"{min(times):.3f} - {max(times):.3f}",
             "times as fast": f"{speed:.2f}",
         }
-        if pictures:
-            cells["s a picture"] = f"{median / pictures:.3f}"
+        if images:
+            cells["s per image"] = f"{median / images:.3f}"
         if flops and rate:
             cells |= {"TFLOP/s": f"{flops / median / 1e12:.3f}", "share of matmul": f"{flops / median / rate:.0%}"}
         report.add(cells, times)
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
-    """Floating-point operations a second in the product of two square matrices, by the best way that torch has."""
+    """Return the operations per second of a product of two square matrices, by the fastest method of torch."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     layer = nn.Linear(size, size, bias=False).to(device, dtype).requires_grad_(False)
     with torch.no_grad(), packed_weights(layer):
@@ -141,7 +145,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
 
 @torch.no_grad()
 def flops_of(module: nn.Module, *shapes: tuple[int, ...]) -> float:
-    """Floating-point operations of one forward pass of `module`, which lies on the meta device."""
+    """Return the floating-point operations of one forward pass of `module`, which is on the meta device."""
     with FlopCounterMode(display=False) as counter:
         module(*(torch.empty(shape, device="meta") for shape in shapes))
     return counter.get_total_flops()
@@ -149,7 +153,7 @@ def flops_of(module: nn.Module, *shapes: tuple[int, ...]) -> float:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Build modules with weights of `dtype`."""
+    """Build modules with weights in `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -159,20 +163,24 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def same_size(ours: nn.Module, theirs: nn.Module) -> None:
-    """Refuse to compare networks with different numbers of weights."""
+    """Raise an error if two networks have different numbers of parameters.
+
+    Raises:
+        AssertionError: They have.
+    """
     counts = [sum(parameter.numel() for parameter in module.parameters()) for module in (ours, theirs)]
     if counts[0] != counts[1]:
-        raise AssertionError(f"{counts[0]} weights here, {counts[1]} there: not the same architecture")
+        raise AssertionError(f"{counts[0]} parameters here, {counts[1]} there: not the same architecture")
 
 
 def networks_to_compare(ours: nn.Module, theirs: nn.Module) -> dict[str, nn.Module]:
-    """The networks by name, each frozen: diffusers' in both layouts, ours plain and one to be prepared."""
+    """Return the networks by name, frozen: that of diffusers in both layouts, ours, and a copy of ours to prepare."""
     same_size(ours, theirs)
     networks = {
         "diffusers": theirs,
         "diffusers, channels-last": copy.deepcopy(theirs).to(memory_format=torch.channels_last),
         "ldm": ours,
-        PREPARED: copy.deepcopy(ours),
+        AS_SAMPLED: copy.deepcopy(ours),
     }
     for network in networks.values():
         network.eval().requires_grad_(False)
@@ -180,7 +188,7 @@ def networks_to_compare(ours: nn.Module, theirs: nn.Module) -> dict[str, nn.Modu
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Return the facts about the machine and the software that times depend on."""
     facts = _cpu_facts()
     packages = {name: version(name) for name in ("torch", "diffusers")}
     name = facts.get("model name") or platform.processor() or platform.machine()
@@ -190,9 +198,9 @@ def environment() -> dict[str, Any]:
 
 
 def environment_line() -> str:
-    """The same as a line of text."""
+    """Return the environment as a line of text."""
     facts = environment()
-    features = ", ".join(facts["features"]) or "no vector extension known"
+    features = ", ".join(facts["features"]) or "no known vector extension"
     amx = "" if "amx_bf16" in facts["features"] else ", no AMX"
     return (
         f"{facts['cores']} cores ({facts['cpu']}: {features}{amx}), {facts['threads']} threads, "

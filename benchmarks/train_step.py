@@ -1,22 +1,19 @@
-"""Time a training step of the unconditional U-Net: loss, gradients, AdamW and the average, here and in diffusers.
+"""Time a training step of an unconditional U-Net: loss, gradients, AdamW and moving average, here and in diffusers.
 
-python benchmarks/train_step.py --json train_step.json
+python -m benchmarks.train_step --json train_step.json
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
 from benchmarks.options import make_parser
 from ldm.cli.command import command
 from ldm.cli.options import positive_int
 
-if TYPE_CHECKING:  # torch and diffusers take seconds to import; mistakes are told before
+if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
@@ -27,7 +24,7 @@ RATE = 1e-6
 
 
 def ours(size: nets.Sizes, device: torch.device, dtype: torch.dtype, x: Tensor) -> tuple[DDPM, Callable[[], object]]:
-    """The model and its step, as `ldm.training` makes it."""
+    """Return the model, and its training step as in `ldm.training`."""
     from torch.optim import AdamW
 
     from benchmarks import architectures as nets
@@ -53,7 +50,7 @@ def ours(size: nets.Sizes, device: torch.device, dtype: torch.dtype, x: Tensor) 
 def theirs(
     size: nets.Sizes, device: torch.device, dtype: torch.dtype, x: Tensor, is_fused: bool
 ) -> tuple[nn.Module, Callable[[], object]]:
-    """The network and its step with diffusers' parts, and torch's AdamW as it comes or fused."""
+    """Return the network of diffusers and its training step, with AdamW of torch, fused or not."""
     import diffusers
     import torch
     from diffusers.training_utils import EMAModel
@@ -80,7 +77,7 @@ def theirs(
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Weights stay in float32; products are made in `dtype`."""
+    """Return a context in which float32 weights are multiplied in `dtype`."""
     import torch
 
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -88,8 +85,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = make_parser("Time a training step of an unconditional U-Net, here and in diffusers.")
+    """Run the command."""
+    parser = make_parser("train_step", "Time a training step of an unconditional U-Net, here and in diffusers.")
     parser.add_argument("--batch_size", type=positive_int, default=2, metavar="N", help="default: %(default)s")
     args = parser.parse_args(argv)
 
@@ -103,14 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = (args.batch_size, 3, size.unconditional_size, size.unconditional_size)
     with torch.device("meta"):
         network = UNetModel(**nets.unconditional_params(size))
-    flops = 3 * flops_of(network, shape, (args.batch_size,))  # the way back costs twice the way there
+    flops = 3 * flops_of(network, shape, (args.batch_size,))  # the backward pass costs twice the forward pass
     x = torch.randn(shape, device=device)
     for name in args.precision:
         dtype = getattr(torch, name)
-        (unet, plain), (_, quick) = (theirs(size, device, dtype, x, is_fused) for is_fused in (False, True))
+        (unet, plain), (_, fused) = (theirs(size, device, dtype, x, is_fused) for is_fused in (False, True))
         model, step = ours(size, device, dtype, x)
         same_size(model.model, unet)
-        runs = {"diffusers": plain, "diffusers, fused AdamW": quick, "ldm": step}
+        runs = {"diffusers": plain, "diffusers, fused AdamW": fused, "ldm": step}
         compare(report, runs, device, dtype, flops)
     report.finish()
 

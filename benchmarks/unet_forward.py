@@ -1,6 +1,6 @@
-"""Time one step's work: the text-conditional U-Net on two latents, here and in diffusers.
+"""Time the text-conditional U-Net on two latents, the work of a guided step, here and in diffusers.
 
-python benchmarks/unet_forward.py --json unet_forward.json
+python -m benchmarks.unet_forward --json unet_forward.json
 """
 
 from __future__ import annotations
@@ -8,38 +8,39 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a bare clone too
 
 from benchmarks.options import make_parser
 from ldm.cli.command import command
 
-if TYPE_CHECKING:  # torch and diffusers take seconds to import; mistakes are told before
+if TYPE_CHECKING:
     import torch
 
     from benchmarks import architectures as nets
 
-BATCH = 2  # one picture, guided
+BATCH = 2  # one image with guidance
 
 
 def contestants(
-    size: nets.Sizes, dtype: torch.dtype, device: torch.device, prepared: ExitStack
+    size: nets.Sizes, dtype: torch.dtype, device: torch.device, preparation: ExitStack
 ) -> dict[str, Callable[[], object]]:
-    """The networks by name, each as a call without arguments."""
+    """Return the networks by name, each as a function without arguments.
+
+    Args:
+        preparation: gets the packed weights and the cached contexts.
+    """
     import torch
 
     from benchmarks import architectures as nets
-    from benchmarks.timing import PREPARED, default_dtype, networks_to_compare
+    from benchmarks.timing import AS_SAMPLED, default_dtype, networks_to_compare
     from ldm.modules.attention import cached_contexts
     from ldm.modules.packing import packed_weights
 
     with default_dtype(dtype), device:
         ours, theirs = nets.text_unet(size), nets.diffusers_text_unet(size)
     networks = networks_to_compare(ours, theirs)
-    prepared.enter_context(packed_weights(networks[PREPARED]))
-    prepared.enter_context(cached_contexts(networks[PREPARED]))
+    preparation.enter_context(packed_weights(networks[AS_SAMPLED]))
+    preparation.enter_context(cached_contexts(networks[AS_SAMPLED]))
     x = torch.randn(BATCH, nets.LATENT_CHANNELS, size.latent, size.latent, device=device).to(dtype)
     t, context = torch.tensor([500] * BATCH, device=device), torch.randn(BATCH, *size.context, device=device).to(dtype)
     return {name: lambda network=network: network(x, t, context) for name, network in networks.items()}
@@ -47,8 +48,8 @@ def contestants(
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    args = make_parser("Time the text-conditional U-Net, here and in diffusers.").parse_args(argv)
+    """Run the command."""
+    args = make_parser("unet_forward", "Time the text-conditional U-Net, here and in diffusers.").parse_args(argv)
 
     import torch
 
@@ -62,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     flops = flops_of(unet, latents, (BATCH,), (BATCH, *size.context))
     for name in args.precision:
         dtype = getattr(torch, name)
-        with torch.no_grad(), ExitStack() as prepared:
-            compare(report, contestants(size, dtype, device, prepared), device, dtype, flops)
+        with torch.no_grad(), ExitStack() as preparation:
+            compare(report, contestants(size, dtype, device, preparation), device, dtype, flops)
     report.finish()
 
 

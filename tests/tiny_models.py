@@ -177,3 +177,19 @@ def inpainting_config(**params: Any) -> dict[str, Any]:
 def superresolution_config(**params: Any) -> dict[str, Any]:
     """Return the same for a super-resolution model that doubles the sides of images."""
     return concat_config("LR_image", 3, {"target": "torch.nn.Identity"}, **params)
+
+
+def retrieval_config(width: int = 10, **params: Any) -> dict[str, Any]:
+    """Return the same for a retrieval-augmented model, conditioned on CLIP embeddings of `width` channels."""
+    config = text_config(cond_stage_config={"target": "torch.nn.Identity"}, cond_stage_key="nix", **params)
+    config["params"]["unet_config"]["params"]["context_dim"] = width
+    config["params"]["cond_stage_trainable"] = False
+    return config
+
+
+def make_model(config: dict[str, Any], name: str = "tiny") -> torch.nn.Module:
+    """Return a model with random weights, in evaluation mode and without gradients."""
+    torch.manual_seed(0)
+    model = randomise(instantiate_from_config(config)).eval().requires_grad_(False)
+    model.name = name
+    return model

@@ -272,16 +272,18 @@ class ReconstructionFolder(ImageFolder):
 def measure(name: str, original: np.ndarray, output: np.ndarray, lpips: LPIPS | None) -> Score:
     """Return the scores of a reconstruction (H, W, 3) in [-1, 1] of an original (H, W, 3) uint8."""
     import torch
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+    from torchmetrics.functional.image import structural_similarity_index_measure
 
-    wanted, got = (torch.from_numpy(each).permute(2, 0, 1)[None].float() for each in (original / 127.5 - 1.0, output))
+    from ldm.pipelines.metrics import psnr
+
+    pair = original / 127.5 - 1.0, output
+    wanted, got = (torch.from_numpy(each).permute(2, 0, 1)[None].float() for each in pair)
     psim = None
     if lpips is not None:
         with torch.inference_mode():
             psim = float(lpips(wanted, got))
-    psnr = peak_signal_noise_ratio(got, wanted, data_range=2.0)
     ssim = structural_similarity_index_measure(got, wanted, data_range=2.0)
-    return Score(name, original.shape[1], original.shape[0], float(psnr), float(ssim), psim)
+    return Score(name, original.shape[1], original.shape[0], psnr(*pair, data_range=2.0), float(ssim), psim)
 
 
 def load_lpips() -> LPIPS | None:

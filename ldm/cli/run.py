@@ -63,7 +63,8 @@ def run(task: Task, args: argparse.Namespace) -> None:
     task.before_sampling(model, pipeline, inputs)
     reader = Reader(task, pipeline, inputs, missing, seed)
     started = time.monotonic()
-    samples = generate(pipeline, model, reader, count=len(missing), batch_size=batch_size)
+    whole = len(inputs) if len(missing) < len(inputs) else None
+    samples = generate(pipeline, model, reader, count=len(missing), batch_size=batch_size, run_length=whole)
     try:
         with closing(samples):
             for sample in samples:

@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-IS_CHECKOUT = (_PACKAGE.parent / "pyproject.toml").is_file() and (_PACKAGE.parent / "configs").is_dir()
-ROOT = _PACKAGE.parent if IS_CHECKOUT else _PACKAGE / "assets"
+REPOSITORY = _PACKAGE.parent  # of a checkout; the folder of all packages otherwise
+IS_CHECKOUT = (REPOSITORY / "pyproject.toml").is_file() and (REPOSITORY / "configs").is_dir()
+ROOT = REPOSITORY if IS_CHECKOUT else _PACKAGE / "assets"
 
 
 def downloads_root() -> Path:

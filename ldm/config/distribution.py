@@ -12,10 +12,11 @@ def version() -> str:
 
     A checkout states it in `pyproject.toml`, an installed package in its metadata. Without either it is "unknown".
     """
-    if assets.IS_CHECKOUT:
+    stated = assets.REPOSITORY / "pyproject.toml"
+    if assets.IS_CHECKOUT and stated.is_file():
         import tomllib
 
-        with (assets.ROOT / "pyproject.toml").open("rb") as file:
+        with stated.open("rb") as file:
             return tomllib.load(file)["project"]["version"]
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed_version

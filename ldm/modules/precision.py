@@ -6,11 +6,14 @@ import logging
 
 import torch
 
+from ldm.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 # CPU instructions that multiply bfloat16, as named by `torch.cpu.get_capabilities`. Without one, torch's kernels
 # convert every value and take dozens of times as long as in float32.
 BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+SAMPLING_PRECISIONS = ("float32", "bfloat16", "float16", "auto")
 BFLOAT16_TRAINING = {"bf16-mixed", "bf16", "bf16-true"}  # Lightning's precisions that compute in bfloat16
 
 
@@ -28,7 +31,13 @@ def computes_bfloat16(device: torch.device | str) -> bool:
 
 
 def choose_precision(name: str, device: torch.device | str) -> torch.dtype:
-    """Return the dtype for sampling; "auto" is bfloat16 if the hardware of `device` supports it, else float32."""
+    """Return the dtype for sampling; "auto" is bfloat16 if the hardware of `device` supports it, else float32.
+
+    Raises:
+        UserError: The name is unknown.
+    """
+    if name not in SAMPLING_PRECISIONS:
+        raise UserError(f'there is no precision "{name}"; choose one of {", ".join(SAMPLING_PRECISIONS)}')
     if name == "auto":
         return torch.bfloat16 if computes_bfloat16(device) else torch.float32
     if name == "bfloat16":

@@ -81,6 +81,7 @@ def generate(
     latents: Tensor | None = None,
     decoded: bool = True,
     packed: bool | None = None,
+    run_length: int | None = None,
     progress: bool = True,
     callback: Callable[[int, int], object] | None = None,
     description: str = "sampling",
@@ -96,6 +97,7 @@ def generate(
         latents: (N, C, h, w) start noise of all items, instead of noise from their seeds.
         decoded: decode the latents; False leaves `pixels` None.
         packed: pack the weights of the model; None packs them if the run is long enough to gain from it.
+        run_length: number of images of the whole run if `items` are only a part of it, so that both are packed alike.
         progress: show a progress bar.
         callback: called with the finished and the expected number of steps after every step.
         description: label of the progress bar.
@@ -110,15 +112,17 @@ def generate(
             per_batch = pipeline.count_steps(requests[0], getattr(model, "num_timesteps", 0))
             # Packing suits the shape of the first batch, which decides the last bits of the batches after it.
             alike = (len(batch), pipeline.batch_key(requests[0]))
+            remaining = -(-(count - finished) // len(batch))  # batches, as if all were like this one
+            steps.expect(planned + per_batch * remaining)
             if alike != prepared_for:
-                remaining = -(-(count - finished) // len(batch))
+                if run_length is not None and len(batch) == batch_size:
+                    remaining = -(-run_length // batch_size)
                 is_packed = packing_pays(per_batch * remaining) if packed is None else packed
                 preparation.close()
                 preparation.enter_context(prepared(model, is_packed))
                 prepared_for = alike
             planned += per_batch
             finished += len(batch)
-            steps.expect(round(planned * count / finished))  # as if the remaining batches were like these
             noise = SeededNoise([item.seed for item in batch], model.device)
             x_T = None if latents is None else latents[[item.index for item in batch]].to(model.device)
             with torch.no_grad():

@@ -31,7 +31,7 @@ def as_pixels(image: ImageLike) -> np.ndarray:
             values of the same shapes in [-1, 1]. C is 1, 3 or 4.
 
     Raises:
-        ValueError: The array has another shape.
+        ValueError: The array has another shape or type.
     """
     from ldm.io.pixels import to_uint8
 
@@ -40,6 +40,8 @@ def as_pixels(image: ImageLike) -> np.ndarray:
 
         return np.asarray(as_rgb(image))
     array = _as_array(image)
+    if array.dtype.kind != "f" and array.dtype != np.uint8:
+        raise ValueError(f"an image has uint8 values, or float values in [-1, 1], got {array.dtype}")
     pixels = to_uint8(array[..., None] if array.ndim == 2 else array)
     if pixels.ndim != 3:
         raise ValueError(f"an image has the shape (H, W), (H, W, C) or (C, H, W), got {array.shape}")
@@ -54,8 +56,9 @@ def as_mask(mask: ImageLike) -> np.ndarray:
     """Return a mask as (H, W) bool, True where it is white, half or more.
 
     Args:
-        mask: a PIL image (transparent parts count as black); bool values; uint8 values, white from 128; or float
-            values in [0, 1], white from 0.5. Arrays have the shape (H, W), (1, H, W) or (H, W, 1).
+        mask: a PIL image (transparent parts count as black); bool values; integers, white from 128, or from 1 if no
+            value is larger than 1; or float values in [0, 1], white from 0.5. Arrays have the shape (H, W), (1, H, W)
+            or (H, W, 1).
 
     Raises:
         ValueError: The array has another shape.
@@ -74,7 +77,9 @@ def as_mask(mask: ImageLike) -> np.ndarray:
         raise ValueError(f"a mask has the shape (H, W), (1, H, W) or (H, W, 1), got {array.shape}")
     if array.dtype == bool:
         return array
-    return array >= (0.5 if array.dtype.kind == "f" else 128)
+    if array.dtype.kind == "f":
+        return array >= 0.5
+    return array >= (128 if array.max(initial=0) > 1 else 1)
 
 
 def as_labels(label_map: ImageLike) -> np.ndarray:

@@ -59,6 +59,10 @@ def _find(
     config: str | Path | None,
     checkpoint: str | Path | None,
 ) -> ModelFiles:
+    if model is not None and (config is not None or checkpoint is not None):
+        raise UserError("`model` names a configuration and its weights; leave out `config` and `checkpoint`")
+    if config is not None and checkpoint is None:
+        raise UserError(f'the configuration "{config}" needs weights; give its `checkpoint`')
     words = [None if word is None else str(word) for word in (model, config, checkpoint)]
     files = find_model(*words, PLACES)
     if files is None:

@@ -124,6 +124,8 @@ class Pipeline(ABC):
         batch = self.condition(model, requests)
         denoiser = TiledDenoiser(model, batch.tile, batch.tile // 4) if batch.tile else model
         start = {} if batch.strength is None else {"x0": batch.x0, "strength": batch.strength}
+        if start and x_T is not None:  # the noise of x0, not the start itself
+            noise, x_T = _starting_with(x_T, noise), None
         return sample_latents(
             denoiser,
             (len(requests), model.channels, *batch.size),
@@ -145,6 +147,12 @@ class Pipeline(ABC):
         from ldm.pipelines.sampling import decode
 
         return self.finish(requests, to_uint8(decode(model, latents, self.decoding_tile)))
+
+
+def _starting_with(first: Tensor, noise: SeededNoise) -> Callable[[Sequence[int]], Tensor]:
+    """Return a noise source that returns `first` once, then noise from `noise`."""
+    pending = [first]
+    return lambda shape: pending.pop() if pending else noise(shape)
 
 
 def check_guidance(negative_prompt: str, scale: float) -> None:

@@ -110,6 +110,8 @@ def run(
     """
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f'unknown output_type "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}')
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if latents is not None and len(latents) != len(requests):
         raise ValueError(f"{len(requests)} images need {len(requests)} latents, got {len(latents)}")
     seeds = make_seeds(seed, len(requests))

@@ -1,4 +1,4 @@
-"""The benchmarks run, with the commands that their README shows, and measure as it says."""
+"""Tests of the benchmarks with the commands that their README shows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="diffusers ne
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 COMMANDS = {
-    Path(words[1]).stem: words[2:]
+    words[2].removeprefix("benchmarks."): words[3:]
     for line in re.search(r"```bash\n(.*?)```", README, flags=re.S).group(1).splitlines()
     if (words := shlex.split(line))
 }
-SHARED = {"architectures", "options", "timing"}
+SHARED = {"__init__", "architectures", "options", "timing"}
 NOT_TIMED = {"sampler_accuracy", "memory"}  # see test_sampler_accuracy.py and test_memory.py
 
 
@@ -31,14 +31,14 @@ def load(name):
     return importlib.import_module(f"benchmarks.{name}")
 
 
-def test_the_readme_shows_every_benchmark():
+def test_readme_shows_every_benchmark():
     assert set(COMMANDS) | SHARED | NOT_TIMED == {path.stem for path in FOLDER.glob("*.py")}
     assert {f"{name}.py" for name in COMMANDS} == set(re.findall(r"^\| `(\w+\.py)` \|", README, flags=re.M))
-    assert all(f"python benchmarks/{name}.py" in README for name in NOT_TIMED)
+    assert all(f"python -m benchmarks.{name} " in README for name in NOT_TIMED)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_shown_command_runs(name, tmp_path, capsys):
+def test_shown_command_runs(name, tmp_path, capsys):
     words = list(COMMANDS[name])
     file = words[words.index("--json") + 1] = str(tmp_path / "out.json")
     if "--steps" in words:
@@ -68,22 +68,22 @@ def test_runs_take_turns_after_warming_up():
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
 
 
-def test_times_are_seconds():
+def test_times_are_in_seconds():
     assert 0.02 <= load("timing").timed(lambda: time.sleep(0.02), torch.device("cpu")) < 2
 
 
-def test_operations_are_counted_without_computing():
+def test_operations_are_counted_on_the_meta_device():
     with torch.device("meta"):
         layer = nn.Linear(10, 20)
     assert load("timing").flops_of(layer, (3, 10)) == 2 * 3 * 10 * 20
 
 
-def test_different_architectures_are_not_compared():
+def test_different_architectures_raise_assertion_error():
     with pytest.raises(AssertionError, match="not the same architecture"):
         load("timing").same_size(nn.Linear(1, 1), nn.Linear(1, 2))
 
 
-def test_the_published_sizes_are_the_ones_named_in_the_readme():
+def test_readme_states_the_published_sizes():
     nets = load("architectures")
     with torch.device("meta"):
         size = nets.sizes(tiny=False)

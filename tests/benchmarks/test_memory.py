@@ -1,4 +1,4 @@
-"""The count of memory agrees with sums by hand, and with what a real run allocates."""
+"""Tests of the memory count against sums by hand and real tensors."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from benchmarks.memory import LiveBytes, count, main
 FLOAT = 4
 
 
-def test_the_live_are_added_up():
+def test_live_storages_are_added_up():
     memory = LiveBytes()
     with memory.watching():
         a = torch.zeros(100)
         view, b = a[10:20], a + 1
         assert (memory.live, memory.peak) == (200 * FLOAT, 200 * FLOAT)
         del a
-        assert memory.live == 200 * FLOAT, "the view holds it"
+        assert memory.live == 200 * FLOAT, "the view holds the storage"
         del view
         assert memory.live == 100 * FLOAT
-        b.add_(1)  # nothing new
+        b.add_(1)  # in place
     assert (memory.live, memory.peak) == (100 * FLOAT, 200 * FLOAT)
     with memory.watching():
-        assert memory.peak == 100 * FLOAT, "a phase starts with what is there"
+        assert memory.peak == 100 * FLOAT, "a phase starts with the live bytes"
 
 
 @torch.no_grad()
-def test_a_chain_of_layers_needs_two_results_at_once():
-    """x is there throughout; each layer's input goes when its result is there."""
+def test_a_chain_of_layers_holds_two_results_at_once():
+    """x lives throughout; the input of each layer is freed once its result exists."""
     layers, x, memory = nn.Sequential(*(nn.Linear(64, 64) for _ in range(5))), torch.zeros(8, 64), LiveBytes()
     for tensor in (*layers.parameters(), x):
         memory.add(tensor)
@@ -45,7 +45,7 @@ def test_a_chain_of_layers_needs_two_results_at_once():
 
 
 def test_fake_tensors_count_as_real_ones():
-    """The same convolutions and attention, on tensors with values and without."""
+    """The same convolutions and attention, on real and on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def peak() -> int:
@@ -64,7 +64,7 @@ def test_fake_tensors_count_as_real_ones():
         assert peak() == real
 
 
-def test_the_weights_of_a_model_are_its_numbers_times_their_size():
+def test_weights_take_their_number_times_the_size_of_the_dtype():
     counted = count(text_config(), 16, 16, 1, torch.bfloat16)
     halves = count(text_config(), 16, 16, 1, torch.float32)
     weights = counted["weights"]
@@ -72,7 +72,7 @@ def test_the_weights_of_a_model_are_its_numbers_times_their_size():
     assert weights < min(counted[phase] for phase in ("text encoder", "guided step", "decoder"))
 
 
-def test_the_table_and_the_file_say_the_same(tmp_path, capsys):
+def test_table_and_file_agree(tmp_path, capsys):
     OmegaConf.save(OmegaConf.create({"model": text_config()}), tmp_path / "tiny.yaml")
     words = ["--config", tmp_path / "tiny.yaml", "--H", 16, "--W", 32, "--json", tmp_path / "out.json"]
     assert main([str(word) for word in words]) == 0
@@ -83,7 +83,7 @@ def test_the_table_and_the_file_say_the_same(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_published_model_draws_512_x_1024_in_8_gb(repo_root):
+def test_the_published_model_samples_512_x_1024_in_8_gb(repo_root):
     from ldm.config.model_config import read_config
 
     config = read_config(repo_root / "configs/latent-diffusion/txt2img-1p4B-eval.yaml")

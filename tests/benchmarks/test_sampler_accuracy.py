@@ -1,4 +1,4 @@
-"""The benchmark of samplers' accuracy, on a tiny model and on distances that are known."""
+"""Tests of the benchmark `sampler_accuracy` with a tiny model and known distances."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test_distances_have_their_closed_form(script):
     assert torch.allclose(script.distances(latents, reference), torch.tensor([0.1, 0.2]))
 
 
-def test_psnr_has_its_closed_form(script):
-    pictures = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 0.02)])
-    assert script.psnr(pictures, torch.zeros(2, 3, 4, 4)) == pytest.approx(30)  # 20 and 40 dB
+def test_mean_psnr_has_its_closed_form(script):
+    images = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 0.02)])
+    assert script.mean_psnr(images, torch.zeros(2, 3, 4, 4)) == pytest.approx(30)  # 20 and 40 dB
 
 
-def test_the_reference_is_at_no_distance_from_itself(script, folder, monkeypatch):
-    """On the tiny model's 100 steps the reference is one of the runs; runs of more steps are left out."""
+def test_the_reference_has_no_distance_from_itself(script, folder, monkeypatch):
+    """With 100 timesteps the reference is one of the runs, and runs with more steps are left out."""
     monkeypatch.setattr(script, "RUNS", (script.BASELINE, ("ddim", "exact", 100), ("dpm", "logsnr", 101)))
     model = load_model(folder / "config.yaml", folder / "model.ckpt")
     empty = model.get_learned_conditioning([""])
@@ -46,7 +46,7 @@ def test_the_reference_is_at_no_distance_from_itself(script, folder, monkeypatch
     assert (baseline.steps, baseline.closer) == (50, 0) and 0 < baseline.distance == baseline.largest
 
 
-def test_the_table_and_the_file_say_the_same(script, folder, tmp_path, monkeypatch, capsys):
+def test_table_and_file_agree(script, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "RUNS", (script.BASELINE, ("dpm", "logsnr", 10)))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("fox\n\nred heart\nrainbow\n", encoding="utf-8-sig")
@@ -67,14 +67,14 @@ def test_the_table_and_the_file_say_the_same(script, folder, tmp_path, monkeypat
         (["--from-file", "{tmp}/empty.txt"], "is empty"),
     ],
 )
-def test_a_mistake_is_one_line(script, folder, tmp_path, capsys, options, message):
+def test_an_unreadable_prompt_file_is_one_line(script, folder, tmp_path, capsys, options, message):
     (tmp_path / "empty.txt").write_text("\n")
     options = [option.replace("{tmp}", str(tmp_path)) for option in options]
     assert script.main(["--model", str(folder), *options]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_the_prompts_are_in_the_models_words(script, repo_root):
+def test_default_prompts_are_in_the_vocabulary(script, repo_root):
     words = set((repo_root / "data/emoji/vocab.txt").read_text(encoding="utf-8").split())
     prompts = script.read_prompts(None, 16)
     assert len(set(prompts)) == 16 and {word for prompt in prompts for word in prompt.split()} <= words

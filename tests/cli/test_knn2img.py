@@ -221,7 +221,10 @@ BAD = {
     "unknown database": (["--use_neighbors", "--database", "artbench-surealism"], 'did you mean "artbench-surrealism"'),
     "absent database": (["--use_neighbors", "--database", "openimages"], "openimages-database"),
     "empty database": (["--use_neighbors", "--database", "clip"], "contains no NPZ files"),
-    "database of another CLIP": (["--use_neighbors", "--database", "wide"], "has vectors of width 12, the queries have width 10"),
+    "database of another CLIP": (
+        ["--use_neighbors", "--database", "wide"],
+        "has vectors of width 12, the queries have width 10",
+    ),
     "absent CLIP": (["--clip_type", "./none"], 'there is no CLIP "./none"'),
     "misspelt CLIP": (["--clip_type", "ViT-L14"], 'did you mean "ViT-L/14"'),
     "folder without a CLIP": (["--clip_type", "text"], "text"),

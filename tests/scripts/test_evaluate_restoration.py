@@ -48,9 +48,7 @@ def test_the_mean_colour_is_that_of_the_unmasked_part(evaluate):
     ],
     ids=["inpainting", "superresolution"],
 )
-def test_the_command_writes_table_scores_and_grid(
-    evaluate, tmp_path, capsys, monkeypatch, config, methods, columns
-):
+def test_the_command_writes_table_scores_and_grid(evaluate, tmp_path, capsys, monkeypatch, config, methods, columns):
     monkeypatch.setitem(sys.modules, "cv2", None)
     write_model(tmp_path / "tiny", config)
     options = ["--n", "5", "--steps", "1", "--batch_size", "3", "--model", str(tmp_path / "tiny")]

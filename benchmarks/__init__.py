@@ -1,0 +1,1 @@
+"""Benchmarks of speed, memory and accuracy: `python -m benchmarks.NAME` in the repository root."""

@@ -1,0 +1,50 @@
+"""Tests of `ldm.config.model_files`: finding the files of models."""
+
+from __future__ import annotations
+
+import pytest
+
+from ldm.config.model_files import find_model, named_model
+from ldm.errors import UserError
+
+
+def write(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+
+
+def test_models_are_found_by_name_folder_and_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine, folder = tmp_path / "models" / "ldm" / "mine", tmp_path / "elsewhere"
+    for each in (mine, folder):
+        write(each, "config.yaml", "model.ckpt")
+    assert named_model("mine").checkpoint.name == "model.ckpt" and named_model("mine").name == "mine"
+    (mine / "model.safetensors").touch()
+    assert named_model("mine").checkpoint.name == "model.safetensors"
+    assert named_model(str(folder)).config == folder / "config.yaml"
+    assert find_model(ckpt=str(folder / "model.ckpt")).config == folder / "config.yaml"
+    assert find_model() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"name": "mime"}, 'no model "mime".*did you mean "mine".*available:.*mine'),
+        ({"name": "hollow"}, "contains no weights"),
+        ({"name": "bare"}, r"contains no config\.yaml"),
+        ({"name": "mine", "ckpt": "x"}, "leave out"),
+        ({"config": "x.yaml"}, "needs --ckpt"),
+        ({"ckpt": "x.ckpt"}, "no checkpoint"),
+        ({"ckpt": "models/ldm/bare/model.ckpt"}, "--config"),
+        ({"ckpt": "models/ldm/bare/model.ckpt", "config": "x.yaml"}, "no configuration"),
+    ],
+)
+def test_missing_model_raises_user_error(tmp_path, monkeypatch, options, match):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "hollow", "bare"):
+        (tmp_path / "models" / "ldm" / name).mkdir(parents=True)
+    for name in ("mine", "bare"):
+        (tmp_path / "models" / "ldm" / name / "model.ckpt").touch()
+    with pytest.raises(UserError, match=match):
+        find_model(**options)
