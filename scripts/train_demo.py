@@ -75,7 +75,7 @@ class Curve:
 
     @property
     def fell(self) -> bool:
-        """Whether the loss fell; NaN did not."""
+        """True if the loss fell; NaN did not."""
         return self.last < self.first
 
     def __str__(self) -> str:

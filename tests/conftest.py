@@ -1,4 +1,4 @@
-"""What every test shares: no network, a fixed seed, the way to the repository's root."""
+"""Fixtures of all tests: no network, a fixed seed, the repository root, loaded scripts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1", "0.0.0.0", ""}
 
 
 class NetworkError(RuntimeError):
-    """A test reached for the network."""
+    """Raised when a test uses the network."""
 
 
 def _is_local(sock: socket.socket, address: object) -> bool:
@@ -34,7 +34,7 @@ def _is_local(sock: socket.socket, address: object) -> bool:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Connections to anything but this computer fail."""
+    """Let connections to other computers fail."""
 
     def guarded(name):
         original = getattr(socket.socket, name)
@@ -60,7 +60,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def seed() -> int:
-    """Seed every generator; returns the seed."""
+    """Seed every random generator; return the seed."""
     import numpy as np
     import torch
 
@@ -73,13 +73,13 @@ def seed() -> int:
 
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
-    """The folder that holds pyproject.toml."""
+    """Return the folder of pyproject.toml."""
     return Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
 def load_script(repo_root) -> Callable[..., ModuleType]:
-    """`load_script("txt2img")`: the module scripts/txt2img.py, loaded once; or of another folder."""
+    """Return a function: `load_script("txt2img")` loads scripts/txt2img.py once and returns the module."""
 
     def load(name: str, folder: str = "scripts") -> ModuleType:
         full_name = f"{folder}.{name}"
@@ -94,7 +94,7 @@ def load_script(repo_root) -> Callable[..., ModuleType]:
 
 @pytest.fixture
 def hide_package(monkeypatch):
-    """Make a package look as if it were not installed."""
+    """Return a function that makes a package look as if it were not installed."""
 
     def hide(package: str) -> None:
         real = builtins.__import__

@@ -1,4 +1,4 @@
-"""A web server on this computer that misbehaves as it is told."""
+"""Local web server whose faults a test selects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ETAG = '"one"'
 
 @dataclass
 class Answer:
-    """How to answer one request; by default as a good server does."""
+    """Answer to one request; the default is that of a correct server."""
 
     status: int | None = None  # nothing but this status
     headers: dict[str, str] = field(default_factory=dict)
@@ -26,7 +26,7 @@ class Answer:
 
 
 class FileServer(ThreadingHTTPServer):
-    """`files` by their paths; `answers` are used up one by one, `requests` are the headers that came."""
+    """Files of the server by path, the answers to the next requests in order, and the headers of past requests."""
 
     daemon_threads = True
 
@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def running() -> Iterator[FileServer]:
-    """The server, in a thread of its own."""
+    """Run the server in its own thread."""
     server = FileServer()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

@@ -1,6 +1,6 @@
-"""Files that are no checkpoints: some would run code, some are damaged, some only look like weights.
+"""Files that are not valid checkpoints: some would run code, some are damaged, some only look like weights.
 
-`hostile` and `damaged` give their bytes by name. A hostile file makes the folder `trap` when something runs its code.
+`hostile` and `damaged` return their bytes by name. A hostile file creates the folder `trap` when its code runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WEIGHTS = {"first.weight": torch.arange(12.0).reshape(3, 4), "first.bias": torch
 
 
 class Calls:
-    """Unpickling it calls `function(*args)`."""
+    """Object whose unpickling calls `function(*args)`."""
 
     def __init__(self, function: Any, *args: Any) -> None:
         self.call = function, args
@@ -33,7 +33,7 @@ class Calls:
 
 
 class SetsState:
-    """Unpickling it gives `__setstate__` a folder to make."""
+    """Object whose unpickling passes a folder to create to `__setstate__`."""
 
     def __init__(self, trap: str) -> None:
         self.trap = trap
@@ -42,15 +42,15 @@ class SetsState:
         os.mkdir(state["trap"])
 
 
-class CreatesAnew:
-    """Unpickling it gives `__new__` a folder to make."""
+class CreatesAgain:
+    """Object whose unpickling passes a folder to create to `__new__`."""
 
-    def __new__(cls, trap: str) -> CreatesAnew:
+    def __new__(cls, trap: str) -> CreatesAgain:
         os.mkdir(trap)
         return object.__new__(cls)
 
     @classmethod
-    def armed(cls, trap: str) -> CreatesAnew:
+    def armed(cls, trap: str) -> CreatesAgain:
         instance = object.__new__(cls)
         instance.trap = trap
         return instance
@@ -59,8 +59,8 @@ class CreatesAnew:
         return (self.trap,)
 
 
-class CreatesAnewByKeyword(CreatesAnew):
-    """The same, through another instruction."""
+class CreatesAgainByKeyword(CreatesAgain):
+    """The same with another pickle instruction."""
 
     def __getnewargs_ex__(self) -> tuple[tuple, dict[str, str]]:
         return (), {"trap": self.trap}
@@ -79,7 +79,7 @@ def short(value: str) -> bytes:
 
 
 def pickles(trap: Path) -> dict[str, bytes]:
-    """Pickles that make the folder `trap`, each by other instructions."""
+    """Return pickles that create the folder `trap`, each with other instructions."""
     path, make = str(trap), text(str(trap)) + b"\x85R."  # one argument, call, stop
     code = text(f"__import__('os').mkdir({path!r})")
     imported = b"cbuiltins\ngetattr\ncimportlib\nimport_module\n" + text("os") + b"\x85R" + text("mkdir") + b"\x86R"
@@ -91,8 +91,8 @@ def pickles(trap: Path) -> dict[str, bytes]:
         "OBJ": b"\x80\x02(cos\nmkdir\n" + text(path) + b"o.",
         "EXT1": b"\x80\x02\x82" + bytes([EXTENSION]) + make,
         "EXT2": b"\x80\x02\x83" + struct.pack("<H", EXTENSION) + make,
-        "NEWOBJ": pickle.dumps(CreatesAnew.armed(path), protocol=2),
-        "NEWOBJ_EX": pickle.dumps(CreatesAnewByKeyword.armed(path), protocol=4),
+        "NEWOBJ": pickle.dumps(CreatesAgain.armed(path), protocol=2),
+        "NEWOBJ_EX": pickle.dumps(CreatesAgainByKeyword.armed(path), protocol=4),
         "BUILD": pickle.dumps(SetsState(path), protocol=2),
         "BUILD of protocol 4": pickle.dumps(SetsState(path), protocol=4),
         "eval": b"\x80\x02cbuiltins\neval\n" + code + b"\x85R.",
@@ -106,7 +106,7 @@ def pickles(trap: Path) -> dict[str, bytes]:
 
 
 def in_zip(pickled: bytes, **records: bytes) -> bytes:
-    """What torch has written since 1.6, around a pickle."""
+    """Return a pickle inside the archive that torch writes since 1.6."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in {"data.pkl": pickled, "version": b"3\n", **records}.items():
@@ -115,7 +115,7 @@ def in_zip(pickled: bytes, **records: bytes) -> bytes:
 
 
 def in_old_file(pickled: bytes, keys: tuple[str, ...] = (), magic: int = 0x1950A86A20F9469CFC6C) -> bytes:
-    """What torch wrote before."""
+    """Return the file format of torch before 1.6."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     head = b"".join(pickle.dumps(part, protocol=2) for part in (magic, 1001, system))
     return head + pickled + pickle.dumps(list(keys), protocol=2)
@@ -132,7 +132,7 @@ def saved(content: Any, new: bool = True) -> bytes:
 
 
 def places(trap: Path) -> dict[str, Any]:
-    """Lightning's checkpoints with a call in one of their entries."""
+    """Return checkpoints of Lightning with a call in one of their entries."""
     call = Calls(os.mkdir, str(trap))
     return {
         "among the weights": {"state_dict": {**WEIGHTS, "x": call}},
@@ -152,7 +152,7 @@ def with_attribute(value: Any) -> torch.Tensor:
 
 
 def tar(trap: Path) -> bytes:
-    """What torch wrote before 0.1.10: three pickles in a tar archive."""
+    """Return the file format of torch before 0.1.10: three pickles in a tar archive."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name in ("storages", "tensors", "pickle"):
@@ -164,7 +164,7 @@ def tar(trap: Path) -> bytes:
 
 
 def hostile(trap: Path) -> dict[str, bytes]:
-    """Every file that tries to make the folder `trap`."""
+    """Return every file that tries to create the folder `trap`."""
     wrappers = {"zip": in_zip, "old file": in_old_file, "bare pickle": bare}
     files = {
         f"{name} in a {kind}": wrap(pickled)
@@ -197,7 +197,7 @@ def good_safetensors() -> bytes:
 
 
 def repacked(compression: int = zipfile.ZIP_STORED, **extra: bytes) -> bytes:
-    """A good archive, packed again by another program."""
+    """Return a valid archive, packed again by another program."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(saved(WEIGHTS))) as old, zipfile.ZipFile(buffer, "w", compression) as new:
         for record in old.infolist():
@@ -208,7 +208,7 @@ def repacked(compression: int = zipfile.ZIP_STORED, **extra: bytes) -> bytes:
 
 
 def boasting() -> bytes:
-    """An archive whose list of contents claims that its first record is 2 GB long."""
+    """Return an archive whose directory claims that its first record is 2 GB long."""
     content = bytearray(saved(WEIGHTS))
     at = content.index(b"PK\x01\x02")
     content[at + 20 : at + 28] = struct.pack("<II", 2**31, 2**31)
@@ -227,7 +227,7 @@ def persistent(identifier: bytes) -> bytes:
 
 
 def tensor(count: int, key: str = "0", old: bool = False) -> bytes:
-    """The pickle of one tensor in a dict, whose storage claims to hold `count` numbers."""
+    """Return the pickle of a dict with one tensor, whose storage claims to hold `count` values."""
     number = b"\x8a\x08" + struct.pack("<q", count)
     storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + number
     storage += b"NtQ" if old else b"tQ"
@@ -236,7 +236,7 @@ def tensor(count: int, key: str = "0", old: bool = False) -> bytes:
 
 
 def damaged() -> dict[str, tuple[bytes, str]]:
-    """Files without code: their bytes, and what the error must say."""
+    """Return files without code: their bytes, and the expected part of the error."""
     new, old, safe = saved({"state_dict": WEIGHTS}), saved(WEIGHTS, new=False), good_safetensors()
     header, big = {"a": entry([2], 0, 8)}, tensor(2**20, old=True)
     cut = {
@@ -313,7 +313,7 @@ def other_zip() -> bytes:
 
 
 def numpy_scalar(code: str, data: str = "") -> bytes:
-    """NumPy's pickle of a scalar whose type is `code` and whose bytes, as Latin-1, are `data`."""
+    """Return the pickle of a NumPy scalar of type `code` with the bytes `data`, as Latin-1."""
     state = b"(K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     kind = b"cnumpy\ndtype\n" + text(code) + b"\x89\x88\x87R" + state
     content = b"c_codecs\nencode\n" + text(data) + text("latin1") + b"\x86R"

@@ -97,7 +97,7 @@ CALLS = {
 
 
 def retrieval_files(folder: Path) -> dict[str, str]:
-    """Return the options `clip_type` and `database` for a tiny CLIP and database, which are written to `folder` once."""
+    """Return `clip_type` and `database` of a tiny CLIP and database, which are written to `folder` once."""
     if not (folder / "clip").is_dir():
         write_clip(folder / "clip")
         write_database(folder / "database", vectors(9, 10))

@@ -1,7 +1,7 @@
 """Recorded outputs of the published implementation, and how to replay them.
 
 `tests/parity/cases/cases.json` lists the cases; each has a configuration, a seed for
-`deterministic_weights.fill`, a sentence that says what is computed, and its arrays in `NAME.npz`.
+`deterministic_weights.fill`, a sentence that describes the computation, and its arrays in `NAME.npz`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PARITY = Path(__file__).parent / "parity"
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded case."""
+    """A recorded case."""
 
     name: str
     config: dict[str, Any] | None
@@ -40,7 +40,7 @@ def _cases() -> dict[str, Any]:
 
 @cache
 def weights_module() -> Any:
-    """The module that fills state dicts with numbers that depend on name, shape and seed alone."""
+    """Return the module that fills state dicts with values that depend on name, shape and seed only."""
     spec = importlib.util.spec_from_file_location("deterministic_weights", PARITY / "deterministic_weights.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -48,7 +48,7 @@ def weights_module() -> Any:
 
 
 def load_case(name: str) -> Case:
-    """The case `name` with its arrays as tensors."""
+    """Load the case `name` with its arrays as tensors."""
     entry = _cases()[name]
     with np.load(PARITY / "cases" / f"{name}.npz") as arrays:
         inputs = {key[3:]: torch.from_numpy(arrays[key]) for key in arrays if key.startswith("in_")}
@@ -57,13 +57,13 @@ def load_case(name: str) -> Case:
 
 
 def build(case: Case) -> torch.nn.Module:
-    """The case's module with its deterministic weights, in evaluation mode."""
+    """Build the module of a case with its deterministic weights, in evaluation mode."""
     module = instantiate_from_config(case.config)
     return weights_module().fill(module, case.weights_seed).eval()
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖actual - expected‖ / ‖expected‖."""
+    """Return ‖actual - expected‖ / ‖expected‖."""
     actual, expected = actual.detach().double(), expected.double()
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, recorded {tuple(expected.shape)}"
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-12))

@@ -1,7 +1,7 @@
-"""Every recorded case computed anew, and how far the result is from the record.
+"""Replay of every recorded case, and the error of its results.
 
-`replay` gives all outputs of a case under their recorded names; `compare` measures them. The tests of the modules
-that a case covers call `assert_replayed`, and `scripts/check_parity.py` reports on all the cases.
+`replay` returns all outputs of a case under their recorded names; `compare` measures them. The tests of the modules
+that a case covers call `assert_replayed`, and `scripts/check_parity.py` reports on all cases.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ldm.training import lr_scheduler
 Outputs = dict[str, Any]
 Runner = Callable[[Case], Outputs]
 
-# The first pattern that matches `case/output` counts. Whole numbers and random draws are exact, save that of a
-# codebook's entries one in a thousand may differ, where two are equally near.
+# The first pattern that matches `case/output` counts. Integers and random samples are exact, except that one codebook
+# index in a thousand may differ, because two entries can be equally near.
 TOLERANCES = (
     ("*/indices", 1e-3),
     ("*/num_updates", 0.0),
@@ -72,7 +72,7 @@ CYCLES = {
 
 @dataclass(frozen=True)
 class Result:
-    """One output beside its record: `error` is relative, or for whole numbers the share that differs."""
+    """Error of one output: relative, or for integers the share that differs."""
 
     case: str
     output: str
@@ -81,22 +81,22 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance; NaN is not."""
+        """True if the error is within the tolerance; NaN is not."""
         return self.error <= self.tolerance
 
 
 def names() -> list[str]:
-    """The recorded cases."""
+    """Return the names of the recorded cases."""
     return list(json.loads((PARITY / "cases" / "cases.json").read_text()))
 
 
 def replay(case: Case) -> Outputs:
-    """All outputs of a case, computed anew, by their recorded names."""
+    """Compute all outputs of a case; return them by their recorded names."""
     return next(runner for pattern, runner in _RUNNERS if fnmatch(case.name, pattern))(case)
 
 
 def compare(case: Case, actual: Mapping[str, Any]) -> Iterator[Result]:
-    """Each recorded output beside what was computed; one that is missing or has another shape is infinitely far."""
+    """Yield the error of each recorded output; it is infinite if the output is missing or has another shape."""
     for name, expected in case.outputs.items():
         tolerance = next(tol for pattern, tol in TOLERANCES if fnmatch(f"{case.name}/{name}", pattern))
         yield Result(case.name, name, _error(actual.get(name), expected), tolerance)
@@ -111,7 +111,7 @@ def _error(actual: Any, expected: Tensor) -> float:
 
 
 def assert_replayed(name: str, *outputs: str) -> None:
-    """Assert that a case, or some of its outputs, comes out as recorded."""
+    """Assert that the outputs of a case, or some of them, are as recorded."""
     case = load_case(name)
     chosen = [result for result in compare(case, replay(case)) if not outputs or result.output in outputs]
     assert len(chosen) == len(outputs or case.outputs), f"{name} has no such output: {outputs}"
@@ -218,7 +218,7 @@ def _adversarial(case: Case) -> Outputs:
 
 
 def adversarial_step(model: nn.Module, x: Tensor, step: int) -> Outputs:
-    """Both losses of a first stage at one step; the gradients of the second, the discriminator's, stay in `model`."""
+    """Return both losses of a first stage at one step; `model` keeps the gradients of the discriminator's loss."""
     torch.manual_seed(7)
     rec = model.reconstruct({"image": x.permute(0, 2, 3, 1)})
     loss, log = model.adversarial_loss(rec, optimizer_idx=0, global_step=step)
@@ -241,7 +241,7 @@ def adversarial_step(model: nn.Module, x: Tensor, step: int) -> Outputs:
 
 
 def grad_norm(module: nn.Module) -> Tensor:
-    """The norm of all gradients of a module together."""
+    """Return the norm of all gradients of a module."""
     return torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm()
 
 
@@ -287,7 +287,7 @@ def _ema(case: Case) -> Outputs:
 
 
 def _sampled(case: Case, seed: int, sampler: type = DDIMSampler, S: int = 5, batch: int = 2, **options: Any) -> Outputs:
-    """A published sampler's latents from a seed, decoded where that was recorded."""
+    """Return the latents of a published sampler for a seed, decoded if the case records images."""
     model = options.pop("model", None) or build(case)
     torch.manual_seed(seed)
     latent, steps = sampler(model).sample(S, batch, SHAPE, **options, **PUBLISHED)

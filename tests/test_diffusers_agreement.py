@@ -7,8 +7,8 @@ direction of diffusers; R is the number of residual blocks a level, L the number
 from __future__ import annotations
 
 import re
-import sys
 
+import diffusers
 import pytest
 import torch
 from parity_cases import assert_close
@@ -24,13 +24,7 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.schedule import make_beta_schedule
 from ldm.modules.packing import packed_weights
 
-if sys.version_info >= (3, 11):
-    import diffusers
-
-pytestmark = [
-    pytest.mark.usefixtures("seed"),
-    pytest.mark.skipif(sys.version_info < (3, 11), reason="diffusers needs Python 3.11"),
-]
+pytestmark = pytest.mark.usefixtures("seed")
 
 TOLERANCE = 1e-5
 INDEX = r"(\d+)"

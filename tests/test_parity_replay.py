@@ -1,4 +1,4 @@
-"""The ruler itself: every case can be replayed, and a result that is off does not pass."""
+"""Tests of the replay itself: every case can be replayed, and a wrong result does not pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from parity_cases import PARITY, load_case
 from parity_replay import assert_replayed, compare, names, replay
 
 
-def test_every_recorded_case_is_known_and_pinned_by_a_test(repo_root):
+def test_every_recorded_case_is_known_and_used_by_a_test(repo_root):
     files = {path.stem for path in (PARITY / "cases").glob("*.npz")}
     assert len(files) == 50 and set(names()) == files
     sources = [path for path in repo_root.glob("tests/**/test_*.py") if "parity" not in path.name]
@@ -29,7 +29,7 @@ def test_all_outputs_are_compared_and_pass(name):
 
 
 def changed(change) -> dict[str, bool]:
-    """Which outputs of `vq_model` pass when its recorded ones are changed so."""
+    """Return which outputs of `vq_model` pass after `change` was applied to the recorded ones."""
     case = load_case("vq_model")
     actual = {name: value.clone() for name, value in case.outputs.items()}
     change(actual)
@@ -47,21 +47,21 @@ def changed(change) -> dict[str, bool]:
         ("indices", lambda o: o["indices"][0, 0, :1].add_(1)),
     ],
 )
-def test_a_result_that_is_off_fails_alone(output, change):
+def test_wrong_result_fails_alone(output, change):
     assert [name for name, passed in changed(change).items() if not passed] == [output]
 
 
-def test_what_is_nearly_right_passes():
+def test_error_below_the_tolerance_passes():
     assert all(changed(lambda o: o["reconstruction"].mul_(1.00005)).values())
 
 
-def test_whole_numbers_are_exact():
+def test_integers_are_exact():
     case = load_case("ema")
     actual = {**case.outputs, "num_updates": case.outputs["num_updates"] + 1}
     assert [result.output for result in compare(case, actual) if not result.passed] == ["num_updates"]
 
 
-def test_an_assertion_names_what_differs(monkeypatch):
+def test_assertion_names_the_outputs_that_differ(monkeypatch):
     from ldm.modules.ema import LitEma
 
     monkeypatch.setattr(LitEma, "forward", lambda self, model: None)

@@ -1,4 +1,4 @@
-"""State dicts are a contract: names and shapes of every published configuration, built without memory."""
+"""Names and shapes of the state dict of every published configuration, built on the meta device."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def recorded() -> dict[str, Any]:
 
 
 def without_files(config: Any) -> Any:
-    """The configuration without weights to start from."""
+    """Return the configuration without checkpoints to start from."""
     if isinstance(config, dict):
         return {key: without_files(value) for key, value in config.items() if key != "ckpt_path"}
     return config
 
 
-def test_all_thirty_two_are_recorded():
+def test_all_32_configurations_are_recorded():
     assert len(recorded()["models"]) == 32
 
 
 @pytest.mark.parametrize("path", sorted(recorded()["models"]))
-def test_names_and_shapes_are_the_recorded_ones(path, repo_root):
+def test_names_and_shapes_are_as_recorded(path, repo_root):
     config = OmegaConf.to_container(OmegaConf.load(repo_root / path).model, resolve=True)
     with torch.device("meta"):
         model = instantiate_from_config(without_files(config))

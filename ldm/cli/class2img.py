@@ -42,7 +42,7 @@ class Class2Img(ClassTask):
         """See `Task.pipeline`."""
         from ldm.pipelines.classes import ClassToImage
 
-        classes_of(info).check_scale(args.scale)
+        classes_of(info)
         return ClassToImage(**sampler_settings(args), height=info.size.height, width=info.size.width)
 
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import Parser
@@ -10,11 +9,13 @@ from ldm.cli.task import Inputs, Task
 
 if TYPE_CHECKING:
     from ldm.pipelines.class_names import Classes
-    from ldm.pipelines.classes import ClassRequest, ClassToImage
+    from ldm.pipelines.classes import ClassRequest
 
 
 class ClassTask(Task):
     """Sample images of classes."""
+
+    pipeline_path = "ldm.pipelines.classes.ClassToImage"
 
     def add_class_option(self, parser: Parser, default: str) -> None:
         """Add the classes; `default` describes what applies without the option."""
@@ -24,12 +25,6 @@ class ClassTask(Task):
             metavar="CLASS",
             help=f"names, numbers, ranges such as 0-9 (default: {default})",
         )
-
-    def replayed(self, settings: Mapping[str, Any]) -> ClassToImage:
-        """See `Task.replayed`."""
-        from ldm.pipelines.classes import ClassToImage
-
-        return ClassToImage.from_settings(settings)
 
     def class_inputs(self, classes: Classes, label: int) -> Inputs:
         """Return the inputs of an image of a class."""

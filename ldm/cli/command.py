@@ -1,4 +1,4 @@
-"""The frame of every command: its parser, its exit status, its log lines."""
+"""Shared parts of all commands: the parser, the exit status, the log lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 from ldm.config import targets
 from ldm.errors import UserError, did_you_mean, is_out_of_memory
-
 
 # Name of the program in help and errors; None is that of the script. `sys.argv` stays as it is, because training in
 # several processes starts the command again from it.
@@ -92,7 +91,7 @@ def say(text: str) -> None:
 
 def _shortened(path: object, length: int = 200) -> str:
     text = f'"{path}"' if path is not None else "reading or writing failed"
-    return text if len(text) <= length else f"{text[:length]}…"
+    return text if len(text) <= length else f'{text[:length]}…"'
 
 
 def _fail(message: str, status: int) -> int:

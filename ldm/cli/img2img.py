@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ldm.cli.command import Parser
 from ldm.cli.input_files import IMAGE_SUFFIXES, file_input, named_files, unchanged
@@ -30,6 +29,7 @@ class Img2Img(TextTask):
         '--prompt "rocket on a blue background" --strength 0.2 --scale 3 --seed 1'
     )
     outdir = "outputs/img2img-samples"
+    pipeline_path = "ldm.pipelines.image.ImageToImage"
 
     def add_options(self, parser: Parser) -> None:
         """Add the images, the strength, and the options of text to image."""
@@ -59,12 +59,6 @@ class Img2Img(TextTask):
 
         settings = self.prompt_settings(args, info)
         return ImageToImage(**settings, strength=args.strength, height=args.H, width=args.W)
-
-    def replayed(self, settings: Mapping[str, Any]) -> ImageToImage:
-        """See `Task.replayed`."""
-        from ldm.pipelines.image import ImageToImage
-
-        return ImageToImage.from_settings(settings)
 
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:
         """Return each image with each prompt, as often as the options ask for."""

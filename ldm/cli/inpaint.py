@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ldm.cli.options import add_count, add_sampler, non_negative_int, sampler_se
 from ldm.cli.restoration_task import RestorationTask
 from ldm.cli.run import command_of
 from ldm.cli.task import Inputs
+from ldm.config.assets import locate
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
 
@@ -34,6 +35,7 @@ class Inpaint(RestorationTask):
     name = "inpaint"
     arguments = "--indir data/inpainting_examples/drawings --seed 1"
     outdir = "outputs/inpainting_results"
+    pipeline_path = "ldm.pipelines.inpainting.Inpainting"
     published, bundled = "inpainting_big", "emoji64-inpaint"
 
     def add_options(self, parser: Parser) -> None:
@@ -67,12 +69,6 @@ class Inpaint(RestorationTask):
         from ldm.pipelines.inpainting import Inpainting
 
         return Inpainting(**sampler_settings(args), feather=args.feather, tile=args.tile)
-
-    def replayed(self, settings: Mapping[str, Any]) -> Inpainting:
-        """See `Task.replayed`."""
-        from ldm.pipelines.inpainting import Inpainting
-
-        return Inpainting.from_settings(settings)
 
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:
         """Return each image with its mask, as often as the options ask for."""
@@ -120,9 +116,9 @@ def find_pairs(args: argparse.Namespace) -> list[tuple[Path | None, Path | None]
         if args.mask is not None:
             raise UserError("--mask belongs to --image; leave it out with --indir")
         return pair_up(images_in(Path(args.indir)))
-    image = Path(args.image)
+    image = locate(args.image)
     if args.mask is not None:
-        return [(image, Path(args.mask))]
+        return [(image, locate(args.mask))]
     beside = sorted(image.parent.iterdir()) if image.is_file() else []
     return [(image, mask_of(image, [path for path in beside if path.suffix.lower() in IMAGE_SUFFIXES]))]
 

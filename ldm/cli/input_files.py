@@ -34,6 +34,7 @@ def images_in(folder: Path, option: str = "--indir") -> list[Path]:
     Raises:
         UserError: There is no such folder, or no image in it.
     """
+    folder = locate(folder)
     if not folder.is_dir():
         raise UserError(f'{option} "{folder}": there is no such folder; check the path')
     return _files_in(folder, option, IMAGE_SUFFIXES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +44,7 @@ class Knn2Img(Task):
     name = "knn2img"
     arguments = f'--prompt "{PROMPT}" --use_neighbors --knn 10 --seed 1'
     outdir = "outputs/knn2img-samples"
+    pipeline_path = "ldm.pipelines.retrieval.RetrievalToImage"
     published = "rdm768x768"
     folder, default_config = Path("models/rdm/rdm768x768"), CONFIGS_ELSEWHERE[published]
 
@@ -138,12 +138,6 @@ class Knn2Img(Task):
         return RetrievalToImage(
             **sampler_settings(args), height=height, width=width, clip_type=args.clip_type, **neighbours
         )
-
-    def replayed(self, settings: Mapping[str, Any]) -> RetrievalToImage:
-        """See `Task.replayed`."""
-        from ldm.pipelines.retrieval import RetrievalToImage
-
-        return RetrievalToImage.from_settings(settings)
 
     # -- inputs --------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import Parser
@@ -28,6 +28,7 @@ class Layout2Img(Task):
     name = "layout2img"
     arguments = "--layout data/layout_examples --labels class-descriptions-boxable.csv --seed 1"
     outdir = "outputs/layout2img-samples"
+    pipeline_path = "ldm.pipelines.layout.LayoutToImage"
     published = "layout2img-openimages256"
 
     def add_options(self, parser: Parser) -> None:
@@ -55,14 +56,8 @@ class Layout2Img(Task):
 
         return LayoutToImage(**sampler_settings(args))
 
-    def replayed(self, settings: Mapping[str, Any]) -> LayoutToImage:
-        """See `Task.replayed`."""
-        from ldm.pipelines.layout import LayoutToImage
-
-        return LayoutToImage.from_settings(settings)
-
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:
-        """Return each layout, as often as the options ask for; a mistake in one is reported when its turn comes."""
+        """Return each layout, as often as the options ask for; an error in one is reported when its turn comes."""
         from ldm.io.layouts import read_labels, read_layouts
         from ldm.pipelines.layout import class_names_of, layout_vocabulary
 
@@ -73,21 +68,21 @@ class Layout2Img(Task):
             try:
                 layouts = read_layouts(path)
             except UserError as error:
-                found.append({"layout": str(path), "mistake": str(error)})
+                found.append({"layout": str(path), "error": str(error)})
                 continue
             for number, layout in enumerate(layouts, 1):
                 where = str(path) if len(layouts) == 1 else f"{path} #{number}"
                 found += _described(where, layout, names, vocabulary, args.n_samples)
-        if all("mistake" in each for each in found):
-            raise UserError(found[0]["mistake"])  # before a model is loaded for nothing
+        if all("error" in each for each in found):
+            raise UserError(found[0]["error"])  # before a model is loaded for nothing
         return found
 
     def read(self, inputs: Inputs, pipeline: Any) -> Layout:
         """Return the layout."""
         from ldm.pipelines.layout import LabelledBox, Layout
 
-        if "mistake" in inputs:
-            raise UserError(inputs["mistake"])
+        if "error" in inputs:
+            raise UserError(inputs["error"])
         boxes = (LabelledBox(each["label"], tuple(each["box"]), each["name"]) for each in inputs["boxes"])
         return Layout(tuple(boxes))
 
@@ -103,7 +98,7 @@ class Layout2Img(Task):
 
 
 def _described(where: str, layout: Any, names: Sequence[str], vocabulary: tuple[int, int], count: int) -> list[Inputs]:
-    """Return the inputs of `count` images of a layout, or one entry with its mistake."""
+    """Return the inputs of `count` images of a layout, or one entry with its error."""
     from ldm.io.layouts import resolve
     from ldm.pipelines.layout import as_layout, layout_tokens
 
@@ -111,7 +106,7 @@ def _described(where: str, layout: Any, names: Sequence[str], vocabulary: tuple[
         layout_tokens(as_layout(layout, names), *vocabulary)
         return count * [{"layout": where, **resolve(layout, names)}]
     except UserError as error:
-        return [{"layout": where, "mistake": f'"{where}": {error}'}]
+        return [{"layout": where, "error": f'"{where}": {error}'}]
 
 
 main = command_of(Layout2Img())

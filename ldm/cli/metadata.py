@@ -52,7 +52,8 @@ class RunInfo:
         own = {**inputs, "seed": seed, "index": position.index}
         run = {"task": self.task, "model": self.model, "precision": self.precision, "version": self.version}
         record = {**asdict(self), "inputs": dict(inputs), "seed": seed, "place": asdict(position)}
-        return {**own, **self.settings, **run, KEY: json.dumps(record)}
+        settings = {name: value for name, value in self.settings.items() if value is not None}
+        return {**own, **settings, **run, KEY: json.dumps(record)}
 
     def sheet_text(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the text chunks of the grid of all images: each distinct input once, line by line."""

@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from ldm.cli.options import add_count, image_side, model_options
 from ldm.cli.outputs import ImageFolder
 from ldm.cli.run import command_of
 from ldm.cli.task import Inputs, Task
+from ldm.config.assets import locate
 from ldm.config.model_files import FIRST_STAGES, MODELS, ModelFiles, find_model, named_model
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
@@ -47,6 +48,8 @@ class Reconstruct(Task):
     name = "reconstruct"
     arguments = "--indir data/superres_examples --no-psim"
     outdir = "outputs/reconstruct"
+    progress = "reconstructing"
+    pipeline_path = "ldm.pipelines.reconstruction.Reconstruction"
 
     def parents(self) -> list[argparse.ArgumentParser]:
         """Return the options of the model."""
@@ -92,12 +95,6 @@ class Reconstruct(Task):
 
         return Reconstruction(size=args.size)
 
-    def replayed(self, settings: Mapping[str, Any]) -> Reconstruction:
-        """See `Task.replayed`."""
-        from ldm.pipelines.reconstruction import Reconstruction
-
-        return Reconstruction.from_settings(settings)
-
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:
         """Return the images that the options name, else some drawings that the bundled model has not seen."""
         found = find_files(args.files, args.indir)
@@ -119,7 +116,7 @@ class Reconstruct(Task):
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    def output(self, args: argparse.Namespace, files: ModelFiles) -> ReconstructionFolder:
+    def output(self, args: argparse.Namespace, files: ModelFiles, info: ModelInfo) -> ReconstructionFolder:
         """See `Task.output`."""
         return ReconstructionFolder(self, args)
 
@@ -144,8 +141,9 @@ def find_files(files: Sequence[str], indir: str | None) -> list[tuple[Path, str]
     """
     from ldm.data.image_files import images_below
 
-    found = [(Path(file), Path(file).name) for file in files]
+    found = [(locate(file), Path(file).name) for file in files]
     if indir is not None:
+        indir = str(locate(indir))
         if not Path(indir).is_dir():
             raise UserError(f'there is no folder "{indir}"; check --indir')
         inside = [name for name in images_below(Path(indir)) if not name.endswith(".npy")]
@@ -248,6 +246,8 @@ class ReconstructionFolder(ImageFolder):
         from ldm.io.pixels import to_uint8
 
         name = self.task.path(self.outdir, self.inputs[sample.item.index], 0).relative_to(self.outdir / "images")
+        if self.lpips is not None:
+            self.lpips.to(sample.latents.device)
         self.scores.append(measure(str(name), sample.item.request, sample.pixels, self.lpips))
         super().save(type(sample)(sample.item, sample.position, to_uint8(sample.pixels), sample.latents))
 
@@ -280,8 +280,9 @@ def measure(name: str, original: np.ndarray, output: np.ndarray, lpips: LPIPS | 
     wanted, got = (torch.from_numpy(each).permute(2, 0, 1)[None].float() for each in pair)
     psim = None
     if lpips is not None:
+        device = lpips.scaling_layer.shift.device
         with torch.inference_mode():
-            psim = float(lpips(wanted, got))
+            psim = float(lpips(wanted.to(device), got.to(device)))
     ssim = structural_similarity_index_measure(got, wanted, data_range=2.0)
     return Score(name, original.shape[1], original.shape[0], psnr(*pair, data_range=2.0), float(ssim), psim)
 

@@ -14,7 +14,7 @@ from ldm.cli.command import Parser, command, example, say
 from ldm.cli.options import model_options
 from ldm.cli.task import Task
 from ldm.config.assets import locate
-from ldm.config.model_files import ModelFiles, find_model
+from ldm.config.model_files import MODEL_FOLDERS, ModelFiles, find_model
 from ldm.errors import UserError, did_you_mean
 from ldm.io.files import check_writable
 
@@ -73,7 +73,7 @@ class Comparison:
 
     @property
     def identical(self) -> bool:
-        """Whether all pixels are equal."""
+        """True if all pixels are equal."""
         return self.different == 0 and self.shape == self.again.shape
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ def model_of(run: RunInfo, name: str | None, config: str | None, ckpt: str | Non
     Raises:
         UserError: It is missing.
     """
-    files = find_model(name, config, ckpt)
+    files = find_model(name, config, ckpt, MODEL_FOLDERS)
     if files is not None:
         return files
     config, checkpoint = locate(run.config), locate(run.checkpoint)
@@ -162,7 +162,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("images", nargs="+", metavar="PNG", help="an image that a command of this project wrote")
     parser.add_argument("--outdir", metavar="DIR", help="write the new images there (default: only compare)")
-    parser.set_defaults(precision=None)
+    parser.set_defaults(precision=None)  # that of the image
     return parser
 
 

@@ -41,7 +41,7 @@ def run(task: Task, args: argparse.Namespace) -> None:
     info = task.read_info(args, files)
     pipeline = task.pipeline(args, info)
     pipeline.check(info)
-    output = task.output(args, files)
+    output = task.output(args, files, info)
     inputs = task.inputs(args, info)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     batch_size = args.batch_size or task.default_batch_size(args)
@@ -63,8 +63,15 @@ def run(task: Task, args: argparse.Namespace) -> None:
     task.before_sampling(model, pipeline, inputs)
     reader = Reader(task, pipeline, inputs, missing, seed)
     started = time.monotonic()
-    whole = len(inputs) if len(missing) < len(inputs) else None
-    samples = generate(pipeline, model, reader, count=len(missing), batch_size=batch_size, run_length=whole)
+    samples = generate(
+        pipeline,
+        model,
+        reader,
+        count=len(missing),
+        batch_size=batch_size,
+        packed=task.packed,
+        description=task.progress,
+    )
     try:
         with closing(samples):
             for sample in samples:
@@ -75,7 +82,7 @@ def run(task: Task, args: argparse.Namespace) -> None:
         raise
     output.close(time.monotonic() - started, not reader.failures)
     if reader.failures:
-        raise UserError(f"{len(reader.failures)} of {len(inputs)} could not be sampled; see above")
+        raise UserError(f"{len(reader.failures)} of {len(inputs)} failed; see above")
 
 
 class Reader:

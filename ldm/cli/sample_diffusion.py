@@ -40,7 +40,7 @@ class SampleDiffusion(ClassTask):
 
     name = "sample_diffusion"
     arguments = "-r models/ldm/emoji64 -l outputs -n 64 -c 10 --classes 840-903 --scale 3"
-    outdir = OWN_FOLDER
+    packed = True  # a run that continues another must pack as the other did
 
     # -- options -------------------------------------------------------------------------------------------------
 
@@ -151,10 +151,7 @@ class SampleDiffusion(ClassTask):
         from ldm.pipelines.class_names import Classes
         from ldm.pipelines.classes import ClassToImage
 
-        classes = Classes.of(info)
-        if classes is not None:
-            classes.check_scale(args.scale)
-        elif args.classes or args.scale != 1:
+        if Classes.of(info) is None and (args.classes or args.scale != 1):
             option = "--classes" if args.classes else "--scale"
             raise UserError(f'the model "{info.name}" is unconditional; leave out {option}')
         settings = sampler_settings(args)
@@ -173,10 +170,10 @@ class SampleDiffusion(ClassTask):
         each = [self.class_inputs(classes, label) for label in chosen]
         return [each[i % len(each)] for i in range(args.n_samples)]
 
-    def output(self, args: argparse.Namespace, files: ModelFiles) -> Output:
+    def output(self, args: argparse.Namespace, files: ModelFiles, info: ModelInfo) -> Output:
         """Return the folder of the run: a new one, or that of the run to continue."""
         base = Path(args.run) if args.recorded is not None else self._base(args, files)
-        return SampleFolder(args, files, self.read_info(args, files), base)
+        return SampleFolder(args, files, info, base)
 
     def _base(self, args: argparse.Namespace, files: ModelFiles) -> Path:
         """Return the folder of all samples of the model: in its own folder, or in one of its name in `--logdir`."""

@@ -234,7 +234,9 @@ def _read_all(paths: Sequence[Path], shape: tuple[int, ...]) -> Iterator[np.ndar
     for path in tqdm(paths, desc="joining", unit="sample"):
         pixels = _pixels(path)
         if pixels.shape != shape:
-            raise UserError(f'the sample "{path}" has the shape {pixels.shape}, not {shape}; delete it and use --continue')
+            raise UserError(
+                f'the sample "{path}" has the shape {pixels.shape}, not {shape}; delete it and use --continue'
+            )
         yield pixels
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ldm.cli.command import Parser
 from ldm.cli.input_files import file_input, named_files, unchanged
@@ -30,6 +29,7 @@ class Semantic2Img(Task):
     name = "semantic2img"
     arguments = "--map data/semantic_examples/lake.png --seed 1"
     outdir = "outputs/semantic2img-samples"
+    pipeline_path = "ldm.pipelines.semantic.SemanticToImage"
     published = "semantic_synthesis512"
     smaller = "semantic_synthesis256"
 
@@ -63,12 +63,6 @@ class Semantic2Img(Task):
         labels = label_count(info)
         palette = read_palette(locate(args.palette)) if args.palette else None
         return SemanticToImage(**sampler_settings(args), labels=labels, palette=palette, height=args.H, width=args.W)
-
-    def replayed(self, settings: Mapping[str, Any]) -> SemanticToImage:
-        """See `Task.replayed`."""
-        from ldm.pipelines.semantic import SemanticToImage
-
-        return SemanticToImage.from_settings(settings)
 
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:
         """Return each map, as often as the options ask for."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from ldm.cli.options import add_sampler, sampler_settings
 from ldm.cli.restoration_task import RestorationTask
 from ldm.cli.run import command_of
 from ldm.cli.task import Inputs
+from ldm.config.assets import locate
 from ldm.config.model_info import ModelInfo
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Superres(RestorationTask):
     name = "superres"
     arguments = "--indir data/superres_examples/drawings --seed 1"
     outdir = "outputs/superres"
+    pipeline_path = "ldm.pipelines.super_resolution.SuperResolution"
     published, bundled = "bsr_sr", "emoji64-superres"
 
     def add_options(self, parser: Parser) -> None:
@@ -47,19 +48,12 @@ class Superres(RestorationTask):
         """See `Task.pipeline`."""
         from ldm.pipelines.super_resolution import SuperResolution, default_tile, upscaling_factor
 
-        info.check_condition("LR_image", "a super-resolution")
         tile = default_tile(info) if args.tile is None else args.tile
         return SuperResolution(**sampler_settings(args), factor=upscaling_factor(info), tile=tile)
 
-    def replayed(self, settings: Mapping[str, Any]) -> SuperResolution:
-        """See `Task.replayed`."""
-        from ldm.pipelines.super_resolution import SuperResolution
-
-        return SuperResolution.from_settings(settings)
-
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:
         """Return each image."""
-        images = images_in(Path(args.indir)) if args.image is None else [Path(args.image)]
+        images = images_in(Path(args.indir)) if args.image is None else [locate(args.image)]
         check_apart(args.outdir, images)
         return [
             {**file_input("image", path), "name": name} for path, name in zip(images, result_names(images), strict=True)

@@ -10,6 +10,7 @@ import argparse
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,6 +42,9 @@ class Task(ABC):
         outdir: folder for images by default.
         published: the model to use if its weights were downloaded.
         bundled: the model to use otherwise.
+        progress: label of the progress bar.
+        packed: whether weights are packed; None packs them if the run is long enough to gain from it.
+        pipeline_path: dotted path of the pipeline.
     """
 
     name: ClassVar[str]
@@ -48,6 +52,9 @@ class Task(ABC):
     outdir: ClassVar[str]
     published: ClassVar[str | None] = None
     bundled: ClassVar[str | None] = None
+    progress: ClassVar[str] = "sampling"
+    packed: ClassVar[bool | None] = None
+    pipeline_path: ClassVar[str]
 
     # -- options -------------------------------------------------------------------------------------------------
 
@@ -123,7 +130,8 @@ class Task(ABC):
 
     def replayed(self, settings: Mapping[str, Any]) -> Pipeline:
         """Return the pipeline with recorded settings."""
-        raise UserError(f'images of "{self.name}" cannot be sampled again')
+        module, _, name = self.pipeline_path.rpartition(".")
+        return getattr(import_module(module), name).from_settings(settings)
 
     @abstractmethod
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:
@@ -133,13 +141,13 @@ class Task(ABC):
             UserError: There is nothing to sample.
         """
 
+    @abstractmethod
     def read(self, inputs: Inputs, pipeline: Pipeline) -> Any:
         """Return the request that `inputs` describe, with the files that they name.
 
         Raises:
             UserError: A file cannot be used; the other images are sampled.
         """
-        return inputs
 
     def before_sampling(self, model: Any, pipeline: Pipeline, inputs: Sequence[Inputs]) -> None:  # noqa: B027
         """Log warnings about the inputs, with the loaded model."""
@@ -150,7 +158,7 @@ class Task(ABC):
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    def output(self, args: argparse.Namespace, files: ModelFiles) -> Output:
+    def output(self, args: argparse.Namespace, files: ModelFiles, info: ModelInfo) -> Output:
         """Return the destination of the images.
 
         Raises:

@@ -13,7 +13,6 @@ from ldm.cli.input_files import check_text, read_lines
 from ldm.cli.options import add_count, add_prompts, sampler_settings
 from ldm.cli.task import Inputs, Task
 from ldm.config.model_info import ModelInfo
-from ldm.errors import UserError
 
 BATCH_FROM_FILE = 16
 
@@ -40,13 +39,11 @@ class TextTask(Task):
         """Return the settings of the sampler and the negative prompt.
 
         Raises:
-            UserError: A text is not valid, or the negative prompt has no effect.
+            UserError: The model is not conditioned on text, or a text is not valid.
         """
         info.check_reads_text()
         for option, value in (("--prompt", args.prompt), ("--negative_prompt", args.negative_prompt)):
             check_text(option, value or "")
-        if args.negative_prompt and args.scale == 1:
-            raise UserError("--negative_prompt has no effect without guidance; give a --scale above 1")
         return {"negative_prompt": args.negative_prompt, **sampler_settings(args)}
 
     def read_prompts(self, args: argparse.Namespace, info: ModelInfo) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ class Txt2Img(TextTask):
     name = "txt2img"
     arguments = '--prompt "rocket on a blue background" --ddim_steps 50 --scale 3 --seed 1'
     outdir = "outputs/txt2img-samples"
+    pipeline_path = "ldm.pipelines.text.TextToImage"
 
     def add_options(self, parser: Parser) -> None:
         """Add the options of the published script, with its names and defaults, and a few more."""
@@ -38,12 +38,6 @@ class Txt2Img(TextTask):
         settings, size = self.prompt_settings(args, info), info.size
         height, width = size.check("--H", args.H or size.height), size.check("--W", args.W or size.width)
         return TextToImage(**settings, height=height, width=width)
-
-    def replayed(self, settings: Mapping[str, Any]) -> TextToImage:
-        """See `Task.replayed`."""
-        from ldm.pipelines.text import TextToImage
-
-        return TextToImage.from_settings(settings)
 
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:
         """Return each prompt, as often as the options ask for."""

@@ -12,6 +12,7 @@ from ldm.errors import UserError, did_you_mean
 MODELS = Path("models/ldm")
 FIRST_STAGES = Path("models/first_stage_models")
 RETRIEVAL_MODELS = Path("models/rdm")
+MODEL_FOLDERS = (MODELS, RETRIEVAL_MODELS, FIRST_STAGES)
 WEIGHTS = ("model.safetensors", "model.ckpt", "last.ckpt")
 RUN_CHECKPOINTS = "checkpoints"  # folder inside a training run
 # Published models whose configuration is not in the folder of the weights.
@@ -80,8 +81,10 @@ def named_model(name: str, folders: Sequence[Path] = (MODELS,)) -> ModelFiles:
     Raises:
         UserError: there is no such folder, or it lacks a file.
     """
-    candidates = [*(locate(parent / name) for parent in folders), Path(name)]
+    candidates = [*(locate(parent / name) for parent in folders), locate(name)]
     folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    if folder is None and locate(name).is_file():
+        raise UserError(f'"{name}" is a file; name the folder of a model, or give the file as a checkpoint')
     if folder is None:
         known = available_models(folders)
         where, listed = " or ".join(map(str, folders)), ", ".join(known) or "none"

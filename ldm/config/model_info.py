@@ -41,6 +41,8 @@ class ModelInfo:
             UserError: The model was not built from a configuration.
         """
         config = getattr(model, "config", None)
+        if config is None and hasattr(model, "quant_conv"):
+            raise UserError(f"this {type(model).__name__} is an autoencoder and does not sample; use ldm.reconstruct")
         if not isinstance(config, Mapping):
             raise UserError(
                 f"this {type(model).__name__} does not know its configuration; load it with ldm.load, or build it with "
@@ -65,12 +67,12 @@ class ModelInfo:
 
     @property
     def is_unconditional(self) -> bool:
-        """Whether the model has no conditioning."""
+        """True if the model has no conditioning."""
         return self.params.get("cond_stage_config", "__is_unconditional__") == "__is_unconditional__"
 
     @property
     def reads_text(self) -> bool:
-        """Whether the model is conditioned on text."""
+        """True if the model is conditioned on text."""
         return self.cond_stage_key in TEXT_KEYS and not self.is_unconditional
 
     @cached_property
@@ -109,7 +111,7 @@ class ModelInfo:
         """
         if not self.reads_text:
             raise UserError(
-                f'the model "{self.name}" is conditioned on {self._conditioning()}, not on text; '
+                f'the model "{self.name}" is conditioned on {self.describe_conditioning()}, not on text; '
                 "choose a text-to-image model"
             )
 
@@ -125,9 +127,10 @@ class ModelInfo:
         """
         if self.cond_stage_key != key:
             raise UserError(
-                f'the model "{self.name}" is conditioned on {self._conditioning()}, not on "{key}"; '
+                f'the model "{self.name}" is conditioned on {self.describe_conditioning()}, not on "{key}"; '
                 f"choose {wanted} model"
             )
 
-    def _conditioning(self) -> str:
+    def describe_conditioning(self) -> str:
+        """Return what the model is conditioned on, for messages."""
         return "nothing" if self.is_unconditional else f'"{self.cond_stage_key}"'

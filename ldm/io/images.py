@@ -40,7 +40,7 @@ def open_image(path: str | os.PathLike[str], keep_alpha: bool = False) -> Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # starts at half the limit
             with Image.open(path) as file:
-                image = _in_8_bits(ImageOps.exif_transpose(file), file.format)
+                image = in_8_bits(ImageOps.exif_transpose(file), file.format)
         return image.convert("RGBA") if keep_alpha and image.has_transparency_data else as_rgb(image)
     except FileNotFoundError:
         raise UserError(f'there is no image "{path}"; check the path') from None
@@ -56,13 +56,14 @@ def as_rgb(image: Image) -> Image:
     """Return a Pillow image in mode RGB; transparent parts become white."""
     from PIL import Image
 
+    image = in_8_bits(image, image.format)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _in_8_bits(image: Image, kind: str | None) -> Image:
+def in_8_bits(image: Image, kind: str | None) -> Image:
     """Convert grey values of 16 bits to 8, which Pillow would clip at 255; `kind` is the format of the file."""
     from PIL import Image
 

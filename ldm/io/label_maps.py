@@ -21,6 +21,7 @@ from ldm.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
 
 LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's modes of images that hold numbers
 MAX_LABEL = 65535  # of a palette
@@ -75,8 +76,7 @@ def read_label_map(path: Path, palette: Mapping[str, int] | None = None) -> np.n
             warnings.simplefilter("ignore")  # about flaws that Pillow tolerates
             with Image.open(path) as file:
                 image = ImageOps.exif_transpose(file)
-        if image.mode == "LA":  # transparent pixels have a label too
-            image = image.getchannel("L")
+        image = without_alpha(image)
         coloured = image.mode not in LABEL_MODES or (image.mode == "P" and palette is not None)
         pixels = np.asarray(image.convert("RGB") if coloured else image)
     except FileNotFoundError:
@@ -89,6 +89,11 @@ def read_label_map(path: Path, palette: Mapping[str, int] | None = None) -> np.n
     if palette is None:
         raise UserError(f'the label map "{path}" is a colour image; give the label of each colour with --palette')
     return _labels_of_colours(path, pixels, palette)
+
+
+def without_alpha(image: Image) -> Image:
+    """Return a grey image without its alpha channel, and any other image unchanged: transparent pixels have labels."""
+    return image.getchannel("L") if image.mode == "LA" else image
 
 
 def _labels_of_colours(path: Path, pixels: np.ndarray, palette: Mapping[str, int]) -> np.ndarray:

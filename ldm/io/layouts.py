@@ -113,7 +113,7 @@ def _class_number(described: str, label: Any, names: Sequence[str]) -> int:
     if not isinstance(label, str):
         raise UserError(f"{described}: a label must be the name or the number of a class")
     if not names:
-        raise UserError(f"{described}: the class names of this model are unknown; give --labels FILE, or numbers")
+        raise UserError(f"{described}: the model has no class names; give them (--labels FILE), or numbers")
     wanted = label.strip().lower()
     for index, name in enumerate(names):
         if name.lower() == wanted:

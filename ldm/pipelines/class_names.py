@@ -104,7 +104,9 @@ class Classes:
             UserError: The model has no null class.
         """
         if scale != 1 and not self.guidable:
-            raise UserError(f'the model "{self.model}" was not trained for guidance (no null class); give --scale 1')
+            raise UserError(
+                f'the model "{self.model}" has no null class, which guidance needs; use scale 1, or add class_names'
+            )
 
     # -- names ---------------------------------------------------------------------------------------------------
 
@@ -136,7 +138,7 @@ class Classes:
         Raises:
             UserError: A word selects no class, or several.
         """
-        found = [label for word in words for label in self._labels(str(word))]
+        found = [label for word in words for label in self._labels(word if isinstance(word, str) else str(int(word)))]
         if not found:
             raise UserError("no class is named; give names or numbers")
         return found

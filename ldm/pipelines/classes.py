@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -10,7 +10,7 @@ from ldm.config.model_config import TEXT_KEYS
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
 from ldm.pipelines.class_names import Classes
-from ldm.pipelines.pipeline import Conditioned, Pipeline, latent_size
+from ldm.pipelines.pipeline import Conditioned, SamplerPipeline, check_count, check_sides, image_size, latent_size
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.conditioning import Conditioning
@@ -26,7 +26,7 @@ class ClassRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassToImage(Pipeline):
+class ClassToImage(SamplerPipeline):
     """Pipeline from classes to images; a request is a `ClassRequest`, or None for an unconditional model.
 
     Args:
@@ -40,6 +40,7 @@ class ClassToImage(Pipeline):
         """See `Pipeline.check`."""
         classes = Classes.of(info)
         super().check(info)
+        check_sides(info, self.height, self.width)
         if classes is not None:
             classes.check_scale(self.scale)
         elif self.scale != 1:
@@ -48,11 +49,7 @@ class ClassToImage(Pipeline):
     def condition(self, model: Any, requests: Sequence[ClassRequest | None]) -> Conditioned:
         """See `Pipeline.condition`."""
         cond, uncond = class_conditioning(model, requests, self.scale != 1)
-        height, width = self.height, self.width
-        if height is None or width is None:
-            size = ModelInfo.of(model).size
-            height, width = size.height, size.width
-        return Conditioned(latent_size(model, height, width), cond, uncond)
+        return Conditioned(latent_size(model, *image_size(model, self.height, self.width)), cond, uncond)
 
 
 def class_conditioning(
@@ -92,7 +89,8 @@ def class_to_image(
         classes: names, labels, or ranges of labels such as "0-9"; repeat a class for several images of it.
         steps: number of sampler steps.
         scale: guidance scale; 1 samples without guidance.
-        **options: see `ldm.pipelines.run.SamplerOptions`.
+        **options: `seed`, `sampler`, `eta`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device`,
+            `precision`; see `ldm.pipelines.run.SamplerOptions`.
 
     Returns:
         PIL images, or what `output_type` names.
@@ -107,7 +105,7 @@ def class_to_image(
     known = Classes.of(info)
     if known is None:
         raise UserError(f'the model "{info.name}" has no classes; use ldm.unconditional')
-    labels = known.parse([classes] if isinstance(classes, str | int) else list(classes))
+    labels = known.parse([classes] if isinstance(classes, str) or not isinstance(classes, Iterable) else list(classes))
     requests = [ClassRequest(label, known.name(label)) for label in labels]
     return run(ClassToImage(steps=steps, scale=scale, **sampler), model, requests, **rest)
 
@@ -125,7 +123,8 @@ def unconditional(
         model: an unconditional model, such as the published `celeba256`.
         n: number of images.
         steps: number of sampler steps.
-        **options: see `ldm.pipelines.run.SamplerOptions`.
+        **options: `seed`, `sampler`, `eta`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device`,
+            `precision`; see `ldm.pipelines.run.SamplerOptions`.
 
     Returns:
         PIL images, or what `output_type` names.
@@ -137,6 +136,7 @@ def unconditional(
 
     sampler, rest = split_options(options)
     info = ModelInfo.of(model)
+    check_count("n", n)
     if not info.is_unconditional:
         raise UserError(
             f'the model "{info.name}" is conditioned on "{info.cond_stage_key}"; choose an unconditional model'

@@ -81,7 +81,6 @@ def generate(
     latents: Tensor | None = None,
     decoded: bool = True,
     packed: bool | None = None,
-    run_length: int | None = None,
     progress: bool = True,
     callback: Callable[[int, int], object] | None = None,
     description: str = "sampling",
@@ -97,40 +96,51 @@ def generate(
         latents: (N, C, h, w) start noise of all items, instead of noise from their seeds.
         decoded: decode the latents; False leaves `pixels` None.
         packed: pack the weights of the model; None packs them if the run is long enough to gain from it.
-        run_length: number of images of the whole run if `items` are only a part of it, so that both are packed alike.
         progress: show a progress bar.
         callback: called with the finished and the expected number of steps after every step.
         description: label of the progress bar.
     """
-    with ExitStack() as preparation, tqdm(desc=description, unit="step", disable=not progress) as bar:
+    with _Preparation(model, packed) as preparation, tqdm(desc=description, unit="step", disable=not progress) as bar:
         steps = _Steps(bar, callback)
         planned = finished = 0
-        prepared_for: tuple[Any, ...] | None = None
-        is_packed = False
         for batch in batches(pipeline, items, batch_size):
             requests = [item.request for item in batch]
             per_batch = pipeline.count_steps(requests[0], getattr(model, "num_timesteps", 0))
-            # Packing suits the shape of the first batch, which decides the last bits of the batches after it.
-            alike = (len(batch), pipeline.batch_key(requests[0]))
-            remaining = -(-(count - finished) // len(batch))  # batches, as if all were like this one
-            steps.expect(planned + per_batch * remaining)
-            if alike != prepared_for:
-                if run_length is not None and len(batch) == batch_size:
-                    remaining = -(-run_length // batch_size)
-                is_packed = packing_pays(per_batch * remaining) if packed is None else packed
-                preparation.close()
-                preparation.enter_context(prepared(model, is_packed))
-                prepared_for = alike
+            remaining = per_batch * -(-(count - finished) // len(batch))  # as if all batches were like this one
+            steps.expect(planned + remaining)
             planned += per_batch
             finished += len(batch)
+            preparation.prepare((len(batch), pipeline.batch_key(requests[0])), remaining)
             noise = SeededNoise([item.seed for item in batch], model.device)
             x_T = None if latents is None else latents[[item.index for item in batch]].to(model.device)
             with torch.no_grad():
                 sampled = pipeline.sample(model, requests, noise, x_T, steps)
                 images = pipeline.decode(model, requests, sampled) if decoded else [None] * len(batch)
-            for position, (item, image, latent) in enumerate(zip(batch, images, sampled, strict=True)):
-                place = BatchPosition(item.index, position, len(batch), is_packed)
-                yield Sample(item, place, image, latent)
+            for index, (item, image, latent) in enumerate(zip(batch, images, sampled, strict=True)):
+                yield Sample(item, BatchPosition(item.index, index, len(batch), preparation.packed), image, latent)
+
+
+class _Preparation(ExitStack):
+    """Preparation of a model for one batch after the other; it changes when the shape of the batches does.
+
+    Packing suits the shape of the first batch, which decides the last bits of the batches after it.
+    """
+
+    def __init__(self, model: Any, packed: bool | None) -> None:
+        super().__init__()
+        self.model = model
+        self.choice = packed
+        self.packed = False
+        self.shape: tuple[Any, ...] | None = None
+
+    def prepare(self, shape: tuple[Any, ...], evaluations: int) -> None:
+        """Prepare the model for batches of `shape` and a number of evaluations."""
+        if shape == self.shape:
+            return
+        self.close()
+        self.packed = packing_pays(evaluations) if self.choice is None else self.choice
+        self.enter_context(prepared(self.model, self.packed))
+        self.shape = shape
 
 
 class _Steps:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
-from ldm.pipelines.pipeline import Conditioned, Pipeline, check_guidance
+from ldm.pipelines.pipeline import Conditioned, SamplerPipeline, check_count, check_guidance
 from ldm.pipelines.text import text_conditioning, warn_unknown_words
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ class ImagePrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageToImage(Pipeline):
+class ImageToImage(SamplerPipeline):
     """Pipeline that noises an image part of the way and denoises it to a prompt; a request is an `ImagePrompt`.
 
     Args:
-        negative_prompt: text that guidance leads away from.
+        negative_prompt: text whose content guidance suppresses.
         strength: share of the steps that are sampled, in (0, 1]; 1 leaves almost nothing of the image.
         height, width: size that images are cropped and resized to; None keeps their own.
     """
@@ -47,6 +47,9 @@ class ImageToImage(Pipeline):
         """See `Pipeline.check`."""
         info.check_reads_text()
         super().check(info)
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side is not None:
+                check_count(name, side, 1)
         check_guidance(self.negative_prompt, self.scale)
         if not 0.0 < self.strength <= 1.0:
             raise UserError(f"strength must be above 0 and at most 1, got {self.strength:g}")
@@ -111,11 +114,12 @@ def image_to_image(
         images: PIL images, arrays or tensors of any size; see `ldm.pipelines.inputs.as_pixels`.
         prompts: one for all images, or one for each.
         strength: share of the steps that are sampled, above 0 and at most 1: a low value stays close to the image.
-        negative_prompt: text that guidance leads away from.
+        negative_prompt: text whose content guidance suppresses.
         height, width: size to crop and resize the images to; default: their own.
         steps: number of sampler steps that strength 1 takes.
         scale: guidance scale; 1 samples without guidance.
-        **options: see `ldm.pipelines.run.SamplerOptions`.
+        **options: `seed`, `sampler`, `eta`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device`,
+            `precision`; see `ldm.pipelines.run.SamplerOptions`.
 
     Returns:
         PIL images, or what `output_type` names.

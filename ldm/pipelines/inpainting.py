@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
-from ldm.pipelines.pipeline import Conditioned
+from ldm.pipelines.pipeline import Conditioned, check_count
 from ldm.pipelines.tiled import TiledPipeline
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Inpainting(TiledPipeline):
         """See `Pipeline.check`."""
         info.check_condition("masked_image", "an in-painting")
         super().check(info)
+        check_count("feather", self.feather)
 
     def batch_key(self, request: MaskedImage) -> tuple[int, ...]:
         """Return the image size."""
@@ -96,7 +97,8 @@ def inpaint(
         feather: pixels inside the edge of the mask over which the filling fades in.
         tile: side in pixels of the overlapping tiles that larger images are sampled in; 0 samples them whole.
         steps: number of sampler steps.
-        **options: see `ldm.pipelines.run.SamplerOptions`.
+        **options: `seed`, `sampler`, `eta`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device`,
+            `precision`; see `ldm.pipelines.run.SamplerOptions`.
 
     Returns:
         PIL images, or what `output_type` names.
@@ -110,17 +112,18 @@ def inpaint(
     sampler, rest = split_options(options)
     pipeline = Inpainting(feather=feather, tile=tile, steps=steps, **sampler)
     pixels = [as_pixels(image) for image in as_list(images)]
-    own_masks = broadcast([as_mask(mask) for mask in _as_masks(masks)], len(pixels), "masks")
+    own_masks = [as_mask(mask) for mask in _as_masks(masks, len(pixels))]
+    if len(pixels) == 1:
+        pixels = pixels * len(own_masks)
+    own_masks = broadcast(own_masks, len(pixels), "masks")
     return run(pipeline, model, [MaskedImage(*each) for each in zip(pixels, own_masks, strict=True)], **rest)
 
 
-def _as_masks(masks: Any) -> list[Any]:
-    """Return a list of masks; an array of three dimensions is a batch unless one of its outer sides is 1."""
+def _as_masks(masks: Any, count: int) -> list[Any]:
+    """Return a list of masks; an array (B, H, W) is a batch if it has one mask for each of `count` images."""
     from ldm.pipelines.inputs import as_list
 
-    if getattr(masks, "ndim", 0) == 3 and 1 not in (masks.shape[0], masks.shape[-1]):
-        return list(masks)
-    return as_list(masks)
+    return list(masks) if getattr(masks, "ndim", 0) == 3 and len(masks) == count else as_list(masks)
 
 
 def blend(request: MaskedImage, filling: np.ndarray, feather: int) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +14,15 @@ if TYPE_CHECKING:
 
     ImageLike = Image | np.ndarray | Tensor
 
+CHANNELS = {1, 3, 4}
+
 
 def as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
     """Return a list of images from one image, a sequence of images, or a batch (B, C, H, W) or (B, H, W, C)."""
     if _is_pil(images):
         return [images]
+    if isinstance(images, str | PathLike):
+        raise TypeError(f'images are PIL images, arrays or tensors, not paths; open "{images}" with PIL.Image.open')
     if hasattr(images, "ndim"):
         return list(images) if images.ndim == 4 else [images]
     return list(images)
@@ -28,7 +33,8 @@ def as_pixels(image: ImageLike) -> np.ndarray:
 
     Args:
         image: a PIL image (transparent parts become white); uint8 values (H, W), (H, W, C) or (C, H, W); or float
-            values of the same shapes in [-1, 1]. C is 1, 3 or 4.
+            values of the same shapes in [-1, 1]. C is 1, 3 or 4; if a shape fits both orders, the channels of a NumPy
+            array come last, and those of a tensor first.
 
     Raises:
         ValueError: The array has another shape or type.
@@ -42,14 +48,24 @@ def as_pixels(image: ImageLike) -> np.ndarray:
     array = _as_array(image)
     if array.dtype.kind != "f" and array.dtype != np.uint8:
         raise ValueError(f"an image has uint8 values, or float values in [-1, 1], got {array.dtype}")
-    pixels = to_uint8(array[..., None] if array.ndim == 2 else array)
-    if pixels.ndim != 3:
-        raise ValueError(f"an image has the shape (H, W), (H, W, C) or (C, H, W), got {array.shape}")
+    pixels = to_uint8(_channels_first(array, prefer_first=hasattr(image, "detach")))
     if pixels.shape[-1] == 4:
         from PIL import Image
 
         return as_pixels(Image.fromarray(pixels))
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+
+def _channels_first(array: np.ndarray, prefer_first: bool) -> np.ndarray:
+    """Return an image as (C, H, W); `prefer_first` decides about a shape that fits both orders."""
+    if array.ndim == 2:
+        return array[None]
+    first, last = (array.ndim == 3 and array.shape[axis] in CHANNELS for axis in (0, -1))
+    if not first and not last:
+        raise ValueError(
+            f"an image has the shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, got {array.shape}"
+        )
+    return np.moveaxis(array, -1, 0) if last and not (first and prefer_first) else array
 
 
 def as_mask(mask: ImageLike) -> np.ndarray:
@@ -66,6 +82,9 @@ def as_mask(mask: ImageLike) -> np.ndarray:
     if _is_pil(mask):
         from PIL import Image
 
+        from ldm.io.images import in_8_bits
+
+        mask = in_8_bits(mask, mask.format)
         if mask.has_transparency_data:
             rgba = mask.convert("RGBA")
             mask = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
@@ -88,8 +107,16 @@ def as_labels(label_map: ImageLike) -> np.ndarray:
     Raises:
         ValueError: It is a colour image, or an array of another shape or type.
     """
+    if _is_pil(label_map):
+        from ldm.io.label_maps import LABEL_MODES, without_alpha
+
+        label_map = without_alpha(label_map)
+        if label_map.mode not in LABEL_MODES:
+            raise ValueError(f"a label map is a grey or palette image, got one of the mode {label_map.mode}")
     array = _as_array(label_map)
-    if array.ndim != 2 or array.dtype.kind not in "iu":
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iub":
         raise ValueError(f"a label map has integer values of the shape (H, W), got {array.dtype} {array.shape}")
     return array.astype(np.int64)
 
@@ -112,10 +139,11 @@ def broadcast(values: Any, count: int, name: str) -> list[Any]:
     Raises:
         ValueError: There are several values, but not `count`.
     """
-    if isinstance(values, str) or not isinstance(values, Sequence):
+    if isinstance(values, str) or not isinstance(values, Iterable):
         return [values] * count
+    values = list(values)
     if len(values) == 1:
-        return list(values) * count
+        return values * count
     if len(values) != count:
-        raise ValueError(f"{count} images need {count} {name} or one, got {len(values)}")
-    return list(values)
+        raise ValueError(f"{count} images and {len(values)} {name} do not match; give one for each, or one for all")
+    return values

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
 from ldm.models.diffusion.batch_keys import LAYOUT_KEY
-from ldm.pipelines.pipeline import Conditioned, Pipeline, latent_size
+from ldm.pipelines.pipeline import Conditioned, SamplerPipeline, image_size, latent_size
 
 if TYPE_CHECKING:
     from ldm.pipelines.run import SamplerOptions
@@ -35,15 +35,13 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayoutToImage(Pipeline):
+class LayoutToImage(SamplerPipeline):
     """Pipeline from layouts of labelled boxes to images; a request is a `Layout`."""
 
     def check(self, info: ModelInfo) -> None:
         """See `Pipeline.check`."""
         if info.cond_stage_key != LAYOUT_KEY or not isinstance(info.cond_stage_params.get("vocab_size"), int):
-            raise UserError(
-                f'the model "{info.name}" is conditioned on "{info.cond_stage_key}", not on layouts; choose another'
-            )
+            raise UserError(f'the model "{info.name}" is conditioned on {info.describe_conditioning()}, not on layouts')
         super().check(info)
         if self.scale != 1 and not info.params.get("cond_dropout"):
             logger.warning("this model was not trained for guidance: it has seen few layouts without boxes")
@@ -59,8 +57,7 @@ class LayoutToImage(Pipeline):
             from ldm.modules.encoders.layout import LayoutTokens
 
             uncond = model.get_learned_conditioning(torch.full_like(tokens, LayoutTokens(vocabulary).none))
-        size = ModelInfo.of(model).size
-        return Conditioned(latent_size(model, size.height, size.width), cond, uncond)
+        return Conditioned(latent_size(model, *image_size(model, None, None)), cond, uncond)
 
 
 def layout_vocabulary(info: ModelInfo) -> tuple[int, int]:
@@ -95,7 +92,8 @@ def layout_to_image(
             the names of the model's `class_names`, or numbers, as labels.
         steps: number of sampler steps.
         scale: guidance scale; 1 samples without guidance.
-        **options: see `ldm.pipelines.run.SamplerOptions`.
+        **options: `seed`, `sampler`, `eta`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device`,
+            `precision`; see `ldm.pipelines.run.SamplerOptions`.
 
     Returns:
         PIL images, or what `output_type` names.
@@ -111,11 +109,11 @@ def layout_to_image(
     pipeline.check(info)
     given = [layouts] if isinstance(layouts, Layout | Mapping) else list(layouts)
     names = class_names_of(info)
-    requests = [each if isinstance(each, Layout) else as_layout(each, names) for each in given]
+    requests = [as_layout(each, names) for each in given]
     vocabulary = layout_vocabulary(info)
     for request in requests:
         layout_tokens(request, *vocabulary)  # an error before sampling
-    return run(pipeline, model, requests, check=False, **rest)
+    return run(pipeline, model, requests, **rest)
 
 
 def class_names_of(info: ModelInfo) -> list[str]:
@@ -127,12 +125,27 @@ def class_names_of(info: ModelInfo) -> list[str]:
 
 
 def as_layout(layout: Any, names: Sequence[str]) -> Layout:
-    """Return a layout as a `Layout`, with numbers as labels and positions in [0, 1].
+    """Return a checked layout as a `Layout`, with numbers as labels and positions in [0, 1].
+
+    Args:
+        layout: a `Layout`, or a mapping of the form that `ldm.io.layouts` describes.
+        names: of the classes; without names, labels must be numbers.
 
     Raises:
         UserError: It is not a layout, or a box is invalid.
     """
     from ldm.io.layouts import resolve
 
-    boxes = resolve(layout, names)["boxes"]
+    if isinstance(layout, Layout):
+        layout = {"boxes": [{name: each for name, each in asdict(box).items() if each != ""} for box in layout.boxes]}
+    boxes = resolve(_plain(layout), names)["boxes"]
     return Layout(tuple(LabelledBox(each["label"], tuple(each["box"]), each["name"]) for each in boxes))
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` with mappings, sequences, arrays and NumPy scalars as plain dicts, lists and numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.config.instantiate import instantiate_from_config
 from ldm.config.model_config import read_config
-from ldm.config.model_files import FIRST_STAGES, MODELS, RETRIEVAL_MODELS, ModelFiles, available_models, find_model
+from ldm.config.model_files import MODEL_FOLDERS, ModelFiles, available_models, find_model
 from ldm.errors import UserError
 from ldm.io.checkpoint.loading import load_weights, without_ema
 from ldm.io.checkpoint.reading import read_state_dict
@@ -22,8 +24,7 @@ from ldm.modules.precision import choose_precision
 
 logger = logging.getLogger(__name__)
 
-# Folders whose models go by their name.
-PLACES = (MODELS, RETRIEVAL_MODELS, FIRST_STAGES)
+_INIT_LOCK = threading.RLock()
 
 
 def load(
@@ -64,9 +65,9 @@ def _find(
     if config is not None and checkpoint is None:
         raise UserError(f'the configuration "{config}" needs weights; give its `checkpoint`')
     words = [None if word is None else str(word) for word in (model, config, checkpoint)]
-    files = find_model(*words, PLACES)
+    files = find_model(*words, MODEL_FOLDERS)
     if files is None:
-        known = ", ".join(available_models(PLACES)) or "none"
+        known = ", ".join(available_models(MODEL_FOLDERS)) or "none"
         raise UserError(f"no model is named; give a name (available: {known}), a folder, or a checkpoint")
     return files
 
@@ -95,7 +96,7 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
     return device
 
 
-def place(model: Any, device: str | torch.device | None = None, precision: str | None = None) -> Any:
+def move(model: Any, device: str | torch.device | None = None, precision: str | None = None) -> Any:
     """Move a model to a device and convert it to a precision; None leaves it as it is.
 
     Raises:
@@ -207,7 +208,7 @@ def for_inference(model_config: Mapping[str, Any], weights: Mapping[str, Tensor]
         weights: the state dict that will be loaded; parts that it fills need no file of their own.
     """
     params = _without_loss({key: value for key, value in model_config["params"].items() if key != "ckpt_path"})
-    if "use_ema" in params or "unet_config" in params:  # a diffusion model averages unless told otherwise
+    if "use_ema" in params or "unet_config" in params:  # a diffusion model averages by default
         params["use_ema"] = False
     for part in ("first_stage", "cond_stage"):
         inner = _without_loss(_params_of(params, part))
@@ -227,14 +228,23 @@ def _without_loss(params: Mapping[str, Any]) -> dict[str, Any]:
 def skip_init() -> Iterator[None]:
     """Build modules without sampling initial weights, which loading would overwrite; it saves seconds."""
 
-    def keep(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return tensor
+    loading_thread = threading.get_ident()
 
-    saved = {name: getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")}
-    try:
-        for name in saved:
-            setattr(nn.init, name, keep)
-        yield
-    finally:
-        for name, function in saved.items():
-            setattr(nn.init, name, function)
+    def skipped(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(function)
+        def initialize(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            is_other = threading.get_ident() != loading_thread  # which needs its initial weights
+            return function(tensor, *args, **kwargs) if is_other else tensor
+
+        return initialize
+
+    names = [name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
+    with _INIT_LOCK:  # one thread replaces the functions at a time, so that the original ones come back
+        saved = {name: getattr(nn.init, name) for name in names}
+        try:
+            for name, function in saved.items():
+                setattr(nn.init, name, skipped(function))
+            yield
+        finally:
+            for name, function in saved.items():
+                setattr(nn.init, name, function)

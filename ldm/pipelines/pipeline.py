@@ -5,13 +5,14 @@ A pipeline imports torch only where it samples, so that commands check their opt
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ldm.config.model_info import ModelInfo
-from ldm.errors import UserError
+from ldm.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
     from ldm.models.diffusion.conditioning import Conditioning
     from ldm.models.diffusion.noise import SeededNoise
+
+
+SAMPLERS = ("ddim", "plms", "dpm", "ddpm")
+DETERMINISTIC = ("plms", "dpm")
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,74 @@ class Conditioned:
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline(ABC):
-    """One task of a model, with the settings that all images of a run share.
+    """One task of a model, with the settings that all images of a run share, as plain values."""
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Return the pipeline with recorded settings; names that it does not know are ignored."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in settings.items() if name in known})
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values, from which `from_settings` returns an equal pipeline."""
+        return asdict(self)
+
+    def check_model(self, model: Any) -> None:
+        """Raise an error if the settings contradict each other, or `model` cannot do this task.
+
+        Raises:
+            UserError: They do, or it cannot.
+        """
+        self.check(ModelInfo.of(model))
+
+    @abstractmethod
+    def check(self, info: ModelInfo) -> None:
+        """Raise an error if the settings contradict each other, or the model of `info` cannot do this task.
+
+        Raises:
+            UserError: They do, or it cannot.
+        """
+
+    def batch_key(self, request: Any) -> Hashable:
+        """Return a value that is equal for requests that can share a batch, such as the image size."""
+        return None
+
+    @abstractmethod
+    def count_steps(self, request: Any, timesteps: int) -> int:
+        """Return the number of steps for a batch of such requests with a model of `timesteps`."""
+
+    @abstractmethod
+    def sample(
+        self,
+        model: Any,
+        requests: Sequence[Any],
+        noise: SeededNoise,
+        x_T: Tensor | None = None,
+        on_step: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """Return the latents (B, C, h, w) of a batch of requests.
+
+        Args:
+            model: a model that can do the task.
+            requests: B of them.
+            noise: the source of all noise.
+            x_T: (B, C, h, w) start noise, instead of noise from `noise`.
+            on_step: called after every step.
+        """
+
+    @abstractmethod
+    def decode(self, model: Any, requests: Sequence[Any], latents: Tensor) -> Sequence[np.ndarray]:
+        """Return the finished images, each (H, W, 3) uint8, of the latents of a batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerPipeline(Pipeline):
+    """Pipeline that samples latents from noise.
 
     Args:
         sampler: "ddim", "plms", "dpm" (DPM-Solver++ 2M) or "ddpm", which takes every timestep of the model.
         steps: number of sampler steps.
-        eta: noise of a DDIM step: 0 is deterministic, 1 is as DDPM. The other samplers have none.
+        eta: noise of a DDIM step: 0 is deterministic, 1 is as DDPM. PLMS and DPM-Solver++ have none.
         scale: guidance scale (arXiv:2207.12598); 1 samples without guidance.
     """
 
@@ -64,39 +131,33 @@ class Pipeline(ABC):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """Return the pipeline with recorded settings; names that it does not know are ignored.
+        """See `Pipeline.from_settings`.
 
         Raises:
             KeyError: A setting of the sampler is missing.
         """
-        for field in fields(Pipeline):
+        for field in fields(SamplerPipeline):
             if field.name not in settings:
                 raise KeyError(field.name)
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in settings.items() if name in known})
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings as plain values, from which `from_settings` returns an equal pipeline."""
-        return asdict(self)
+        return super().from_settings(settings)
 
     def check(self, info: ModelInfo) -> None:
-        """Raise an error if the settings contradict each other, or the model cannot do this task.
-
-        Raises:
-            UserError: They do, or it cannot.
-        """
+        """See `Pipeline.check`."""
+        if self.sampler not in SAMPLERS:
+            near = did_you_mean(str(self.sampler), SAMPLERS)
+            raise UserError(f'there is no sampler "{self.sampler}"{near}; choose {", ".join(SAMPLERS)}')
+        check_count("steps", self.steps, 1)
         info.check_steps(1 if self.sampler == "ddpm" else self.steps)
-        if self.steps < 1:
-            raise UserError(f"the number of steps must be at least 1, got {self.steps}")
-        if self.sampler != "ddim" and self.sampler != "ddpm" and self.eta:
+        for name, value in (("eta", self.eta), ("scale", self.scale)):
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(f"{name} must be a finite number, got {value!r}")
+        if self.eta < 0:
+            raise UserError(f"eta must be at least 0, got {self.eta:g}")
+        if self.eta and self.sampler in DETERMINISTIC:
             raise UserError(f'the sampler "{self.sampler}" is deterministic; eta must be 0, got {self.eta:g}')
 
-    def batch_key(self, request: Any) -> Hashable:
-        """Return a value that is equal for requests that can share a batch, such as the image size."""
-        return None
-
     def count_steps(self, request: Any, timesteps: int) -> int:
-        """Return the number of sampler steps for a batch of such requests with a model of `timesteps`."""
+        """See `Pipeline.count_steps`."""
         return timesteps if self.sampler == "ddpm" else self.steps
 
     @abstractmethod
@@ -107,8 +168,6 @@ class Pipeline(ABC):
         """Return the finished images of a batch from decoded images (B, H, W, 3) uint8."""
         return images
 
-    # -- sampling ------------------------------------------------------------------------------------------------
-
     def sample(
         self,
         model: Any,
@@ -117,18 +176,27 @@ class Pipeline(ABC):
         x_T: Tensor | None = None,
         on_step: Callable[[], object] | None = None,
     ) -> Tensor:
-        """Return the latents (B, C, h, w) of a batch of requests."""
+        """See `Pipeline.sample`.
+
+        Raises:
+            ValueError: The start noise has another shape than the latents.
+        """
         from ldm.modules.tiles import TiledDenoiser
         from ldm.pipelines.sampling import sample_latents
 
         batch = self.condition(model, requests)
+        shape = (len(requests), model.channels, *batch.size)
+        if x_T is not None and tuple(x_T.shape) != shape:
+            raise ValueError(
+                f"latents must have the shape (N, {', '.join(map(str, shape[1:]))}), got {tuple(x_T.shape)}"
+            )
         denoiser = TiledDenoiser(model, batch.tile, batch.tile // 4) if batch.tile else model
         start = {} if batch.strength is None else {"x0": batch.x0, "strength": batch.strength}
         if start and x_T is not None:  # the noise of x0, not the start itself
             noise, x_T = _starting_with(x_T, noise), None
         return sample_latents(
             denoiser,
-            (len(requests), model.channels, *batch.size),
+            shape,
             sampler=self.sampler,
             steps=self.steps,
             eta=self.eta,
@@ -142,7 +210,7 @@ class Pipeline(ABC):
         )
 
     def decode(self, model: Any, requests: Sequence[Any], latents: Tensor) -> Sequence[np.ndarray]:
-        """Return the finished images, each (H, W, 3) uint8, of the latents of a batch."""
+        """See `Pipeline.decode`."""
         from ldm.io.pixels import to_uint8
         from ldm.pipelines.sampling import decode
 
@@ -153,6 +221,34 @@ def _starting_with(first: Tensor, noise: SeededNoise) -> Callable[[Sequence[int]
     """Return a noise source that returns `first` once, then noise from `noise`."""
     pending = [first]
     return lambda shape: pending.pop() if pending else noise(shape)
+
+
+def check_count(name: str, value: Any, smallest: int = 0) -> None:
+    """Raise an error if a setting is not a whole number of at least `smallest`.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+        raise UserError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
+
+
+def check_sides(info: ModelInfo, height: int | None, width: int | None) -> None:
+    """Raise an error if the model cannot sample images of this size; None is the size of the model.
+
+    Raises:
+        UserError: It cannot.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if side is not None:
+            check_count(name, side, 1)
+            info.size.check(name, side)
+
+
+def image_size(model: Any, height: int | None, width: int | None) -> tuple[int, int]:
+    """Return (height, width) in pixels; None is replaced by the size of the model."""
+    size = ModelInfo.of(model).size if height is None or width is None else None
+    return size.height if height is None else height, size.width if width is None else width
 
 
 def check_guidance(negative_prompt: str, scale: float) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from ldm.config.model_info import ModelInfo
-from ldm.pipelines.pipeline import Conditioned, Pipeline
+from ldm.errors import UserError
+from ldm.pipelines.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,8 +30,12 @@ class Reconstruction(Pipeline):
 
     size: int | None = None
 
+    def check_model(self, model: Any) -> None:
+        """See `Pipeline.check_model`."""
+        first_stage(model)
+
     def check(self, info: ModelInfo) -> None:
-        """Do nothing: every first stage reconstructs."""
+        """Do nothing: loading the first stage of a model checks that it has one."""
 
     def batch_key(self, request: np.ndarray) -> tuple[int, ...]:
         """Return the image size."""
@@ -40,17 +45,21 @@ class Reconstruction(Pipeline):
         """Return 1: a batch is encoded and decoded once."""
         return 1
 
-    def condition(self, model: Any, requests: Sequence[np.ndarray]) -> Conditioned:
-        """Raise an error: reconstruction does not sample."""
-        raise NotImplementedError("reconstruction does not sample")
-
     def sample(
         self, model: Any, requests: Sequence[np.ndarray], noise: Any, x_T: Tensor | None = None, on_step: Any = None
     ) -> Tensor:
-        """Return the unscaled latents (B, C, h, w) of a batch of images; of a posterior the mode."""
+        """Return the latents (B, C, h, w) of a batch of images, scaled if `model` is a latent diffusion model.
+
+        The latents of a posterior are its mode.
+
+        Raises:
+            ValueError: Start noise is given.
+        """
         from ldm.io.pixels import to_batch
         from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
+        if x_T is not None:
+            raise ValueError("reconstruction starts from images; leave out `latents`")
         stage = first_stage(model)
         padded = [_padded(image, 2 ** (len(stage.encoder.down) - 1)) for image in requests]
         encoded = stage.encode(to_batch(padded).to(stage.device, stage.get_last_layer().dtype))
@@ -58,18 +67,30 @@ class Reconstruction(Pipeline):
             encoded = encoded[0]
         if on_step is not None:
             on_step()
-        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+        latents = encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+        return getattr(model, "scale_factor", 1.0) * latents.float()
 
     def decode(self, model: Any, requests: Sequence[np.ndarray], latents: Tensor) -> Sequence[np.ndarray]:
         """Return the reconstructed images, each (H, W, 3) float32 in [-1, 1], so that scores see no rounding."""
         height, width, _ = requests[0].shape
-        images = first_stage(model).decode(latents).float().clamp(-1.0, 1.0)
+        stage = first_stage(model)
+        latents = (latents / getattr(model, "scale_factor", 1.0)).to(stage.get_last_layer().dtype)
+        images = stage.decode(latents).float().clamp(-1.0, 1.0)
         return images.permute(0, 2, 3, 1)[:, :height, :width].cpu().numpy()
 
 
 def first_stage(model: Any) -> Autoencoder:
-    """Return the first stage of a latent diffusion model, and an autoencoder itself."""
-    return getattr(model, "first_stage_model", model)
+    """Return the first stage of a latent diffusion model, and an autoencoder itself.
+
+    Raises:
+        UserError: `model` is neither.
+    """
+    stage = getattr(model, "first_stage_model", model)
+    if not hasattr(stage, "encoder") or not hasattr(stage, "decode"):
+        raise UserError(
+            f"this {type(model).__name__} has no first stage; give an autoencoder, or a latent diffusion model"
+        )
+    return stage
 
 
 def _padded(image: np.ndarray, factor: int) -> np.ndarray:
@@ -83,7 +104,8 @@ def reconstruct(model: Any, images: ImageLike | Sequence[ImageLike], **options: 
     Args:
         model: an autoencoder, or a latent diffusion model, whose first stage is used.
         images: PIL images, arrays or tensors of any size.
-        **options: see `ldm.pipelines.run.RunOptions`.
+        **options: `seed`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device` and `precision`; see
+            `ldm.pipelines.run.RunOptions`.
 
     Returns:
         PIL images, or what `output_type` names.
@@ -91,4 +113,4 @@ def reconstruct(model: Any, images: ImageLike | Sequence[ImageLike], **options: 
     from ldm.pipelines.inputs import as_list, as_pixels
     from ldm.pipelines.run import run
 
-    return run(Reconstruction(), model, [as_pixels(each) for each in as_list(images)], check=False, **options)
+    return run(Reconstruction(), model, [as_pixels(each) for each in as_list(images)], **options)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
-from ldm.pipelines.pipeline import Conditioned, Pipeline, latent_size
+from ldm.pipelines.pipeline import Conditioned, SamplerPipeline, check_sides, image_size, latent_size
 
 if TYPE_CHECKING:
     from ldm.pipelines.run import SamplerOptions
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalToImage(Pipeline):
+class RetrievalToImage(SamplerPipeline):
     """Pipeline from CLIP embeddings of prompts and their neighbours to images; a request is a `Context`.
 
     Args:
@@ -44,9 +44,7 @@ class RetrievalToImage(Pipeline):
         """See `Pipeline.check`."""
         context_width(info)
         super().check(info)
-        for option, side in (("height", self.height), ("width", self.width)):
-            if side is not None:
-                info.size.check(option, side)
+        check_sides(info, self.height, self.width)
 
     def condition(self, model: Any, requests: Sequence[Context]) -> Conditioned:
         """See `Pipeline.condition`."""
@@ -56,8 +54,7 @@ class RetrievalToImage(Pipeline):
 
         cond = torch.stack([each.vectors for each in requests]).to(model.device, model.dtype)
         uncond = unconditional_conditioning(cond) if self.scale != 1 else None
-        size = ModelInfo.of(model).size
-        return Conditioned(latent_size(model, self.height or size.height, self.width or size.width), cond, uncond)
+        return Conditioned(latent_size(model, *image_size(model, self.height, self.width)), cond, uncond)
 
 
 def retrieval_to_image(
@@ -84,7 +81,8 @@ def retrieval_to_image(
         height, width: image size in pixels; default: the size of the model.
         steps: number of sampler steps.
         scale: guidance scale; 1 samples without guidance.
-        **options: see `ldm.pipelines.run.SamplerOptions`.
+        **options: `seed`, `sampler`, `eta`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device`,
+            `precision`; see `ldm.pipelines.run.SamplerOptions`.
 
     Returns:
         PIL images, or what `output_type` names.
@@ -112,7 +110,7 @@ def retrieval_to_image(
     contexts.check_width(context_width(info))
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     known = dict(zip(dict.fromkeys(texts), contexts.encode(list(dict.fromkeys(texts))), strict=True))
-    return run(pipeline, model, [known[text] for text in texts], check=False, **rest)
+    return run(pipeline, model, [known[text] for text in texts], **rest)
 
 
 def context_width(info: ModelInfo) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.config.model_info import ModelInfo
 from ldm.pipelines.generation import SEED_RANGE, Item, generate
-from ldm.pipelines.loading import place
+from ldm.pipelines.loading import move
 from ldm.pipelines.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -20,6 +23,15 @@ if TYPE_CHECKING:
 
 OutputType = Literal["pil", "numpy", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "numpy", "pt", "latent")
+
+# A prepared model is used by one thread at a time. Threads that share a model wait for each other.
+_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def _lock_of(model: Any) -> threading.RLock:
+    with _locks_lock:
+        return _locks.setdefault(model, threading.RLock())
 
 
 class RunOptions(TypedDict, total=False):
@@ -29,12 +41,13 @@ class RunOptions(TypedDict, total=False):
         seed: image i uses `seed` + i; or a list with one seed for each image. Default: random.
         batch_size: images sampled at once; it changes results only by rounding. Default: 4.
         latents: (N, C, h, w) start noise, instead of noise from the seeds.
-        output_type: "pil" returns PIL images, "numpy" arrays (H, W, 3) uint8, "pt" tensors (3, H, W) in [-1, 1],
-            "latent" tensors (C, h, w), which `ldm.pipelines.sampling.decode` decodes.
+        output_type: "pil" returns PIL images, "numpy" arrays (H, W, 3) uint8, "pt" tensors (3, H, W) in [-1, 1] with
+            256 levels, "latent" scaled latents (C, h, w), which `ldm.pipelines.sampling.decode` decodes.
         progress: show a progress bar. Default: True.
         callback: called with the finished and the expected number of steps after every step.
         device: move the model to this device first; it stays there.
-        precision: convert the model to this precision first: "float32", "bfloat16", "float16" or "auto".
+        precision: convert the model to this precision first: "float32", "bfloat16", "float16" or "auto". It stays
+            so; bits that a lower precision drops do not come back.
     """
 
     seed: int | Sequence[int] | None
@@ -89,7 +102,6 @@ def run(
     callback: Callable[[int, int], object] | None = None,
     device: str | torch.device | None = None,
     precision: str | None = None,
-    check: bool = True,
 ) -> list[Image] | list[np.ndarray] | list[Tensor]:
     """Sample an image for each request.
 
@@ -97,7 +109,6 @@ def run(
         pipeline: the task and its settings.
         model: a model that can do the task.
         requests: one for each image.
-        check: raise an error before sampling if the model cannot do the task.
 
     The other arguments are those of `RunOptions`.
 
@@ -112,12 +123,13 @@ def run(
         raise ValueError(f'unknown output_type "{output_type}"; choose one of {", ".join(OUTPUT_TYPES)}')
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if latents is not None and len(latents) != len(requests):
-        raise ValueError(f"{len(requests)} images need {len(requests)} latents, got {len(latents)}")
+    if latents is not None:
+        latents = torch.as_tensor(latents)
+        if len(latents) != len(requests):
+            raise ValueError(f"{len(requests)} images need {len(requests)} latents, got {len(latents)}")
     seeds = make_seeds(seed, len(requests))
-    if check:
-        pipeline.check(ModelInfo.of(model))
-    place(model, device, precision)
+    pipeline.check_model(model)
+    move(model, device, precision)
     items = [Item(i, seed, request) for i, (seed, request) in enumerate(zip(seeds, requests, strict=True))]
     samples = generate(
         pipeline,
@@ -130,7 +142,8 @@ def run(
         progress=progress,
         callback=callback,
     )
-    return [_result(sample.pixels, sample.latents, output_type) for sample in samples]
+    with _lock_of(model), closing(samples):
+        return [_result(sample.pixels, sample.latents, output_type) for sample in samples]
 
 
 def make_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
@@ -139,16 +152,27 @@ def make_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     Raises:
         ValueError: A list has another length, or a seed lies outside [0, 2⁶³).
     """
-    if isinstance(seed, Sequence) or hasattr(seed, "__len__"):
-        seeds = [int(each) for each in seed]
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    if isinstance(seed, str):
+        raise ValueError(f"a seed is a whole number, got {seed!r}")
+    if isinstance(seed, Sequence) or getattr(seed, "ndim", 0) == 1:
+        seeds = [_as_seed(each) for each in seed]
         if len(seeds) != count:
             raise ValueError(f"{count} images need {count} seeds, got {len(seeds)}")
-    else:
-        first = secrets.randbelow(2**32) if seed is None else int(seed)
-        seeds = [first + i for i in range(count)] if first < 0 else [(first + i) % SEED_RANGE for i in range(count)]
-    if any(not 0 <= each < SEED_RANGE for each in seeds):
-        raise ValueError(f"seeds lie in [0, 2**63), got {min(seeds, key=lambda each: 0 <= each < SEED_RANGE)}")
-    return seeds
+        return seeds
+    first = _as_seed(seed)
+    return [(first + i) % SEED_RANGE for i in range(count)]
+
+
+def _as_seed(value: Any) -> int:
+    try:
+        seed = operator.index(value)
+    except TypeError:
+        raise ValueError(f"a seed is a whole number, got {value!r}") from None
+    if not 0 <= seed < SEED_RANGE:
+        raise ValueError(f"seeds lie in [0, 2**63), got {seed}")
+    return seed
 
 
 def _result(pixels: np.ndarray | None, latents: Tensor, output_type: OutputType) -> Any:
@@ -161,7 +185,8 @@ def _result(pixels: np.ndarray | None, latents: Tensor, output_type: OutputType)
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     if output_type == "pt":
         return to_batch([pixels])[0]
-    pixels = to_uint8(pixels)
+    if pixels.dtype != np.uint8:
+        pixels = to_uint8(pixels.transpose(2, 0, 1))
     if output_type == "numpy":
         return pixels
     from PIL import Image

@@ -116,9 +116,11 @@ def decode(model: Any, latents: Tensor, tile: int | None = None) -> Tensor:
 
     Args:
         model: a diffusion model.
-        latents: scaled latents.
+        latents: scaled latents; of one image also (C, h, w), which returns (3, H, W).
         tile: decode larger maps in overlapping tiles of this side, in latents, from the start.
     """
+    if latents.dim() == 3:
+        return decode(model, latents[None], tile)[0]
     if not hasattr(model, "decode_first_stage"):
         return _clamped(latents)
     if tile is not None and max(latents.shape[-2:]) > tile:

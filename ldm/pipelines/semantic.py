@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
-from ldm.pipelines.pipeline import Conditioned, Pipeline
+from ldm.pipelines.pipeline import Conditioned, SamplerPipeline, check_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,7 @@ SEGMENTATION_KEY = "segmentation"  # entry of a batch that holds label maps
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemanticToImage(Pipeline):
+class SemanticToImage(SamplerPipeline):
     """Pipeline from label maps of any size to images; a request is a map (H, W) int64.
 
     Args:
@@ -39,6 +39,9 @@ class SemanticToImage(Pipeline):
         if label_count(info) != self.labels:
             raise UserError(f'the model "{info.name}" has {label_count(info)} labels, not {self.labels}')
         super().check(info)
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side is not None:
+                check_count(name, side, 1)
 
     def fit(self, labels: np.ndarray) -> np.ndarray:
         """Return the map in the size of the settings, without interpolation."""
@@ -88,7 +91,8 @@ def semantic_to_image(
         label_maps: maps (H, W) of integer labels: arrays, tensors, or grey or palette images.
         height, width: size to resize the maps to; default: their own.
         steps: number of sampler steps.
-        **options: see `ldm.pipelines.run.SamplerOptions`.
+        **options: `seed`, `sampler`, `eta`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device`,
+            `precision`; see `ldm.pipelines.run.SamplerOptions`.
 
     Returns:
         PIL images, or what `output_type` names.
@@ -123,7 +127,7 @@ def label_count(info: ModelInfo) -> int:
     """
     count = info.cond_stage_params.get("in_channels")
     if info.cond_stage_key != SEGMENTATION_KEY or not isinstance(count, int):
-        raise UserError(f'the model "{info.name}" is conditioned on "{info.cond_stage_key}", not on label maps')
+        raise UserError(f'the model "{info.name}" is conditioned on {info.describe_conditioning()}, not on label maps')
     return count
 
 

@@ -35,9 +35,8 @@ class SuperResolution(TiledPipeline):
 
     def check(self, info: ModelInfo) -> None:
         """See `Pipeline.check`."""
-        info.check_condition("LR_image", "a super-resolution")
-        super().check(info)
         own = upscaling_factor(info)
+        super().check(info)
         if self.factor != own:
             raise UserError(f'the model "{info.name}" enlarges {own} times, not {self.factor} times')
 
@@ -80,7 +79,8 @@ def super_resolve(
         steps: number of sampler steps.
         sampler: "ddim", "plms", "dpm" or "ddpm".
         eta: noise of a DDIM step; default: 1 for DDIM, 0 for the other samplers.
-        **options: see `ldm.pipelines.run.RunOptions`.
+        **options: `seed`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device` and `precision`; see
+            `ldm.pipelines.run.RunOptions`.
 
     Returns:
         PIL images, or what `output_type` names.
@@ -92,7 +92,6 @@ def super_resolve(
     from ldm.pipelines.run import run
 
     info = ModelInfo.of(model)
-    info.check_condition("LR_image", "a super-resolution")
     if eta is None:
         eta = float(sampler == "ddim")
     pipeline = SuperResolution(
@@ -114,8 +113,9 @@ def upscaling_factor(info: ModelInfo) -> int:
     """Return how many times a model enlarges: pixels of a latent over those of the small image at its position.
 
     Raises:
-        UserError: The conditioning stage of the model is unknown.
+        UserError: The model does not enlarge images, or its conditioning stage is unknown.
     """
+    info.check_condition("LR_image", "a super-resolution")
     stage = info.params.get("cond_stage_config")
     target = stage.get("target") if isinstance(stage, Mapping) else stage
     if target not in ("torch.nn.Identity", "torch.nn.PixelUnshuffle"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 from ldm.config.model_info import ModelInfo
-from ldm.pipelines.pipeline import Conditioned, Pipeline, check_guidance, latent_size
+from ldm.pipelines.pipeline import Conditioned, SamplerPipeline, check_guidance, check_sides, image_size, latent_size
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.conditioning import Conditioning
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextToImage(Pipeline):
+class TextToImage(SamplerPipeline):
     """Pipeline from prompts to images; a request is a prompt.
 
     Args:
-        negative_prompt: text that guidance leads away from.
+        negative_prompt: text whose content guidance suppresses.
         height, width: image size in pixels; None is the size of the model.
     """
 
@@ -36,18 +36,12 @@ class TextToImage(Pipeline):
         info.check_reads_text()
         super().check(info)
         check_guidance(self.negative_prompt, self.scale)
-        for option, side in (("height", self.height), ("width", self.width)):
-            if side is not None:
-                info.size.check(option, side)
+        check_sides(info, self.height, self.width)
 
     def condition(self, model: Any, requests: Sequence[str]) -> Conditioned:
         """See `Pipeline.condition`."""
         cond, uncond = text_conditioning(model, requests, self.scale, self.negative_prompt)
-        height, width = self.height, self.width
-        if height is None or width is None:
-            size = ModelInfo.of(model).size
-            height, width = height or size.height, width or size.width
-        return Conditioned(latent_size(model, height, width), cond, uncond)
+        return Conditioned(latent_size(model, *image_size(model, self.height, self.width)), cond, uncond)
 
 
 def text_to_image(
@@ -66,11 +60,12 @@ def text_to_image(
     Args:
         model: a text-to-image model, see `ldm.load`.
         prompts: one text, or one for each image.
-        negative_prompt: text that guidance leads away from.
+        negative_prompt: text whose content guidance suppresses.
         height, width: image size in pixels, multiples of what the model needs; default: the size of the model.
         steps: number of sampler steps.
         scale: guidance scale; 1 samples without guidance. The bundled model works best with 2 or 3.
-        **options: see `ldm.pipelines.run.SamplerOptions`.
+        **options: `seed`, `sampler`, `eta`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device`,
+            `precision`; see `ldm.pipelines.run.SamplerOptions`.
 
     Returns:
         PIL images, or what `output_type` names.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
-from ldm.pipelines.pipeline import Pipeline
+from ldm.pipelines.pipeline import SamplerPipeline, check_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TiledPipeline(Pipeline):
+class TiledPipeline(SamplerPipeline):
     """Pipeline that may sample large images in overlapping tiles, blended at every step, so that no seams show.
 
     Args:
@@ -29,6 +29,7 @@ class TiledPipeline(Pipeline):
     def check(self, info: ModelInfo) -> None:
         """See `Pipeline.check`."""
         super().check(info)
+        check_count("tile", self.tile)
         smallest = 2 * info.size.multiple  # the smallest map of the network needs more than one value
         if 0 < self.tile < smallest:
             raise UserError(f"tile {self.tile} is too small for this model; give {smallest} or more, or 0 for none")

@@ -140,7 +140,7 @@ def test_error_is_one_line(sample, base, tmp_path, capsys, caplog, case):
     status = sample("--n_samples", 1, *(option.replace("{base}", str(base)) for option in options))
     error = capsys.readouterr().err
     late = "see above" in error
-    assert_one_line(status, error, "1 of 1 could not be sampled" if late else message)
+    assert_one_line(status, error, "1 of 1 failed" if late else message)
     assert not late or message in caplog.records[-1].message
     assert not list(tmp_path.iterdir())
 
@@ -156,7 +156,7 @@ def test_unreadable_image_does_not_stop_the_others(sample, base, tmp_path, capsy
     (tmp_path / "broken.png").write_bytes((base / "images/a.png").read_bytes()[:60])
     images = [base / "images/a.png", tmp_path / "broken.png", base / "images/c.png"]
     assert sample("--image", *images, "--n_samples", 1) == 2
-    assert "1 of 3 could not be sampled" in capsys.readouterr().err
+    assert "1 of 3 failed" in capsys.readouterr().err
     assert [path.name for path in samples(tmp_path / "out")] == ["00000.png", "00002.png"]
 
 

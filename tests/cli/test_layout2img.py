@@ -123,7 +123,7 @@ def test_class_names_default_to_those_of_the_configuration(sample, base, tmp_pat
         (None, "there is no layout file"),
         ("{", "cannot read the layout file"),
         ("[]", "is empty"),
-        (json.dumps({"boxes": [DOG]}), "give --labels FILE, or numbers"),
+        (json.dumps({"boxes": [DOG]}), "give them (--labels FILE), or numbers"),
         (json.dumps({"boxes": [{"label": 299, "box": [0, 0, 1, 1]}]}), "classes go from 0 to 298"),
         (json.dumps({"boxes": [{"label": -1, "box": [0, 0, 1, 1]}]}), "class numbers start at 0"),
         (json.dumps({"boxes": 4 * [{"label": 1, "box": [0, 0, 1, 1]}]}), "give at most 3"),
@@ -144,7 +144,7 @@ def test_invalid_layout_does_not_stop_the_others(sample, base, tmp_path, capsys)
     (tmp_path / "bad.json").write_text("{")
     layouts = [base / "layouts/one.json", tmp_path / "bad.json", base / "layouts/two.json"]
     assert sample("--layout", *layouts, "--labels", base / "labels.txt") == 2
-    assert "1 of 4 could not be sampled" in capsys.readouterr().err
+    assert "1 of 4 failed" in capsys.readouterr().err
     assert [path.name for path in samples(tmp_path / "out")] == ["00000.png", "00002.png", "00003.png"]
 
 

@@ -134,7 +134,7 @@ class Mirror(torch.nn.Module):
 def test_odd_sizes_are_mirrored_and_cropped(shape):
     model = Mirror()
     images = [np.random.RandomState(i).randint(0, 256, (*shape, 3), dtype=np.uint8) for i in range(2)]
-    outputs = run(Reconstruction(), model, images, output_type="pt", progress=False, check=False)
+    outputs = run(Reconstruction(), model, images, output_type="pt", progress=False)
     for output, image in zip(outputs, images, strict=True):
         assert np.allclose(output.permute(1, 2, 0), image / 127.5 - 1, atol=1e-6)
     (seen,) = model.seen
@@ -198,7 +198,7 @@ def test_unreadable_images_are_reported_and_the_others_reconstructed(tiny, tmp_p
     assert reconstruct.main([*words, "--outdir", str(out)]) == 2
     captured = capsys.readouterr()
     assert "| good.png | 36 × 24 |" in captured.out and "| deeper/good.png |" in captured.out
-    assert captured.err.splitlines()[-1] == "error: 4 of 6 could not be sampled; see above"
+    assert captured.err.splitlines()[-1] == "error: 4 of 6 failed; see above"
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert len(errors) == 4 and all("\n" not in error for error in errors)
     found = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}

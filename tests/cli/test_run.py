@@ -80,7 +80,7 @@ def test_unreadable_inputs_do_not_stop_the_others(model, tmp_path, caplog, capsy
         "number 1 is odd",
         "number 3 is odd",
     ]
-    assert capsys.readouterr().err.strip().endswith("error: 2 of 5 could not be sampled; see above")
+    assert capsys.readouterr().err.strip().endswith("error: 2 of 5 failed; see above")
     assert sorted(os.listdir(tmp_path / "samples")) == ["0000.png", "0002.png", "0004.png"]
 
 

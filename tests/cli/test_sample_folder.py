@@ -12,8 +12,10 @@ from sample_runs import array, only, run_of, same, samples
 from tiny_models import class_config, unconditional_config, write_model
 
 from ldm.cli import sample_folder
+from ldm.cli.metadata import Record
 from ldm.cli.sample_diffusion import main
 from ldm.pipelines.classes import ClassToImage
+from ldm.pipelines.generation import BatchPosition
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,13 @@ def test_interrupted_run_continues(sample, tmp_path, capsys, model):
     assert same(samples(folder), samples(whole))
     for name, values in array(whole).items():
         assert (array(folder)[name] == values).all()
+
+
+def test_weights_are_always_packed(sample, tmp_path):
+    """A continued run must equal an uninterrupted one, although less of it is left."""
+    assert sample("faces", "-n", 3, "--batch_size", 2) == 0
+    positions = [Record.read(path).position for path in sorted((run_of(tmp_path) / "img").iterdir())]
+    assert positions == [BatchPosition(0, 0, 2, True), BatchPosition(1, 1, 2, True), BatchPosition(2, 0, 1, True)]
 
 
 def test_run_can_be_extended(sample, tmp_path):

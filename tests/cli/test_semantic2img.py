@@ -137,7 +137,7 @@ def test_invalid_map_is_one_line_and_does_not_stop_the_others(sample, base, tmp_
     make, message = BAD[case]
     make(tmp_path / "bad.png")
     assert sample("--map", tmp_path / "bad.png", base / "maps/a.png") == 2
-    assert message in caplog.text and "1 of 2 could not be sampled" in capsys.readouterr().err
+    assert message in caplog.text and "1 of 2 failed" in capsys.readouterr().err
     assert len(samples(tmp_path / "out")) == 1
 
 

@@ -181,7 +181,10 @@ BAD = {
     "too many steps": (["--ddim_steps", "101"], "100 or fewer"),
     "noisy plms": (["--plms", "--ddim_eta", "0.5"], 'sampler "plms" is deterministic; eta must be 0, got 0.5'),
     "noisy dpm": (["--dpm", "--ddim_eta", "0.5"], 'sampler "dpm" is deterministic; eta must be 0, got 0.5'),
-    "negative prompt without guidance": (["--negative_prompt", "x", "--scale", "1"], "give a --scale above 1"),
+    "negative prompt without guidance": (
+        ["--negative_prompt", "x", "--scale", "1"],
+        "the negative prompt has no effect without guidance",
+    ),
     "broken characters": (["--prompt", "\udce4"], "--prompt is not valid text"),
     "no prompt file": (["--from-file", "none.txt"], "no prompt file"),
     "empty prompt file": (["--from-file", "{models}/empty.txt"], "is empty"),

@@ -79,7 +79,7 @@ def test_name_of_a_model_is_that_of_its_files_or_of_its_class():
 
 
 def test_model_that_was_not_built_from_a_configuration_raises_user_error():
-    with pytest.raises(UserError, match="this Linear does not know its configuration; load it with ldm.load"):
+    with pytest.raises(UserError, match=r"this Linear does not know its configuration; load it with ldm\.load"):
         ModelInfo.of(torch.nn.Linear(1, 1))
 
 

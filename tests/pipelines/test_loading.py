@@ -13,7 +13,7 @@ from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipelines import loading
-from ldm.pipelines.loading import build_model, choose_device, for_inference, load_model, place, skip_init
+from ldm.pipelines.loading import build_model, choose_device, for_inference, load_model, move, skip_init
 
 CPU = torch.device("cpu")
 
@@ -113,11 +113,11 @@ def test_devices():
 
 def test_place_moves_and_converts(folder):
     model = load_model(folder / "config.yaml", folder / "model.ckpt")
-    assert place(model) is model and model.dtype == torch.float32
-    assert place(model, "cpu", "bfloat16").dtype == torch.bfloat16
+    assert move(model) is model and model.dtype == torch.float32
+    assert move(model, "cpu", "bfloat16").dtype == torch.bfloat16
     assert model.alphas_cumprod.dtype == torch.float32, "the schedule keeps its precision"
     with pytest.raises(UserError, match='the device "toaster" is not available here'):
-        place(model, "toaster")
+        move(model, "toaster")
 
 
 # -- load ------------------------------------------------------------------------------------------------------

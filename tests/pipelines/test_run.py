@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -92,7 +94,9 @@ def test_random_seeds_differ(tasks):
 
 
 @pytest.mark.parametrize("name", ["text_to_image", "super_resolve", "inpaint"])
-@pytest.mark.parametrize("options", [{"eta": 1.0}, {"sampler": "plms"}, {"sampler": "dpm"}, {"sampler": "ddpm"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"eta": 1.0}, {"sampler": "plms"}, {"sampler": "dpm"}, {"sampler": "ddpm"}], ids=str
+)
 def test_samplers_do_not_depend_on_the_batch_size(tasks, name, options):
     if name == "super_resolve" and "sampler" in options:
         options = {**options, "eta": None}
@@ -167,10 +171,15 @@ def test_invalid_options_raise_before_sampling(tasks, name, monkeypatch):
         ({"seed": -1}, ValueError, r"seeds lie in \[0, 2\*\*63\), got -1"),
         ({"seed": [1, 2, 2**63]}, ValueError, "seeds lie in"),
         ({"latents": noise}, ValueError, "3 images need 3 latents, got 2"),
+        ({"seed": "1"}, ValueError, "a seed is a whole number, got '1'"),
+        ({"seed": 1.5}, ValueError, "a seed is a whole number, got 1.5"),
         ({"output_type": "jpeg"}, ValueError, 'unknown output_type "jpeg"; choose one of pil, numpy, pt, latent'),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"device": "toaster"}, UserError, 'the device "toaster" is not available here'),
         ({"precision": "int8"}, UserError, 'there is no precision "int8"'),
+        ({"sampler": "dmp"}, UserError, r'there is no sampler "dmp" \(did you mean "dpm"\?\); choose ddim, plms, dpm'),
+        ({"eta": float("nan")}, UserError, "eta must be a finite number, got nan"),
+        ({"eta": -1.0}, UserError, "eta must be at least 0, got -1"),
         ({"sampler": "plms", "eta": 0.5}, UserError, 'the sampler "plms" is deterministic; eta must be 0, got 0.5'),
     ):
         with pytest.raises(error, match=message):
@@ -178,17 +187,36 @@ def test_invalid_options_raise_before_sampling(tasks, name, monkeypatch):
 
 
 @every_task
-def test_number_of_steps_is_checked(tasks, name):
-    calls = {
-        "text_to_image": lambda model, **o: ldm.text_to_image(model, "fox", **o),
-        "unconditional": lambda model, **o: ldm.unconditional(model, **o),
-    }
-    if name not in calls:
-        pytest.skip("the check is shared")
-    with pytest.raises(UserError, match="101 steps are more than the model's 100"):
-        calls[name](tasks.model(name), steps=101)
-    with pytest.raises(UserError, match="the number of steps must be at least 1, got 0"):
-        calls[name](tasks.model(name), steps=0)
+def test_latents_of_another_shape_raise_value_error(tasks, name):
+    channels, height, width = CALLS[name].latents
+    for shape in ((channels + 1, height, width), (channels, height + 4, width), (channels, height)):
+        with pytest.raises(ValueError, match=r"latents must have the shape \(N, 3, 8, 8\), got \(3, "):
+            tasks(name, latents=torch.zeros(3, *shape))
+
+
+def test_threads_share_a_model(tasks):
+    """Each of them waits for the run of the other, whose weights are packed."""
+    model = tasks.model("text_to_image")
+
+    def sample(prompt):
+        return arrays(ldm.text_to_image(model, [prompt], steps=14, seed=1, progress=False))
+
+    prompts = ["fox", "rocket", "red heart", "pizza"]
+    expected = [sample(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(sample, prompts))
+    assert all((a == b).all() for a, b in zip(expected, found, strict=True))
+
+
+def test_number_of_steps_is_checked(tasks):
+    for model, function in (
+        (tasks.model("text_to_image"), lambda model, **o: ldm.text_to_image(model, "fox", **o)),
+        (tasks.model("unconditional"), ldm.unconditional),
+    ):
+        with pytest.raises(UserError, match="101 steps are more than the model's 100"):
+            function(model, steps=101)
+        with pytest.raises(UserError, match="steps must be a whole number of at least 1, got 0"):
+            function(model, steps=0)
 
 
 @every_task
@@ -206,7 +234,7 @@ def test_models_of_other_tasks_raise_user_error(tasks):
                 continue
             if other == "unconditional" and name == "unconditional of pixels":
                 continue
-            with pytest.raises(UserError, match='the model "tiny" (is|has)'):
+            with pytest.raises(UserError, match=r'the model "tiny" (is|has)'):
                 call.function(model, tasks.folder, seed=1, progress=False)
 
 

@@ -1,0 +1,152 @@
+"""Tests of `ldm.pipelines.generation`: batches, packing, and the position of each image."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from library_tasks import random_images
+from tiny_models import make_model, text_config
+
+from ldm.modules.packing import has_packed_weights
+from ldm.pipelines import generation
+from ldm.pipelines.generation import BatchPosition, Item, batches, generate
+from ldm.pipelines.image import ImagePrompt, ImageToImage
+from ldm.pipelines.text import TextToImage
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(text_config())
+
+
+@pytest.fixture
+def entered(monkeypatch):
+    """Return a list that collects whether each preparation packs the weights."""
+    prepared, found = generation.prepared, []
+
+    @contextmanager
+    def counted(model, packed):
+        assert not has_packed_weights(model), "preparations are not nested"
+        found.append(packed)
+        with prepared(model, packed):
+            yield
+
+    monkeypatch.setattr(generation, "prepared", counted)
+    return found
+
+
+def items(count: int, first: int = 0) -> list[Item]:
+    return [Item(first + i, first + i, "fox") for i in range(count)]
+
+
+def sample(model, steps=2, given=None, count=4, **options):
+    given, count = (items(count), count) if given is None else (given, len(given))
+    pipeline = TextToImage(steps=steps, scale=1.0)
+    return list(generate(pipeline, model, given, count=count, progress=False, **options))
+
+
+# -- batches ---------------------------------------------------------------------------------------------------
+
+
+def image_items(*sizes):
+    return [Item(i, i, ImagePrompt(random_images(1, *size)[0])) for i, size in enumerate(sizes)]
+
+
+def test_neighbours_of_the_same_size_share_a_batch():
+    given = image_items((8, 8), (8, 8), (8, 8), (4, 8), (8, 8))
+    grouped = [[item.index for item in batch] for batch in batches(ImageToImage(), given, 2)]
+    assert grouped == [[0, 1], [2], [3], [4]]
+    assert list(batches(ImageToImage(), [], 2)) == []
+
+
+def test_items_are_read_batch_by_batch(model):
+    """A run of thousands of images does not hold all of its inputs in memory."""
+    read = []
+
+    def lazily():
+        for item in items(6):
+            read.append(item.index)
+            yield item
+
+    samples = generate(TextToImage(steps=1, scale=1.0), model, lazily(), count=6, batch_size=2, progress=False)
+    next(samples)
+    assert len(read) == 3, "the third item shows that the first batch is complete"
+    samples.close()
+
+
+def test_samples_have_their_position_pixels_and_latents(model):
+    samples = sample(model, count=3, batch_size=2)
+    assert [each.position for each in samples] == [
+        BatchPosition(0, 0, 2, False),
+        BatchPosition(1, 1, 2, False),
+        BatchPosition(2, 0, 1, False),
+    ]
+    assert all(each.pixels.shape == (16, 16, 3) and each.latents.shape == (3, 8, 8) for each in samples)
+    undecoded = sample(model, count=3, batch_size=2, decoded=False)
+    assert all(each.pixels is None for each in undecoded)
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(samples, undecoded, strict=True))
+
+
+def test_expected_number_of_steps_follows_the_sizes(model):
+    """Each size needs a batch of its own, which is known when its turn comes."""
+    calls = []
+    given = image_items((16, 16), (16, 16), (8, 16))
+    pipeline = ImageToImage(steps=4, strength=0.5, scale=1.0)
+    generate_all = generate(
+        pipeline, model, given, count=3, batch_size=2, progress=False, callback=lambda *call: calls.append(call)
+    )
+    assert len(list(generate_all)) == 3
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+# -- packing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "count", "batch_size", "packed"),
+    [(11, 1, 1, False), (12, 1, 1, True), (11, 4, 4, False), (6, 2, 1, True), (3, 4, 1, True), (3, 3, 1, False)],
+)
+def test_weights_are_packed_for_a_dozen_evaluations(model, entered, steps, count, batch_size, packed):
+    samples = sample(model, steps, count=count, batch_size=batch_size)
+    assert entered == [packed]
+    assert [each.position.packed for each in samples] == count * [packed]
+    assert not has_packed_weights(model)
+
+
+def test_ancestral_sampler_counts_all_timesteps(model, entered):
+    pipeline = TextToImage(steps=1, scale=1.0, sampler="ddpm")
+    (sampled,) = generate(pipeline, model, items(1), count=1, progress=False)
+    assert entered == [True] and sampled.position.packed
+
+
+def test_remaining_batches_decide_for_each_batch_shape(model, entered):
+    """Of five images, two pairs take 12 evaluations; the last image takes 6."""
+    samples = sample(model, 6, count=5, batch_size=2)
+    assert entered == [True, False]
+    assert [each.position.packed for each in samples] == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_packing_can_be_prescribed(model, entered, packed):
+    for steps in (2, 12):
+        samples = sample(model, steps, count=1, packed=packed)
+        assert samples[0].position.packed is packed
+    assert entered == [packed, packed]
+
+
+def test_packing_changes_images_only_by_rounding(model):
+    packed, plain = (sample(model, 3, count=2, packed=packed)[0].pixels.astype(int) for packed in (True, False))
+    assert np.abs(packed - plain).max() <= 1
+
+
+def test_error_restores_the_model(model):
+    def broken():
+        yield from items(2)
+        raise RuntimeError("an input cannot be read")
+
+    with pytest.raises(RuntimeError, match="an input cannot be read"):
+        list(generate(TextToImage(steps=12, scale=1.0), model, broken(), count=3, progress=False))
+    assert not has_packed_weights(model)
