@@ -166,7 +166,7 @@ def test_label_maps_of_every_type_become_the_same_labels():
         assert found.dtype == np.int64 and (found == labels).all()
     for wrong in (PIXELS, FLOATS[..., 0], Image.fromarray(PIXELS)):
         with pytest.raises(
-            ValueError, match="a label map (has integer values of the shape|is a grey or palette image)"
+            ValueError, match=r"a label map (has integer values of the shape|is a grey or palette image)"
         ):
             as_labels(wrong)
 
