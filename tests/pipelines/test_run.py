@@ -66,7 +66,7 @@ def test_same_start_noise_samples_the_same_image(tasks, name):
     given = arrays(tasks(name, latents=noise))
     assert (given == arrays(tasks(name, latents=noise, seed=99))).all(), "the seed has no effect"
     assert (given == arrays(tasks(name, seed=5))).all(), "the noise of a seed is the same"
-    assert (given == arrays(tasks(name, latents=noise, batch_size=2))).all()
+    assert np.abs(given - arrays(tasks(name, latents=noise, batch_size=2))).max() <= 1, "up to rounding"
     assert (given != arrays(tasks(name, latents=noise + 1))).any()
 
 
