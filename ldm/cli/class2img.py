@@ -1,4 +1,4 @@
-"""The command `class2img`."""
+"""The command `class2img`: sample images of named classes."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class Class2Img(ClassTask):
         return [self.class_inputs(classes, label) for label in labels for _ in range(args.n_samples)]
 
     def default_batch_size(self, args: argparse.Namespace) -> int:
-        """Return the images of a class."""
+        """Return the number of images of a class."""
         return args.n_samples
 
     def grid_columns(self, args: argparse.Namespace) -> int:
-        """Return the images of a class."""
+        """Return the number of images of a class."""
         return args.n_samples
 
 
@@ -65,7 +65,7 @@ def classes_of(info: ModelInfo) -> Classes:
     """Return the classes of a model.
 
     Raises:
-        UserError: It has none.
+        UserError: The model has no classes.
     """
     from ldm.pipelines.class_names import Classes
 

@@ -1,4 +1,4 @@
-"""The command `img2img`."""
+"""The command `img2img`: sample images from an image and a prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Img2Img(TextTask):
-    """Sample images from images and text: noised part of the way, and denoised (SDEdit, arXiv:2108.01073)."""
+    """Sample images from an image and a prompt: add noise to the image, and denoise it (SDEdit, arXiv:2108.01073)."""
 
     name = "img2img"
     arguments = (

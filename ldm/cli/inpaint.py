@@ -1,4 +1,4 @@
-"""The command `inpaint`."""
+"""The command `inpaint`: fill the masked parts of images."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Inpaint(RestorationTask):
         ]
 
     def default_batch_size(self, args: argparse.Namespace) -> int:
-        """Return the results of an image."""
+        """Return the number of results of an image."""
         return args.n_samples
 
     def read(self, inputs: Inputs, pipeline: Any) -> MaskedImage:

@@ -1,4 +1,4 @@
-"""The command `knn2img`."""
+"""The command `knn2img`: sample images with a retrieval-augmented model."""
 
 from __future__ import annotations
 
@@ -193,11 +193,11 @@ class Knn2Img(Task):
         return context
 
     def default_batch_size(self, args: argparse.Namespace) -> int:
-        """Return the images of a round."""
+        """Return the number of images in a round."""
         return args.n_samples
 
     def grid_columns(self, args: argparse.Namespace) -> int:
-        """Return the number that the options ask for, or the images of a round."""
+        """Return the number that the options ask for, or the number of images in a round."""
         return args.n_rows or args.n_samples
 
 

@@ -1,4 +1,4 @@
-"""The command `layout2img`."""
+"""The command `layout2img`: sample images from layouts of labelled boxes."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def share(text: str) -> float:
 
 
 class _AllowTarget(argparse.Action):
-    """Takes effect when it is parsed: nested configurations build their models where no option reaches."""
+    """Action that allows a target as soon as it is parsed; code that builds nested configurations sees no options."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The command `reconstruct`."""
+"""The command `reconstruct`: encode and decode images with a first stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `sample_diffusion`."""
+"""The command `sample_diffusion`: sample many images, to measure a model."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class SampleDiffusion(ClassTask):
         return ClassToImage(**settings, height=info.size.height, width=info.size.width)
 
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:
-        """Return the classes in turn, so that more samples continue fewer."""
+        """Return the inputs, cycling through the classes, so that a run can be extended."""
         from ldm.pipelines.class_names import Classes
 
         classes = Classes.of(info)

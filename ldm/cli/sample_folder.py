@@ -112,7 +112,7 @@ class SampleFolder(Output):
     # -- sampling ------------------------------------------------------------------------------------------------
 
     def plan(self, inputs: Sequence[Inputs], seed: int, batch_size: int) -> list[int]:
-        """Return all samples of the batches that lack some: a sample depends on its batch, by rounding."""
+        """Return the indices of all incomplete batches. A whole batch is sampled again: its size affects rounding."""
         super().plan(inputs, seed, batch_size)
         self.count = count = len(inputs)
         self.wanted = set(self._absent(count))

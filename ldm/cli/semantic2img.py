@@ -1,4 +1,4 @@
-"""The command `semantic2img`."""
+"""The command `semantic2img`: sample images from label maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `superres`."""
+"""The command `superres`: enlarge images."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Base class of the commands that sample: options, the model, the inputs of each image, and the files they become.
 
 `ldm.cli.run` runs a task. Inputs are plain JSON values that describe one image; they are written into its PNG file.
-Together with the settings of the pipeline they are all that sampling the image again takes. Nothing here imports torch.
+Together with the settings of the pipeline, they suffice to sample the image again. Nothing here imports torch.
 """
 
 from __future__ import annotations

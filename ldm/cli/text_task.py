@@ -53,7 +53,7 @@ class TextTask(Task):
         return [args.prompt if args.prompt is not None else self.prompts.get(info.name, self.prompts[self.bundled])]
 
     def default_batch_size(self, args: argparse.Namespace) -> int:
-        """Return the images of a round; from a file at least 16."""
+        """Return the number of images in a round; at least 16 for prompts from a file."""
         return args.n_samples if args.from_file is None else max(args.n_samples, BATCH_FROM_FILE)
 
     def before_sampling(self, model: Any, pipeline: Any, inputs: Sequence[Inputs]) -> None:
@@ -72,5 +72,5 @@ class TextTask(Task):
         return next(path for path in candidates if not path.exists())
 
     def grid_columns(self, args: argparse.Namespace) -> int:
-        """Return the images of a round."""
+        """Return the number of images in a round."""
         return args.n_samples

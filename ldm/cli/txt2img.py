@@ -1,4 +1,4 @@
-"""The command `txt2img`."""
+"""The command `txt2img`: sample images from text."""
 
 from __future__ import annotations
 

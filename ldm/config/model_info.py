@@ -98,7 +98,7 @@ class ModelInfo:
         """Raise an error if the model has fewer timesteps than `steps`.
 
         Raises:
-            UserError: It has fewer.
+            UserError: The model has fewer timesteps.
         """
         if steps > self.timesteps:
             raise UserError(f"{steps} steps are more than the model's {self.timesteps}; give {self.timesteps} or fewer")
@@ -120,7 +120,7 @@ class ModelInfo:
 
         Args:
             key: the entry.
-            wanted: the kind of model that is, with its article, for the message.
+            wanted: the kind of model to choose instead, with its article, such as "an in-painting".
 
         Raises:
             UserError: It is conditioned on something else.

@@ -34,7 +34,7 @@ class Item:
 class BatchPosition:
     """Position of an image in its run and its batch.
 
-    The last bits of a sample depend on the size of its batch and on packed weights, so a replay needs them.
+    The batch size and packed weights affect the rounding of a sample, so both are recorded for a replay.
     """
 
     index: int = 0  # in the run
@@ -123,7 +123,7 @@ def generate(
 class _Preparation(ExitStack):
     """Preparation of a model for one batch after the other; it changes when the shape of the batches does.
 
-    Packing suits the shape of the first batch, which decides the last bits of the batches after it.
+    Weights are packed for the shape of the first batch, which affects the rounding of the batches after it.
     """
 
     def __init__(self, model: Any, packed: bool | None) -> None:

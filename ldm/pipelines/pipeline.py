@@ -1,4 +1,4 @@
-"""Base class of the tasks: the plain settings of a run, and the conditioning that the task makes of its requests.
+"""Base classes of pipelines. A pipeline holds the settings of a run, and turns requests into conditioning.
 
 A pipeline imports torch only where it samples, so that commands check their options at once.
 """
@@ -67,7 +67,7 @@ class Pipeline(ABC):
         """Raise an error if the settings contradict each other, or `model` cannot do this task.
 
         Raises:
-            UserError: They do, or it cannot.
+            UserError: The settings contradict each other, or the model does not support the task.
         """
         self.check(ModelInfo.of(model))
 
@@ -76,7 +76,7 @@ class Pipeline(ABC):
         """Raise an error if the settings contradict each other, or the model of `info` cannot do this task.
 
         Raises:
-            UserError: They do, or it cannot.
+            UserError: The settings contradict each other, or the model does not support the task.
         """
 
     def batch_key(self, request: Any) -> Hashable:
@@ -227,7 +227,7 @@ def check_count(name: str, value: Any, smallest: int = 0) -> None:
     """Raise an error if a setting is not a whole number of at least `smallest`.
 
     Raises:
-        UserError: It is not.
+        UserError: It is not a whole number, or it is too small.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
         raise UserError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
@@ -237,7 +237,7 @@ def check_sides(info: ModelInfo, height: int | None, width: int | None) -> None:
     """Raise an error if the model cannot sample images of this size; None is the size of the model.
 
     Raises:
-        UserError: It cannot.
+        UserError: The size does not suit the model.
     """
     for name, side in (("height", height), ("width", width)):
         if side is not None:

@@ -1,6 +1,7 @@
 """Prepare a model for many evaluations: pack its weights in the layout of the CPU, cache the keys of its context.
 
-This is the only module that packs weights for sampling, and `ldm.pipelines.generation` the only one that enters it.
+Only this module packs weights for sampling, and only `ldm.pipelines.generation` uses it. `packing_pays` decides if a
+run is packed, unless the caller of `generate` does: a replay, or a run of `sample_diffusion`, which can be continued.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def check_labels(labels: np.ndarray, count: int, source: str) -> None:
 
 
 def label_colours(count: int, palette: Mapping[str, int] | None) -> np.ndarray:
-    """Return a colour for each label, (count, 3) uint8: that of the palette, else a random one, always the same."""
+    """Return a colour for each label, (count, 3) uint8: from the palette, or from a fixed random palette."""
     import torch
 
     from ldm.io.pixels import in_random_colours, to_uint8

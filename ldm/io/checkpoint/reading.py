@@ -1,7 +1,7 @@
-"""Read checkpoints. No other module opens a file of weights.
+"""Read checkpoints. All checkpoints of models are read here.
 
-Reading never runs code from the file: `torch.load(weights_only=True)` loads pickles. The first bytes of a file decide
-its format; its name does not matter.
+Only the weights of VGG16 and CLIP are read elsewhere, by torchvision and transformers. Reading never runs code from a
+file: `torch.load(weights_only=True)` loads pickles. The first bytes of a file decide its format, not its name.
 """
 
 from __future__ import annotations
