@@ -22,21 +22,26 @@ SLOW_NORM_PIXELS = 1024
 
 
 @contextmanager
-def packed_weights(*modules: nn.Module) -> Iterator[None]:
+def packed_weights(*modules: nn.Module, keep_originals: bool = False) -> Iterator[None]:
     """Pack the convolutions and linear layers of `modules` while the context manager is active.
 
     Packing speeds up repeated inference of a frozen network on the CPU. Each layer is packed at its first call. Inside,
-    the packed weights cannot be trained, cast, moved or saved. Their names and shapes are unchanged, and there is no
-    second copy in memory. Afterwards the weights are the same objects with the same bits. The results equal those of
-    plain weights up to rounding, and the outputs of `modules` are contiguous.
+    the packed weights cannot be trained, cast, moved or saved. Their names and shapes are unchanged. Afterwards the
+    weights are the same objects with the same bits. The results equal those of plain weights up to rounding, and the
+    outputs of `modules` are contiguous.
 
     Layers that cannot be packed are unchanged: layers that require gradients, share their weight, are on another device
     or have another dtype, and packed layers. Without oneDNN no layer is packed.
+
+    Args:
+        *modules: modules to pack.
+        keep_originals: keep the plain weights beside the packed ones. The end is then immediate, but the weights take
+            twice the memory. By default the plain weights are freed, and computed from the packed ones at the end.
     """
     parts = dict.fromkeys(part for module in modules for part in module.modules())
     owners = Counter(id(parameter) for part in parts for parameter in part._parameters.values())
     layers = [part for part in parts if _can_pack(part) and owners[id(part.weight)] == 1]
-    replacements: list[_Replacement] = [_PACKED[type(layer)](layer) for layer in layers]
+    replacements: list[_Replacement] = [_PACKED[type(layer)](layer, keep_originals) for layer in layers]
     if replacements:
         replacements += [_NormInFloat32(part) for part in parts if _is_slow_norm(part)]
     hooks = [module.register_forward_hook(_contiguous) for module in modules] if replacements else []
@@ -105,8 +110,9 @@ class _Replacement:
 class _PackedLayer(_Replacement):
     dims: range
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, keep_original: bool = False) -> None:
         super().__init__(layer)
+        self.keep_original = keep_original
         self.parameter = layer.weight
         self.dtype = layer.weight.dtype
         self.strides = layer.weight.stride()
@@ -119,11 +125,14 @@ class _PackedLayer(_Replacement):
         if self.packed is None:
             self.packed = self.pack(x)
             self.layer._parameters["weight"] = nn.Parameter(self.packed, requires_grad=False)
-            self.parameter.data = torch.empty(0, dtype=self.dtype)
+            if not self.keep_original:
+                self.parameter.data = torch.empty(0, dtype=self.dtype)
         return self.compute(x)
 
     def unpacked(self) -> Tensor:
         """Return the original weight, bit for bit."""
+        if self.keep_original:
+            return self.parameter.data
         dense = self.packed.to_dense()
         if dense.stride() == self.strides:
             return dense
@@ -149,8 +158,8 @@ class _PackedLayer(_Replacement):
 class _PackedConv2d(_PackedLayer):
     dims = range(4, 5)
 
-    def __init__(self, layer: nn.Conv2d) -> None:
-        super().__init__(layer)
+    def __init__(self, layer: nn.Conv2d, keep_original: bool = False) -> None:
+        super().__init__(layer, keep_original)
         padding = [0, 0] if layer.padding == "valid" else list(layer.padding)
         self.geometry = (padding, list(layer.stride), list(layer.dilation), layer.groups)
 

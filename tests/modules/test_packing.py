@@ -225,3 +225,19 @@ def test_nothing_is_packed_without_onednn(monkeypatch):
     with packed_weights(layer):
         layer(x)
         assert not is_packed(layer) and "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Conv2d(32, 32, 3)], ids=["linear", "convolution"])
+def test_kept_originals_stay_in_memory(layer):
+    """The result is the same, and the weight at the end is the memory of the start."""
+    layer.requires_grad_(False)
+    parameter, pointer, before = layer.weight, layer.weight.data_ptr(), layer.weight.clone()
+    x = torch.randn(3, 64) if isinstance(layer, nn.Linear) else torch.randn(1, 32, 8, 8)
+    with packed_weights(layer, keep_originals=True):
+        kept = layer(x)
+        assert layer.weight is not parameter and parameter.data_ptr() == pointer
+    assert layer.weight is parameter and parameter.data_ptr() == pointer and torch.equal(parameter, before)
+    with packed_weights(layer):
+        freed = layer(x)
+        assert parameter.numel() == 0
+    assert torch.equal(freed, kept) and torch.equal(layer.weight, before)

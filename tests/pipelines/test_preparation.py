@@ -14,7 +14,8 @@ from tiny_models import randomise, text_config, write_model
 from ldm.config.instantiate import instantiate_from_config
 from ldm.errors import UserError
 from ldm.modules.attention import BasicTransformerBlock
-from ldm.modules.packing import has_packed_weights
+from ldm.modules.packing import has_packed_weights, packed_weights
+from ldm.pipelines import preparation
 from ldm.pipelines.generation import Item, generate
 from ldm.pipelines.loading import load_model
 from ldm.pipelines.preparation import PAYS_FROM, packing_pays, prepared
@@ -43,9 +44,9 @@ def copied_weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_packing_pays_from_a_dozen_evaluations():
-    assert PAYS_FROM == 12
-    assert not packing_pays(11) and packing_pays(12)
+def test_packing_pays_from_four_evaluations():
+    assert PAYS_FROM == 4
+    assert not packing_pays(3) and packing_pays(4)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -190,3 +191,22 @@ def importers(name: str) -> set[str]:
 def test_one_module_packs_weights_and_one_enters_it():
     assert importers("packed_weights") == {"ldm/pipelines/preparation.py"}
     assert importers("prepared") == {"ldm/pipelines/generation.py"}
+
+
+@pytest.mark.parametrize(("available", "kept"), [("100 kB", False), ("1000000000 kB", True)])
+def test_plain_weights_are_kept_if_the_memory_suffices(model, monkeypatch, available, kept):
+    """Both choices return the same results and restore the same weights."""
+    options = []
+
+    def packed(*parts, keep_originals):
+        options.append(keep_originals)
+        return packed_weights(*parts, keep_originals=keep_originals)
+
+    monkeypatch.setattr(preparation, "packed_weights", packed)
+    monkeypatch.setattr(preparation.Path, "read_text", lambda path, **_: f"MemFree: 1 kB\nMemAvailable: {available}\n")
+    before = copied_weights(model)
+    with prepared(model, packed=True):
+        inside = sample_text(model, ["a"], steps=2, scale=1.0, x_T=torch.ones(1, 3, 8, 8))
+    assert options == [kept]
+    assert_unchanged(model, before)
+    assert_close(inside, sample_text(model, ["a"], steps=2, scale=1.0, x_T=torch.ones(1, 3, 8, 8)), 1e-4)
