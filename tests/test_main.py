@@ -354,3 +354,13 @@ def wait_for(folder, pattern, process, seconds=60):
             return path
         time.sleep(0.1)
     pytest.fail(f"{pattern} did not appear: {process.communicate()[0] if process.poll() is not None else 'timeout'}")
+
+
+def test_shipped_configurations_are_found_from_any_folder(tmp_path, monkeypatch):
+    """An installed package has no `configs` in the working folder."""
+    from ldm.cli import train
+    from ldm.training.configuration import make_plan
+
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(train.parse(["--base", "configs/emoji/demo_first_stage.yaml", "-t"]))
+    assert plan.config.model.target == "ldm.models.autoencoder.AutoencoderKL"

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ldm.config.assets import locate
 from ldm.errors import UserError, did_you_mean
 from ldm.io.files import check_writable
 from ldm.training.options import trainer_arguments
@@ -66,7 +67,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
             to do, or the path to resume from is not a run.
     """
     overrides = [*args.overrides, *(word for word in args.base if "=" in word)]
-    files = [Path(word) for word in args.base if "=" not in word]
+    files = [locate(word) for word in args.base if "=" not in word]
     folder, checkpoint = _find_run(Path(args.resume)) if args.resume else (None, None)
     if folder is not None:
         files = [*sorted((folder / "configs").glob("*.yaml")), *files]
