@@ -37,8 +37,8 @@ format: $(VENV)/.installed-test ## correct the style
 docs: $(VENV)/.installed-docs ## build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-notebooks: $(VENV)/.installed-notebooks ## run the notebooks of docs/notebooks
-	$(BIN)/jupyter-execute docs/notebooks/*.ipynb
+notebooks: $(VENV)/.installed-test ## run the notebooks of docs/notebooks, and check their figures
+	$(BIN)/python -m pytest -q -m notebook
 
 data: $(VENV)/.installed-data ## build the emoji training data again
 	$(BIN)/python scripts/build_emoji_data.py

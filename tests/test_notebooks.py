@@ -54,6 +54,7 @@ def test_notebook_has_format_4_5_without_results(path):
 
 
 @pytest.mark.slow
+@pytest.mark.notebook
 def test_diffusion_in_two_dimensions(monkeypatch):
     """Bounds leave a margin around the results of several seeds."""
     values = """{
@@ -100,6 +101,7 @@ def test_diffusion_in_two_dimensions(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.notebook
 def test_bundled_models(monkeypatch):
     values = """{
         "seed_difference": seed_difference,
