@@ -121,3 +121,18 @@ def test_blend_weights_the_filling():
     request = MaskedImage(np.zeros((4, 8, 3), np.uint8), half_mask(4, 8))
     blended = blend(request, np.full((4, 8, 3), 200, np.uint8), 1)
     assert blended[1, :, 0].tolist() == [200, 200, 200, 100, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("feather", [0, 1, 4])
+def test_edge_weights_are_those_of_dilation(feather):
+    """The mean over 0 to `feather` dilations of the area outside the mask, as kornia dilates."""
+    import kornia
+
+    mask = np.random.RandomState(0).rand(24, 31) < 0.8
+    mask[4:18, 5:25] = True
+    outside, kernel = torch.from_numpy(~mask)[None, None].float(), torch.ones(3, 3)
+    expected = 1 - outside
+    for _ in range(feather):
+        outside = kornia.morphology.dilation(outside, kernel)
+        expected = expected + 1 - outside
+    assert np.allclose(edge_weights(mask, feather), (expected / (feather + 1))[0, 0], atol=1e-6)
