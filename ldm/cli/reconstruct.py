@@ -297,7 +297,7 @@ def load_lpips() -> LPIPS | None:
             lpips.prepare()
         return lpips
     except UserError as error:
-        logger.warning("PSIM is left out: %s", error)
+        logger.warning("PSIM is left out, as with --no-psim: %s", error)
         return None
 
 

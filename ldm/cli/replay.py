@@ -15,6 +15,7 @@ from ldm.cli.options import model_options
 from ldm.cli.task import Task
 from ldm.config.assets import locate
 from ldm.config.model_files import MODEL_FOLDERS, ModelFiles, find_model
+from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError, did_you_mean
 from ldm.io.files import check_writable
 
@@ -193,19 +194,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.outdir:
         check_writable(Path(args.outdir), "--outdir")
 
-    from ldm.config.model_config import read_config
     from ldm.io.images import save_png
     from ldm.modules.precision import choose_precision
-    from ldm.pipelines.loading import choose_device, load_files
+    from ldm.pipelines.loading import choose_device
 
     device = choose_device(args.device)
 
     @lru_cache(maxsize=1)
-    def loaded(files: ModelFiles, precision: str) -> Any:
-        return load_files(files, read_config(files.config), device, choose_precision(precision, device))
+    def loaded(task: str, files: ModelFiles, precision: str) -> Any:
+        return find_task(task).load_model(files, ModelInfo.read(files), device, choose_precision(precision, device))
 
     def load(run: RunInfo) -> Any:
-        return loaded(model_of(run, args.model, args.config, args.ckpt), args.precision or run.precision)
+        return loaded(run.task, model_of(run, args.model, args.config, args.ckpt), args.precision or run.precision)
 
     identical = True
     for path, record in records.items():

@@ -101,7 +101,8 @@ class Reader:
             try:
                 request = self.task.read(self.inputs[index], self.pipeline)
             except UserError as error:
-                logger.error("%s", error)
+                if str(error) not in map(str, self.failures):  # several images of one file have the same error
+                    logger.error("%s", error)
                 self.failures.append(error)
                 continue
             yield Item(index, (self.seed + index) % SEED_RANGE, request)

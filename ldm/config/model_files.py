@@ -88,7 +88,8 @@ def named_model(name: str, folders: Sequence[Path] = (MODELS,)) -> ModelFiles:
     if folder is None:
         known = available_models(folders)
         where, listed = " or ".join(map(str, folders)), ", ".join(known) or "none"
-        raise UserError(f'there is no model "{name}" in {where}{did_you_mean(name, known)}; available: {listed}')
+        hint = f"; ldm download_weights {name} downloads it" if _is_published(name) else did_you_mean(name, known)
+        raise UserError(f'there is no model "{name}" in {where}{hint}; available: {listed}')
     run_checkpoint = folder / RUN_CHECKPOINTS / "last.ckpt"
     files = (*(folder / file for file in WEIGHTS), run_checkpoint)
     checkpoint = next((path for path in files if path.is_file()), None)
@@ -106,6 +107,12 @@ def named_model(name: str, folders: Sequence[Path] = (MODELS,)) -> ModelFiles:
             f'the model folder "{folder}" contains no config.yaml; put the configuration of the model there'
         )
     return ModelFiles(folder.resolve().name, config, checkpoint)
+
+
+def _is_published(name: str) -> bool:
+    from ldm.io.published_weights import CATALOGUE
+
+    return any(download.name == name for download in CATALOGUE)
 
 
 def downloaded_model(name: str) -> ModelFiles | None:

@@ -175,7 +175,7 @@ def test_psim_is_measured_or_left_out_with_a_warning(tiny, tmp_path, image, monk
         assert reconstruct.main(words) == 0
     assert "PSIM" not in capsys.readouterr().out
     assert [r.getMessage() for r in caplog.records if "PSIM" in r.getMessage()] == [
-        "PSIM is left out: LPIPS has no weights: no network"
+        "PSIM is left out, as with --no-psim: LPIPS has no weights: no network"
     ]
     torch.manual_seed(0)
     weights = {name: 0.01 * torch.rand_like(value) for name, value in lpips.LPIPS().named_parameters()}
