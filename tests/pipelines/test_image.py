@@ -45,7 +45,8 @@ def test_images_of_every_type_sample_the_same_image(model):
 def test_prompts_are_one_for_all_or_one_for_each(model):
     together = sample(model, IMAGES, ["fox", "rocket", "red heart"], batch_size=1)
     for i, prompt in enumerate(("fox", "rocket", "red heart")):
-        assert (sample(model, IMAGES[i], prompt, seed=1 + i)[0] == together[i]).all()
+        alone = sample(model, IMAGES[i], prompt, seed=1 + i)[0]
+        assert np.abs(alone.astype(int) - together[i]).max() <= 1, "up to rounding: a longer run is packed"
     assert len(sample(model, IMAGES, "fox")) == 3
     assert len(sample(model, IMAGES[0], ["fox", "rocket"])) == 2, "one image with several prompts"
     with pytest.raises(ValueError, match="3 images and 2 prompts do not match; give one for each, or one for all"):
