@@ -129,7 +129,6 @@ def run(
             raise ValueError(f"{len(requests)} images need {len(requests)} latents, got {len(latents)}")
     seeds = make_seeds(seed, len(requests))
     pipeline.check_model(model)
-    move(model, device, precision)
     items = [Item(i, seed, request) for i, (seed, request) in enumerate(zip(seeds, requests, strict=True))]
     samples = generate(
         pipeline,
@@ -143,6 +142,7 @@ def run(
         callback=callback,
     )
     with _lock_of(model), closing(samples):
+        move(model, device, precision)
         return [_result(sample.pixels, sample.latents, output_type) for sample in samples]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from tiny_models import text_config, write_model
@@ -184,3 +186,30 @@ def test_load_error_names_arguments_instead_of_options(named, arguments, message
     with pytest.raises(UserError, match=message) as raised:
         ldm.load(**arguments)
     assert "--" not in str(raised.value)
+
+
+def test_threads_that_load_models_leave_the_initialisation_alone():
+    """Loading skips the initialisation of its own modules, and not that of modules that other threads build."""
+    functions = {name: getattr(nn.init, name) for name in dir(nn.init)}
+    inside, built = threading.Barrier(2), []
+
+    def load():
+        with skip_init():
+            inside.wait()
+            inside.wait()
+            built.append(nn.Linear(4, 4).weight)
+
+    def build():
+        inside.wait()
+        torch.manual_seed(0)
+        built.append(nn.Linear(4, 4).weight)
+        inside.wait()
+
+    threads = [threading.Thread(target=each) for each in (load, build)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.manual_seed(0)
+    assert torch.equal(built[0], nn.Linear(4, 4).weight)
+    assert {name: getattr(nn.init, name) for name in dir(nn.init)} == functions
