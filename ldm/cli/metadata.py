@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 KEY = "ldm"  # the text chunk that holds the record
 
 
+class GridError(UserError):
+    """The file is a grid of images, which has no record."""
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """Facts that all images of a run share.
@@ -82,13 +86,16 @@ class Record:
 
         try:
             with Image.open(path) as file:
-                text = getattr(file, "text", {}).get(KEY)
+                chunks = getattr(file, "text", {})
         except FileNotFoundError:
             raise UserError(f'there is no image "{path}"; check the path') from None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(
                 f'cannot read the image "{path}": {error}; give a PNG that a command of this project wrote'
             ) from None
+        text = chunks.get(KEY)
+        if text is None and "task" in chunks:
+            raise GridError(f'"{path}" is a grid; give a single image')
         if text is None:
             raise UserError(f'"{path}" has no settings; give a single image that a command of this project wrote')
         try:

@@ -179,7 +179,7 @@ def _reported(error: UserError, paths: Sequence[Path]) -> UserError:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     args = make_parser().parse_args(argv)
-    from ldm.cli.metadata import Record
+    from ldm.cli.metadata import GridError, Record
 
     paths = [Path(path) for path in args.images]
     records: dict[Path, Record] = {}
@@ -187,6 +187,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in paths:
         try:
             records[path] = Record.read(path)
+        except GridError as error:  # results of a folder often have their grid beside them
+            if len(paths) == 1:
+                raise
+            logger.info("skipped: %s", error)
         except UserError as error:
             failures.append(_reported(error, paths))
     if not records:

@@ -46,6 +46,17 @@ def test_differences_are_counted(sampled, tmp_path, capsys):
     assert capsys.readouterr().out.strip().endswith("x.png: DIFFERENT in 2 of 256 pixels, by 4/255 at most")
 
 
+def test_grid_is_skipped_among_other_images(sampled, capsys, caplog):
+    """In-painting and super-resolution write their grid beside the results."""
+    (grid,) = sampled.glob("*.png")
+    with caplog.at_level("INFO", logger="ldm"):
+        assert replay([str(grid), str(sampled / "samples/0000.png")]) == 0
+    assert f'skipped: "{grid}" is a grid; give a single image' in caplog.text
+    assert capsys.readouterr().out.strip().endswith("0000.png: identical")
+    assert replay([str(grid)]) == 2
+    assert "is a grid; give a single image" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
