@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.options import MAX_SEED, PRECISIONS
+from ldm.cli.options import MAX_SEED
 from ldm.config.distribution import version
 from ldm.config.model_files import ModelFiles
+from ldm.config.values import PRECISIONS
 from ldm.errors import UserError
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ldm.config import targets
+from ldm.config.values import PRECISIONS, SEED_RANGE
 
 MAX_COUNT = 10**7  # of images, steps and the like
 MAX_SIDE = 2**16  # of an image, in pixels
-PRECISIONS = ("float32", "bfloat16", "float16", "auto")
-MAX_SEED = 2**63 - 1
+MAX_SEED = SEED_RANGE - 1
 
 # -- types of values ---------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ldm.cli.command import command
 from ldm.cli.task import Inputs, Task
+from ldm.config.values import SEED_RANGE
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Reader:
         self.failures: list[UserError] = []
 
     def __iter__(self) -> Iterator[Item]:
-        from ldm.pipelines.generation import SEED_RANGE, Item
+        from ldm.pipelines.generation import Item
 
         for index in self.indices:
             try:

@@ -19,6 +19,7 @@ from ldm.cli.command import say
 from ldm.cli.outputs import Output
 from ldm.config.model_files import ModelFiles
 from ldm.config.model_info import ModelInfo
+from ldm.config.values import SEED_RANGE
 from ldm.errors import UserError
 from ldm.io.files import atomic_path, check_writable
 
@@ -187,7 +188,6 @@ class SampleFolder(Output):
         from ldm.io.grids import make_sheet
         from ldm.io.images import open_image, save_png
         from ldm.io.npz import Rows, write_npz
-        from ldm.pipelines.generation import SEED_RANGE
 
         paths = [self.path(i) for i in range(self.count)]
         shape = (self.count, *_pixels(paths[0]).shape)

@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from ldm.config.values import PRECISIONS
 from ldm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -13,7 +14,6 @@ logger = logging.getLogger(__name__)
 # CPU instructions that multiply bfloat16, as named by `torch.cpu.get_capabilities`. Without one, torch's kernels
 # convert every value and take dozens of times as long as in float32.
 BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
-SAMPLING_PRECISIONS = ("float32", "bfloat16", "float16", "auto")
 BFLOAT16_TRAINING = {"bf16-mixed", "bf16", "bf16-true"}  # Lightning's precisions that compute in bfloat16
 
 
@@ -36,8 +36,8 @@ def choose_precision(name: str, device: torch.device | str) -> torch.dtype:
     Raises:
         UserError: The name is unknown.
     """
-    if name not in SAMPLING_PRECISIONS:
-        raise UserError(f'there is no precision "{name}"; choose one of {", ".join(SAMPLING_PRECISIONS)}')
+    if name not in PRECISIONS:
+        raise UserError(f'there is no precision "{name}"; choose one of {", ".join(PRECISIONS)}')
     if name == "auto":
         return torch.bfloat16 if computes_bfloat16(device) else torch.float32
     if name == "bfloat16":

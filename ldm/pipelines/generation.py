@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-SEED_RANGE = 2**63  # of torch's generators
-
 
 @dataclass(frozen=True)
 class Item:

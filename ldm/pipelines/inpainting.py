@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
+from ldm.models.diffusion.batch_keys import MASK_KEY, MASKED_KEY
 from ldm.pipelines.pipeline import Conditioned, check_count
 from ldm.pipelines.tiled import TiledPipeline
 
@@ -50,7 +51,7 @@ class Inpainting(TiledPipeline):
 
     def check(self, info: ModelInfo) -> None:
         """See `Pipeline.check`."""
-        info.check_condition("masked_image", "an in-painting")
+        info.check_condition(MASKED_KEY, "an in-painting")
         super().check(info)
         check_count("feather", self.feather)
 
@@ -69,7 +70,7 @@ class Inpainting(TiledPipeline):
         masks = [torch.from_numpy(pad_to_multiple(each.mask, multiple)) for each in requests]
         mask = torch.stack(masks)[:, None].to(image) * 2.0 - 1.0
         masked_image = torch.where(mask > 0, -1.0, image)  # black, as in training
-        cond = model.get_learned_conditioning({"masked_image": masked_image, "mask": mask})
+        cond = model.get_learned_conditioning({MASKED_KEY: masked_image, MASK_KEY: mask})
         return Conditioned(tuple(cond.shape[2:]), cond, tile=self.latent_tile(model))
 
     def finish(self, requests: Sequence[MaskedImage], images: np.ndarray) -> list[np.ndarray]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ldm.config.model_info import ModelInfo
+from ldm.config.values import SAMPLERS
 from ldm.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.noise import SeededNoise
 
 
-SAMPLERS = ("ddim", "plms", "dpm", "ddpm")
 DETERMINISTIC = ("plms", "dpm")
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.pipelines.generation import SEED_RANGE, Item, generate
+from ldm.config.values import SEED_RANGE
+from ldm.pipelines.generation import Item, generate
 from ldm.pipelines.loading import move
 from ldm.pipelines.pipeline import Pipeline
 

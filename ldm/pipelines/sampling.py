@@ -27,7 +27,7 @@ from ldm.modules.tiles import in_tiles
 logger = logging.getLogger(__name__)
 
 ANCESTRAL = "ddpm"  # the sampler that takes every timestep of the model
-SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler}
+SAMPLER_CLASSES = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler}
 DECODING_TILES = (64, 32, 16)  # tile sides, in latents, to try if an image does not fit into memory
 
 
@@ -37,9 +37,10 @@ def make_sampler(name: str, model: Any) -> Any:
     Raises:
         UserError: There is no such sampler.
     """
-    if name not in SAMPLERS:
-        raise UserError(f'there is no sampler "{name}"{did_you_mean(name, SAMPLERS)}; choose {", ".join(SAMPLERS)}')
-    return SAMPLERS[name](model)
+    if name not in SAMPLER_CLASSES:
+        near, known = did_you_mean(name, SAMPLER_CLASSES), ", ".join(SAMPLER_CLASSES)
+        raise UserError(f'there is no sampler "{name}"{near}; choose {known}')
+    return SAMPLER_CLASSES[name](model)
 
 
 @torch.no_grad()

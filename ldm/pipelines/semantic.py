@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
+from ldm.models.diffusion.batch_keys import SEGMENTATION_KEY
 from ldm.pipelines.pipeline import Conditioned, SamplerPipeline, check_count
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
     from ldm.pipelines.inputs import ImageLike
     from ldm.pipelines.run import SamplerOptions
-
-SEGMENTATION_KEY = "segmentation"  # entry of a batch that holds label maps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
+from ldm.models.diffusion.batch_keys import LOW_RESOLUTION_KEY
 from ldm.pipelines.pipeline import Conditioned
 from ldm.pipelines.tiled import TiledPipeline
 
@@ -115,7 +116,7 @@ def upscaling_factor(info: ModelInfo) -> int:
     Raises:
         UserError: The model does not enlarge images, or its conditioning stage is unknown.
     """
-    info.check_condition("LR_image", "a super-resolution")
+    info.check_condition(LOW_RESOLUTION_KEY, "a super-resolution")
     stage = info.params.get("cond_stage_config")
     target = stage.get("target") if isinstance(stage, Mapping) else stage
     if target not in ("torch.nn.Identity", "torch.nn.PixelUnshuffle"):

@@ -13,3 +13,7 @@ CLASS_KEY, CLASS_NAME_KEY = "class_label", "human_label"
 MASKED_KEY, MASK_KEY = "masked_image", "mask"
 # Tokens of layouts, see `ldm.modules.encoders.layout`: (B, L) int64.
 LAYOUT_KEY = "coordinates_bbox"
+# Label maps, one channel a class: (B, H, W, K).
+SEGMENTATION_KEY = "segmentation"
+# Small images of a super-resolution model: (B, h, w, 3).
+LOW_RESOLUTION_KEY = "LR_image"

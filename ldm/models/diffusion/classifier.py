@@ -24,11 +24,10 @@ from ldm.io.checkpoint.loading import load_weights
 from ldm.io.checkpoint.reading import read_state_dict
 from ldm.io.grids import log_txt_as_img
 from ldm.io.pixels import batch_entry, batch_images, in_random_colours
-from ldm.models.diffusion.batch_keys import CLASS_KEY, CLASS_NAME_KEY
+from ldm.models.diffusion.batch_keys import CLASS_KEY, CLASS_NAME_KEY, SEGMENTATION_KEY
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor
 from ldm.modules.frozen import freeze
 
-SEGMENTATION_KEY = "segmentation"
 # Network of the classifier for each entry of a batch that can be its label.
 NETWORKS = {
     CLASS_KEY: "ldm.modules.diffusionmodules.openaimodel.EncoderUNetModel",
