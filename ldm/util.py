@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ldm.config.instantiate import get_obj_from_str, instantiate_from_config
 
@@ -43,7 +43,7 @@ def default(value: T | None, fallback: T | Callable[[], T]) -> T:
     """Return `value`, or `fallback` if it is None; a `fallback` that is a function is called."""
     if value is not None:
         return value
-    return fallback() if inspect.isfunction(fallback) else fallback
+    return cast(T, fallback() if inspect.isfunction(fallback) else fallback)
 
 
 def ismap(x: Any) -> bool:

@@ -133,7 +133,7 @@ def _parameters(cls: Callable[..., Any]) -> tuple[dict[str, Any], list[str], boo
     """
     constructors = [cls]
     if inspect.isclass(cls):
-        constructors = [c.__init__ for c in inspect.getmro(cls)[:-1] if "__init__" in vars(c)]
+        constructors = [vars(c)["__init__"] for c in inspect.getmro(cls)[:-1] if "__init__" in vars(c)]
     accepted: dict[str, Any] = {}
     required: list[str] = []
     for constructor in constructors:

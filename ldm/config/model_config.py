@@ -27,7 +27,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     from yaml import YAMLError
 
     try:
-        loaded = OmegaConf.load(path)
+        loaded: Any = OmegaConf.load(path)
         if overrides:
             loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist([_check_override(text) for text in overrides]))
         config = OmegaConf.to_container(loaded, resolve=True)

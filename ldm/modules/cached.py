@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class ResultCache(Generic[T]):
         if not hit:
             self._result = compute()
             self._sources, self._versions = sources, versions
-        return self._result
+        return cast(T, self._result)
 
 
 def _versions(sources: tuple[Tensor, ...]) -> tuple[int, ...] | None:

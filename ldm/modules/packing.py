@@ -40,10 +40,11 @@ def packed_weights(*modules: nn.Module, keep_originals: bool = False) -> Iterato
     """
     parts = dict.fromkeys(part for module in modules for part in module.modules())
     owners = Counter(id(parameter) for part in parts for parameter in part._parameters.values())
-    layers = [part for part in parts if _can_pack(part) and owners[id(part.weight)] == 1]
+    layers = [part for part in parts if _can_pack(part) and owners[id(part._parameters["weight"])] == 1]
     replacements: list[_Replacement] = [_PACKED[type(layer)](layer, keep_originals) for layer in layers]
     if replacements:
-        replacements += [_NormInFloat32(part) for part in parts if _is_slow_norm(part)]
+        norms = (part for part in parts if isinstance(part, nn.GroupNorm))
+        replacements += [_NormInFloat32(norm) for norm in norms if _is_slow_norm(norm)]
     hooks = [module.register_forward_hook(_contiguous) for module in modules] if replacements else []
     try:
         yield
@@ -78,8 +79,8 @@ def _packable_dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if half else (torch.float32,)
 
 
-def _is_slow_norm(layer: nn.Module) -> bool:
-    if not isinstance(layer, nn.GroupNorm) or type(layer).forward is not nn.GroupNorm.forward:
+def _is_slow_norm(layer: nn.GroupNorm) -> bool:
+    if type(layer).forward is not nn.GroupNorm.forward:
         return False
     weight = layer.weight
     if weight is None or weight.requires_grad or "forward" in vars(layer):
@@ -100,8 +101,8 @@ class _Replacement:
     """Replacement of the `forward` of one layer."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        layer.forward = self
+        self.layer: Any = layer
+        layer.forward = self  # type: ignore[assignment]
 
     def remove(self) -> None:
         del self.layer.forward
@@ -110,18 +111,18 @@ class _Replacement:
 class _PackedLayer(_Replacement):
     dims: range
 
-    def __init__(self, layer: nn.Module, keep_original: bool = False) -> None:
+    def __init__(self, layer: Any, keep_original: bool = False) -> None:
         super().__init__(layer)
         self.keep_original = keep_original
-        self.parameter = layer.weight
-        self.dtype = layer.weight.dtype
+        self.parameter: nn.Parameter = layer.weight
+        self.dtype: torch.dtype = layer.weight.dtype
         self.strides = layer.weight.stride()
         self.packed: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         unusual = x.dtype != self.dtype or x.device.type != "cpu" or x.dim() not in self.dims or x.numel() == 0
         if unusual or _is_recorded(x) or torch.is_autocast_enabled("cpu"):
-            return self.plain(x, self.parameter if self.packed is None else self.unpacked())
+            return self.plain(x, self.unpacked())
         if self.packed is None:
             self.packed = self.pack(x)
             self.layer._parameters["weight"] = nn.Parameter(self.packed, requires_grad=False)
@@ -131,7 +132,7 @@ class _PackedLayer(_Replacement):
 
     def unpacked(self) -> Tensor:
         """Return the original weight, bit for bit."""
-        if self.keep_original:
+        if self.packed is None or self.keep_original:
             return self.parameter.data
         dense = self.packed.to_dense()
         if dense.stride() == self.strides:
@@ -200,4 +201,4 @@ class _NormInFloat32(_Replacement):
         return group_norm(x.float(), layer.num_groups, self.weight, self.bias, layer.eps).to(x.dtype)
 
 
-_PACKED = {nn.Conv2d: _PackedConv2d, nn.Linear: _PackedLinear}
+_PACKED: dict[type[nn.Module], type[_PackedLayer]] = {nn.Conv2d: _PackedConv2d, nn.Linear: _PackedLinear}

@@ -33,6 +33,8 @@ class VectorQuantizer2(nn.Module):
         UserError: `remap` cannot be read, its indices are invalid, or `unknown_index` is unknown.
     """
 
+    used: Tensor  # only with `remap`
+
     def __init__(
         self,
         n_e: int,
@@ -62,7 +64,7 @@ class VectorQuantizer2(nn.Module):
                 self.re_embed += 1
             elif isinstance(unknown_index, str) and unknown_index != "random":
                 raise UserError(f'unknown_index "{unknown_index}" is neither "random", "extra" nor a number')
-            self.unknown_index = unknown_index
+            self.unknown_index: str | int = unknown_index
 
     def remap_to_used(self, inds: Tensor) -> Tensor:
         """Map codebook indices of any shape to positions in the list of used indices."""
@@ -70,11 +72,11 @@ class VectorQuantizer2(nn.Module):
         positions[self.used] = torch.arange(len(self.used), device=inds.device)
         new = positions[inds]
         unknown = new < 0
-        if self.unknown_index == "random":
+        if isinstance(self.unknown_index, int):
+            new[unknown] = self.unknown_index
+        else:
             random_positions = torch.randint(0, self.re_embed, size=(int(unknown.sum()),))
             new[unknown] = random_positions.to(new)
-        else:
-            new[unknown] = self.unknown_index
         return new
 
     def unmap_to_all(self, inds: Tensor) -> Tensor:

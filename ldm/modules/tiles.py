@@ -47,10 +47,10 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap
         (B, C', H · factor, W · factor) float32, on the device of the function's results.
     """
     height, width = x.shape[2:]
-    total = weights = None
-    for top, left, h, w in tile_boxes(height, width, tile, overlap):
+    total = weights = torch.empty(0)  # the first result states the device and the number of channels
+    for index, (top, left, h, w) in enumerate(tile_boxes(height, width, tile, overlap)):
         result = function(x[:, :, top : top + h, left : left + w]).float()
-        if total is None:
+        if index == 0:
             total = result.new_zeros(*result.shape[:2], height * factor, width * factor)
             weights = result.new_zeros(height * factor, width * factor)
         weight = fade(h * factor, overlap * factor)[:, None] * fade(w * factor, overlap * factor)[None, :]

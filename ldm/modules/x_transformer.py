@@ -5,7 +5,8 @@ Shapes: B batch, N tokens, D channels.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -97,7 +98,7 @@ class AttentionLayers(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map `x` (B, N, D) to the same shape, without a final normalisation."""
-        for norm, block in self.layers:
+        for norm, block in cast(Iterable[tuple[nn.LayerNorm, nn.Module]], self.layers):
             h = norm(x)
             x = x + (block(h, mask) if isinstance(block, Attention) else block(h))
         return x

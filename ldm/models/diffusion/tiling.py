@@ -80,7 +80,7 @@ def tiled(
     ]
     results = [function(*parts) for parts in zip(*tiles, strict=True)]
 
-    kernel, stride, size = (tuple(_scale(n, factor) for n in pair) for pair in (kernel, stride, (height, width)))
+    kernel, stride, size = (_scaled(pair, factor) for pair in (kernel, stride, (height, width)))
     weights = tile_weights(kernel, (rows, columns), params).to(results[0])
     fold = torch.nn.Fold(output_size=size, kernel_size=kernel, stride=stride)
     weighted = torch.stack(results, dim=-1) * weights
@@ -135,6 +135,10 @@ def border_distance(h: int, w: int) -> torch.Tensor:
     y, x = (torch.arange(n) / max(n - 1, 1) for n in (h, w))
     y, x = torch.minimum(y, 1 - y), torch.minimum(x, 1 - x)
     return torch.minimum(y[:, None], x[None, :])
+
+
+def _scaled(pair: tuple[int, int], factor: Fraction | int) -> tuple[int, int]:
+    return _scale(pair[0], factor), _scale(pair[1], factor)
 
 
 def _scale(n: int, factor: Fraction | int) -> int:

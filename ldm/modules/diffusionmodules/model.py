@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -132,36 +132,39 @@ def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
     raise UserError(f'attn_type "{attn_type}" is unknown; choose one of {", ".join(ATTENTION_TYPES)}')
 
 
-def _make_level(channels: Sequence[int], attention: bool, attn_type: str, dropout: float) -> nn.Module:
-    """Return residual blocks `channels[0] -> channels[1] -> ...`, each followed by attention if `attention` is set."""
-    level = nn.Module()
-    level.block = nn.ModuleList(
-        ResnetBlock(in_channels=c_in, out_channels=c_out, dropout=dropout, temb_channels=0)
-        for c_in, c_out in pairwise(channels)
-    )
-    level.attn = nn.ModuleList(make_attn(c_out, attn_type) for c_out in channels[1:] if attention)
-    return level
+class _Level(nn.Module):
+    """Residual blocks `channels[0] -> channels[1] -> ...`, each followed by attention if `attention` is set."""
+
+    upsample: Upsample  # all but the last level of a decoder
+    downsample: Downsample  # all but the last level of an encoder
+
+    def __init__(self, channels: Sequence[int], attention: bool, attn_type: str, dropout: float) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResnetBlock(in_channels=c_in, out_channels=c_out, dropout=dropout, temb_channels=0)
+            for c_in, c_out in pairwise(channels)
+        )
+        self.attn = nn.ModuleList(make_attn(c_out, attn_type) for c_out in channels[1:] if attention)
+
+    def forward(self, h: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            h = block(h)
+            if self.attn:
+                h = self.attn[i](h)
+        return h
 
 
-def _run_level(level: nn.Module, h: Tensor) -> Tensor:
-    for i, block in enumerate(level.block):
-        h = block(h)
-        if level.attn:
-            h = level.attn[i](h)
-    return h
+class _Middle(nn.Module):
+    """Layers at the lowest resolution: residual block, attention, residual block."""
 
+    def __init__(self, channels: int, attn_type: str, dropout: float) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(in_channels=channels, dropout=dropout, temb_channels=0)
+        self.attn_1 = make_attn(channels, attn_type)
+        self.block_2 = ResnetBlock(in_channels=channels, dropout=dropout, temb_channels=0)
 
-def _make_middle(channels: int, attn_type: str, dropout: float) -> nn.Module:
-    """Return the layers at the lowest resolution: residual block, attention, residual block."""
-    middle = nn.Module()
-    middle.block_1 = ResnetBlock(in_channels=channels, dropout=dropout, temb_channels=0)
-    middle.attn_1 = make_attn(channels, attn_type)
-    middle.block_2 = ResnetBlock(in_channels=channels, dropout=dropout, temb_channels=0)
-    return middle
-
-
-def _run_middle(middle: nn.Module, h: Tensor) -> Tensor:
-    return middle.block_2(middle.attn_1(middle.block_1(h)))
+    def forward(self, h: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(h)))
 
 
 class Encoder(nn.Module):
@@ -207,22 +210,22 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             previous = widths[i - 1] if i else ch
             attention = resolution // 2**i in attn_resolutions
-            level = _make_level([previous] + [width] * num_res_blocks, attention, attn_type, dropout)
+            level = _Level([previous] + [width] * num_res_blocks, attention, attn_type, dropout)
             if i != len(widths) - 1:
                 level.downsample = Downsample(width, resamp_with_conv)
             self.down.append(level)
-        self.mid = _make_middle(widths[-1], attn_type, dropout)
+        self.mid = _Middle(widths[-1], attn_type, dropout)
         self.norm_out = Normalize(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, z_channels or 2 * z_channels, H / f, W / f), with f = 2^(levels - 1)."""
         h = self.conv_in(x)
-        for i, level in enumerate(self.down):
-            h = _run_level(level, h)
+        for i, level in enumerate(cast(Iterable[_Level], self.down)):
+            h = level(h)
             if i != len(self.down) - 1:
                 h = level.downsample(h)
-        h = _run_middle(self.mid, h)
+        h = self.mid(h)
         return self.conv_out(nonlinearity(self.norm_out(h)))
 
 
@@ -263,13 +266,13 @@ class Decoder(nn.Module):
         self.give_pre_end = give_pre_end
         self.tanh_out = tanh_out
         self.conv_in = nn.Conv2d(z_channels, widths[-1], kernel_size=3, padding=1)
-        self.mid = _make_middle(widths[-1], attn_type, dropout)
+        self.mid = _Middle(widths[-1], attn_type, dropout)
         # up[i] has the resolution of the encoder's down[i]; the forward pass runs from the last to the first.
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
             previous = widths[min(i + 1, len(widths) - 1)]
             attention = resolution // 2**i in attn_resolutions
-            level = _make_level([previous] + [width] * (num_res_blocks + 1), attention, attn_type, dropout)
+            level = _Level([previous] + [width] * (num_res_blocks + 1), attention, attn_type, dropout)
             if i != 0:
                 level.upsample = Upsample(width, resamp_with_conv)
             self.up.append(level)
@@ -278,11 +281,11 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Map (B, z_channels, h, w) to (B, out_ch, h * f, w * f) or to the last features, with f = 2^(levels - 1)."""
-        h = _run_middle(self.mid, self.conv_in(z))
-        for i in reversed(range(len(self.up))):
-            h = _run_level(self.up[i], h)
+        h = self.mid(self.conv_in(z))
+        for i, level in reversed(list(enumerate(cast(Iterable[_Level], self.up)))):
+            h = level(h)
             if i != 0:
-                h = self.up[i].upsample(h)
+                h = level.upsample(h)
         if self.give_pre_end:
             return h
         h = self.conv_out(nonlinearity(self.norm_out(h)))

@@ -152,7 +152,7 @@ class _TimestepNetwork(nn.Module):
         factor = 1
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                block = [layers.res_block(mult * self.model_channels)]
+                block: list[nn.Module] = [layers.res_block(mult * self.model_channels)]
                 if factor in attention_resolutions:
                     block.append(layers.attention())
                 blocks.append(TimestepEmbedSequential(*block))
@@ -174,7 +174,7 @@ class _TimestepNetwork(nn.Module):
 
     def _embed(self, timesteps: Tensor) -> Tensor:
         embedding = timestep_embedding(timesteps, self.model_channels)
-        return self.time_embed(embedding.to(self.time_embed[0].weight.dtype))
+        return self.time_embed(embedding.to(next(self.time_embed.parameters()).dtype))
 
     def _block_lists(self) -> list[nn.Module]:
         return [self.input_blocks, self.middle_block]
@@ -274,7 +274,7 @@ class UNetModel(_TimestepNetwork):
             use_new_attention_order=use_new_attention_order,
             legacy=legacy,
         )
-        if use_spatial_transformer:
+        if context_dim is not None:
             layers.transformers = _Transformers(transformer_depth, context_dim, checkpoint_transformer)
         self._build_encoder(layers, num_res_blocks, attention_resolutions, channel_mult)
         if num_classes is not None:
@@ -303,7 +303,9 @@ class UNetModel(_TimestepNetwork):
         blocks = []
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                block = [layers.res_block(mult * self.model_channels, extra_channels=layers.skip_channels.pop())]
+                block: list[nn.Module] = [
+                    layers.res_block(mult * self.model_channels, extra_channels=layers.skip_channels.pop())
+                ]
                 if 2**level in attention_resolutions:
                     block.append(layers.attention(None if num_heads == -1 else num_heads))
                 if level > 0 and i == num_res_blocks:
@@ -334,6 +336,8 @@ class UNetModel(_TimestepNetwork):
         Returns:
             (B, out_channels or n_embed, ...) in the dtype of `x`.
         """
+        if timesteps is None:
+            raise ValueError("timesteps are required")
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("class labels y are required if and only if the model has num_classes")
         emb = self._embed(timesteps)
@@ -366,8 +370,8 @@ class AttentionPool2d(nn.Module):
     ) -> None:
         super().__init__()
         self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
-        self.qkv_proj = conv_nd(1, embed_dim, 3 * embed_dim, 1)
-        self.c_proj = conv_nd(1, embed_dim, output_dim or embed_dim, 1)
+        self.qkv_proj = nn.Conv1d(embed_dim, 3 * embed_dim, 1)
+        self.c_proj = nn.Conv1d(embed_dim, output_dim or embed_dim, 1)
         self.num_heads = embed_dim // num_heads_channels
         self.attention = QKVAttention(self.num_heads)
 

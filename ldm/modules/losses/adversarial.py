@@ -96,7 +96,7 @@ class AdversarialLoss(nn.Module):
         self.pixel_weight = pixelloss_weight
         self.perceptual_weight = perceptual_weight
         self.perceptual_loss = LPIPS() if perceptual_weight > 0 else None
-        self.discriminator = None
+        self.discriminator: nn.Module | None = None
         if disc_factor > 0:
             discriminator = NLayerDiscriminator(disc_in_channels, disc_ndf, disc_num_layers, use_actnorm)
             self.discriminator = discriminator.apply(weights_init)
@@ -138,6 +138,7 @@ class AdversarialLoss(nn.Module):
         if self.disc_conditional != (cond is not None):
             needs = "needs" if self.disc_conditional else "takes no"
             raise ValueError(f"the loss with disc_conditional={self.disc_conditional} {needs} cond")
+        assert self.discriminator is not None
         return self.discriminator(images if cond is None else torch.cat((images, cond), dim=1))
 
     def generator_terms(

@@ -30,6 +30,8 @@ class ActNorm(nn.Module):
         allow_reverse_init: allow `reverse` to initialise the parameters.
     """
 
+    initialized: Tensor
+
     def __init__(
         self, num_features: int, logdet: bool = False, affine: bool = True, allow_reverse_init: bool = False
     ) -> None:

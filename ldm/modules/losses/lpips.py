@@ -24,6 +24,9 @@ VGG16_SLICES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 51
 class ScalingLayer(nn.Module):
     """Normalisation of images in [-1, 1] to the channel statistics of the VGG16 training data."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
@@ -124,7 +127,7 @@ class LPIPS(nn.Module):
         if not self._prepared:
             self.prepare()
         features = zip(self.net(self.scaling_layer(input)), self.net(self.scaling_layer(target)), strict=True)
-        total = 0.0
+        total = input.new_zeros(())
         for i, (input_features, target_features) in enumerate(features):
             difference = (_unit_length(input_features) - _unit_length(target_features)).square()
             total = total + getattr(self, f"lin{i}")(difference).mean(dim=(2, 3), keepdim=True)
