@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -11,6 +12,23 @@ class UserError(Exception):
 
     Commands print it without a traceback and exit with status 2.
     """
+
+
+class DiskFullError(UserError):
+    """The disk, or the quota of the user, has no room left, so that nothing more can be written."""
+
+
+class PartialResultError(UserError):
+    """Some images of a run could not be computed; the others are in `images`.
+
+    Attributes:
+        images: a result for each request, in order; None for those that could not be computed.
+        errors: the error of each of these, by its index in `images`.
+    """
+
+    def __init__(self, message: str, images: Sequence[Any] = (), errors: Mapping[int, UserError] | None = None) -> None:
+        super().__init__(message)
+        self.images, self.errors = list(images), dict(errors or {})
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -22,6 +22,7 @@ import _checkout  # noqa: F401 (imports the code beside this script)
 
 from ldm.cli.command import Parser, command, example
 from ldm.errors import UserError
+from ldm.io.files import reserve_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "emoji"
@@ -116,7 +117,7 @@ def train(stage: Stage, folder: Path, overrides: Sequence[str] = ()) -> Path:
     Raises:
         UserError: The run failed, or left no checkpoint.
     """
-    words = ["-b", *stage.paths, "-t", "--no-test", "-l", folder, "-n", stage.name, *overrides]
+    words: list[str | Path] = ["-b", *stage.paths, "-t", "--no-test", "-l", folder, "-n", stage.name, *overrides]
     run(f"train {stage.name}", "main.py", *words)
     runs = sorted(folder.glob(f"*_{stage.name}"))
     if not runs or not checkpoint(runs[-1]).is_file():
@@ -164,8 +165,8 @@ def train_and_sample(stages: Sequence[Stage], folder: Path) -> list[Curve]:
         runs.append(train(stage, folder, overrides))
     model, images = folder / "model", folder / "images"
     run("export", "scripts/export_model.py", "--ckpt", checkpoint(runs[-1]), "--outdir", model)
-    options = ["--from-file", PROMPTS, "--ddim_steps", "50", "--scale", "3", "--seed", "1", "--outdir", images]
-    run("sample", "scripts/txt2img.py", "--model", model, *options)
+    options = ["--ddim_steps", "50", "--scale", "3", "--seed", "1"]
+    run("sample", "scripts/txt2img.py", "--model", model, "--from-file", PROMPTS, *options, "--outdir", images)
     return [curve(run_folder, stage.loss) for run_folder, stage in zip(runs, stages, strict=True)]
 
 
@@ -184,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 1 if a loss did not fall."""
     args = make_parser().parse_args(argv)
     start = time.monotonic()
-    folder = Path(args.logdir) / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    folder = reserve_folder(Path(args.logdir) / datetime.now().strftime("%Y-%m-%dT%H-%M-%S"))
     curves = train_and_sample(FULL if args.full else DEMO, folder)
     return 0 if report(curves, time.monotonic() - start) else 1
 

@@ -172,8 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         state_dict = without_first_stage(state_dict, args.shared_first_stage)
         config["params"]["first_stage_config"]["params"]["ckpt_path"] = args.shared_first_stage
     metadata = {"source_sha256": sha256(source), "weights": kind, "step": step, "dtype": args.dtype}
-    save_safetensors(state_dict, target, metadata)
-    with atomic_path(folder / "config.yaml") as temporary:
+    with atomic_path(folder / "config.yaml", replace=args.overwrite) as temporary:
         OmegaConf.save(OmegaConf.create({"model": config}), temporary)
+        save_safetensors(state_dict, target, metadata, replace=args.overwrite)
     size = target.stat().st_size / 1e6
     say(f"{target}: {size:.1f} MB, {kind} weights of step {step} in {args.dtype}")

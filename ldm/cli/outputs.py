@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ldm.pipelines.generation import Sample
     from ldm.pipelines.pipeline import Pipeline
 
-GRID_LIMIT = 256  # images that a grid shows at most
-GRID_SIDE = 1024  # longest side of an image in a grid, in pixels
+
+SPANS = 8  # groups of files that a line names at most
 
 
 class Output(ABC):
@@ -56,53 +56,78 @@ class Output(ABC):
 
 
 class ImageFolder(Output):
-    """Folder of numbered or named PNG files, and a grid."""
+    """Folder of numbered or named PNG files, and a grid. Several runs may write to one folder at the same time."""
 
     def __init__(self, task: Task, args: argparse.Namespace) -> None:
         self.task, self.args = task, args
         self.outdir = Path(args.outdir)
+        self.writes_images = not getattr(args, "skip_save", False)
         check_writable(self.outdir, "--outdir")
 
     def open(self, run: RunInfo, pipeline: Pipeline) -> None:
         """See `Output.open`."""
+        from ldm.io.grids import ContactSheet
         from ldm.io.images import next_index
 
         super().open(run, pipeline)
         self.first = next_index(self.task.path(self.outdir, self.inputs[0], 0).parent)
         self.paths: list[Path] = []
-        self.rows: list[list[np.ndarray]] = []
+        self.count = 0
+        self.sheet = ContactSheet(len(self.inputs), self.task.grid_columns(self.args))
 
     def save(self, sample: Sample) -> None:
-        """Write one image with its metadata."""
-        from ldm.io.grids import shrink
-        from ldm.io.images import save_png
-
+        """Write one image with its metadata, and add it to the grid."""
         inputs = self.inputs[sample.item.index]
-        path = self.task.path(self.outdir, inputs, self.first + sample.item.index)
-        save_png(sample.pixels, path, self.run.text(inputs, sample.item.seed, sample.position))
-        self.paths.append(path)
-        if len(self.rows) < GRID_LIMIT:
-            panels = [*self.task.panels(sample, self.pipeline), sample.pixels]
-            self.rows.append([shrink(panel, GRID_SIDE) for panel in panels])
+        if self.writes_images:
+            text = self.run.text(inputs, sample.item.seed, sample.position)
+            self.paths.append(self._write(sample.image, inputs, self.first + sample.item.index, text))
+        self.count += 1
+        self.sheet.add([*self.task.panels(sample, self.pipeline), sample.image])
+
+    def _write(self, pixels: np.ndarray, inputs: Inputs, number: int, text: Mapping[str, Any]) -> Path:
+        """Write one image and return its path."""
+        from ldm.io.images import save_new_png, save_png
+
+        if self.task.replaces:
+            path = self.task.path(self.outdir, inputs, number)
+            save_png(pixels, path, text)
+            return path
+        return save_new_png(pixels, self.task.new_paths(self.outdir, inputs, number), text)
 
     def close(self, seconds: float, finished: bool) -> None:
         """Write the grid, and print where the images are."""
-        from ldm.io.grids import make_sheet
-        from ldm.io.images import save_png
+        from ldm.io.images import save_new_png
 
-        if not self.paths:
+        if not self.count:
             return
-        path = self.task.grid_path(self.outdir, self.args, self.inputs)
+        grid_paths = self.task.grid_paths(self.outdir, self.args, self.inputs)
         try:
-            if path is not None:
-                grid = make_sheet(self.rows, self.task.grid_columns(self.args))
-                save_png(grid, path, self.run.sheet_text(self.inputs))
+            if grid_paths is not None:
+                path = save_new_png(self.sheet.image(), grid_paths, self.run.sheet_text(self.inputs))
         finally:
             self._print_paths(seconds)
-        if path is not None:
+        if grid_paths is not None:
             say(f"grid: {path}")
 
     def _print_paths(self, seconds: float) -> None:
-        count, last = len(self.paths), self.paths[-1].name
-        where: Any = self.paths[0] if count == 1 else f"{self.paths[0]} to {last}"
-        say(f"{count} {'image' if count == 1 else 'images'} in {seconds:.1f} s: {where}")
+        taken = f"{self.count} {'image' if self.count == 1 else 'images'} in {seconds:.1f} s"
+        if not self.paths:
+            say(taken)
+            return
+        first, *others = spans([path.name for path in self.paths])
+        listed = [str(self.paths[0].with_name(first)), *others[: SPANS - 1], *(["…"] if len(others) >= SPANS else [])]
+        say(f"{taken}: {', '.join(listed)}")
+
+
+def spans(names: Sequence[str]) -> list[str]:
+    """Return names of files in short: "first to last" of consecutive numbers, and of names without numbers."""
+    groups: list[list[str]] = []
+    for name in names:
+        before = groups[-1][-1].partition(".")[0] if groups else ""
+        number = name.partition(".")[0]
+        apart = before.isdecimal() and number.isdecimal() and int(number) != int(before) + 1
+        if groups and not apart:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return [group[0] if len(group) == 1 else f"{group[0]} to {group[-1]}" for group in groups]

@@ -6,24 +6,26 @@ import argparse
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
-from ldm.cli.command import command
+from ldm.cli.command import Main, command
 from ldm.cli.task import Inputs, Task
+from ldm.config.model_files import with_additions
 from ldm.config.values import SEED_RANGE
-from ldm.errors import UserError
+from ldm.errors import DiskFullError, UserError
 
 if TYPE_CHECKING:
-    from ldm.pipelines.generation import Item
+    from ldm.cli.outputs import Output
+    from ldm.pipelines.generation import Item, Sample
     from ldm.pipelines.pipeline import Pipeline
 
 logger = logging.getLogger("ldm")
 
 
-def command_of(task: Task) -> Callable[[Sequence[str] | None], int]:
-    """Return the `main` of the command that runs `task`; it returns the exit status."""
+def command_of(task: Task) -> Main:
+    """Return the `main` of the command that runs `task`."""
 
     @command
     def main(argv: Sequence[str] | None = None) -> None:
@@ -36,15 +38,18 @@ def run(task: Task, args: argparse.Namespace) -> None:
     """Sample everything that the options ask for.
 
     Raises:
-        UserError: Nothing can be sampled; or some images could not, after the others were.
+        UserError: Nothing can be sampled; or some images could not be sampled or saved, after the others were.
+        DiskFullError: The disk is full; the images until then are saved.
     """
-    files = task.choose_model(args)
+    # Not every task has these two options.
+    files = with_additions(task.choose_model(args), getattr(args, "vae", None), getattr(args, "lora", ()))
     info = task.read_info(args, files)
     pipeline = task.pipeline(args, info)
     pipeline.check(info)
     output = task.output(args, files, info)
-    inputs = task.inputs(args, info)
-    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    if args.seed is None:
+        args.seed = secrets.randbelow(2**32)
+    seed, inputs = args.seed, task.inputs(args, info)
     batch_size = args.batch_size or task.default_batch_size(args)
     missing = output.plan(inputs, seed, batch_size)
 
@@ -62,7 +67,8 @@ def run(task: Task, args: argparse.Namespace) -> None:
     run_info = RunInfo.of(task.name, files, str(precision).removeprefix("torch."), pipeline.settings())
     output.open(run_info, pipeline)
     task.before_sampling(model, pipeline, inputs)
-    reader = Reader(task, pipeline, inputs, missing, seed)
+    failures = Failures()
+    reader = Reader(task, pipeline, inputs, missing, seed, failures)
     started = time.monotonic()
     samples = generate(
         pipeline,
@@ -76,24 +82,64 @@ def run(task: Task, args: argparse.Namespace) -> None:
     try:
         with closing(samples):
             for sample in samples:
-                output.save(sample)
+                _save(output, sample, failures)
     except BaseException:
         with suppress(UserError):  # the first error is reported
             output.close(time.monotonic() - started, False)
         raise
-    output.close(time.monotonic() - started, not reader.failures)
-    if reader.failures:
-        raise UserError(f"{len(reader.failures)} of {len(inputs)} failed; see above")
+    output.close(time.monotonic() - started, not failures.count)
+    if failures.count:
+        raise UserError(f"{failures.count} of {len(inputs)} failed; see above")
+
+
+def _save(output: Output, sample: Sample, failures: Failures) -> None:
+    """Save one image, or add to `failures` why it could not be computed or saved.
+
+    Raises:
+        DiskFullError: No further image could be saved.
+    """
+    if sample.error is not None:
+        inputs = output.inputs[sample.item.index]
+        file = inputs.get("image") or inputs.get("map")
+        failures.add(UserError(f'"{file}": {sample.error}') if file else sample.error)
+        return
+    try:
+        output.save(sample)
+    except DiskFullError:
+        raise
+    except UserError as error:
+        failures.add(error)
+
+
+class Failures:
+    """Images of a run that failed: their number, and a log line for each different error."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._messages: set[str] = set()
+
+    def add(self, error: UserError) -> None:
+        """Count an image, and log its error unless another image had the same, such as one of the same file."""
+        self.count += 1
+        if str(error) not in self._messages:
+            self._messages.add(str(error))
+            logger.error("%s", error)
 
 
 class Reader:
-    """Iterable of the items of a run, each read when its turn comes; errors are logged and collected in `failures`."""
+    """Iterable of the items of a run, each read when its turn comes; errors are added to `failures`."""
 
     def __init__(
-        self, task: Task, pipeline: Pipeline, inputs: Sequence[Inputs], indices: Sequence[int], seed: int
+        self,
+        task: Task,
+        pipeline: Pipeline,
+        inputs: Sequence[Inputs],
+        indices: Sequence[int],
+        seed: int,
+        failures: Failures,
     ) -> None:
         self.task, self.pipeline, self.inputs, self.indices, self.seed = task, pipeline, inputs, indices, seed
-        self.failures: list[UserError] = []
+        self.failures = failures
 
     def __iter__(self) -> Iterator[Item]:
         from ldm.pipelines.generation import Item
@@ -102,8 +148,6 @@ class Reader:
             try:
                 request = self.task.read(self.inputs[index], self.pipeline)
             except UserError as error:
-                if str(error) not in map(str, self.failures):  # several images of one file have the same error
-                    logger.error("%s", error)
-                self.failures.append(error)
+                self.failures.add(error)
                 continue
-            yield Item(index, (self.seed + index) % SEED_RANGE, request)
+            yield Item(index, (self.seed + index) % SEED_RANGE, request, self.inputs[index].get("start_seed"))

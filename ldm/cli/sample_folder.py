@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from ldm.config.model_files import ModelFiles
 from ldm.config.model_info import ModelInfo
 from ldm.config.values import SEED_RANGE
 from ldm.errors import UserError
-from ldm.io.files import atomic_path, check_writable
+from ldm.io.files import atomic_path, check_writable, reserve_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +41,7 @@ GRID_COLUMNS = 8
 FIXED: Mapping[str, type | tuple[type, ...]] = {
     "custom_steps": int,
     "eta": (int, float),
+    "timestep_spacing": (str, type(None)),
     "vanilla_sample": bool,
     "sampler": str,
     "scale": (int, float),
@@ -48,6 +50,8 @@ FIXED: Mapping[str, type | tuple[type, ...]] = {
     "precision": str,
     "overrides": list,
 }
+# Values of options that the files of earlier versions lack.
+EARLIER: Mapping[str, Any] = {"timestep_spacing": None}
 # Further entries of the file of options.
 NEEDED: Mapping[str, type] = {"n_samples": int, "batch_size": int, "resume": str, "config": str, "global_step": int}
 
@@ -66,6 +70,7 @@ def read_options(folder: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or "it is damaged"
         raise UserError(f'--continue: cannot read "{path}": {reason}; name the folder of a run') from None
+    options = {**EARLIER, **options} if isinstance(options, dict) else options
     for name, kind in {**FIXED, **NEEDED}.items():
         if not isinstance(options, dict) or not isinstance(options.get(name, ...), kind):
             raise UserError(f'--continue: "{path}" has no valid "{name}"; name the folder of a run')
@@ -96,7 +101,9 @@ class SampleFolder(Output):
             raise UserError(
                 f'--continue: "{files.checkpoint}" is from step {self.step}, the run from {was}; start a new run'
             )
-        self.folder = base if args.recorded is not None else _new_folder(base / f"{self.step:08}")
+        # The folder of a new run is created in `open`, under another name if this one is taken by then.
+        new = base / f"{self.step:08}" / time.strftime("%Y-%m-%d-%H-%M-%S")
+        self.folder = base if args.recorded is not None else new
         self.wanted: set[int] = set()
         self.count = 0
 
@@ -116,12 +123,14 @@ class SampleFolder(Output):
         """Return the indices of all incomplete batches. A whole batch is sampled again: its size affects rounding."""
         super().plan(inputs, seed, batch_size)
         self.count = count = len(inputs)
-        self.wanted = set(self._absent(count))
+        self.wanted = set(range(count) if self.args.recorded is None else self._absent(count))
         blocks = sorted({i // batch_size for i in self.wanted})
         return [i for block in blocks for i in range(block * batch_size, min((block + 1) * batch_size, count))]
 
     def open(self, run: RunInfo, pipeline: Pipeline) -> None:
-        """Write the options of the run, and its configuration if values were given."""
+        """Write the options of the run, and its configuration if values were given; a new run gets a new folder."""
+        if self.args.recorded is None:
+            self.folder = reserve_folder(self.folder)
         if self.args.overrides and self.args.recorded is None:
             config = self.folder / "config.yaml"
             _save_yaml(config, {"model": self.info.config})
@@ -146,6 +155,7 @@ class SampleFolder(Output):
         fixed = {
             "custom_steps": args.steps,
             "eta": settings["eta"],
+            "timestep_spacing": args.timestep_spacing,
             "vanilla_sample": args.vanilla_sample,
             "sampler": args.sampler,
             "scale": args.scale,
@@ -158,12 +168,13 @@ class SampleFolder(Output):
 
     def save(self, sample: Sample) -> None:
         """Write one sample, unless its file exists."""
-        from ldm.io.images import save_png
+        from ldm.io.images import save_new_png
 
         item = sample.item
         if item.index in self.wanted:
             text = self.run.text(self.inputs[item.index], item.seed, sample.position)
-            save_png(sample.pixels, self.path(item.index), text)
+            with suppress(FileExistsError):  # a second process that continues the run has sampled the same
+                save_new_png(sample.image, [self.path(item.index)], text)
 
     # -- results -------------------------------------------------------------------------------------------------
 
@@ -185,7 +196,7 @@ class SampleFolder(Output):
         import numpy as np
 
         from ldm.cli.metadata import Record
-        from ldm.io.grids import make_sheet
+        from ldm.io.grids import ContactSheet
         from ldm.io.images import open_image, save_png
         from ldm.io.npz import Rows, write_npz
 
@@ -203,17 +214,12 @@ class SampleFolder(Output):
         arrays["seeds"] = Rows.of(np.array(seeds, np.int64))
         write_npz(target, arrays)
         say(f"array: {target}")
-        first = [[np.asarray(open_image(path))] for path in paths[:GRID_SAMPLES]]
+        sheet = ContactSheet(min(self.count, GRID_SAMPLES), GRID_COLUMNS)
+        for path in paths[:GRID_SAMPLES]:
+            sheet.add([np.asarray(open_image(path))])
         text = Record.read(paths[0]).run.sheet_text(self.inputs[:GRID_SAMPLES])
-        save_png(make_sheet(first, GRID_COLUMNS), grid, text)
+        save_png(sheet.image(), grid, text)
         say(f"grid: {grid}")
-
-
-def _new_folder(parent: Path) -> Path:
-    """Return a path named after the time that does not exist yet."""
-    name = time.strftime("%Y-%m-%d-%H-%M-%S")
-    candidates = (parent / f"{name}{suffix}" for suffix in ("", *(f"-{n}" for n in range(1, 100_000))))
-    return next(path for path in candidates if not path.exists())
 
 
 def _save_yaml(path: Path, content: Mapping[str, Any]) -> None:
@@ -243,11 +249,8 @@ def _read_all(paths: Sequence[Path], shape: tuple[int, ...]) -> Iterator[np.ndar
 def _pixels(path: Path) -> np.ndarray:
     """Return a sample as (H, W, C) uint8."""
     import numpy as np
-    from PIL import Image
 
-    try:
-        with Image.open(path) as file:
-            pixels = np.asarray(file)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f'cannot read the sample "{path}": {error}; delete it and use --continue') from None
+    from ldm.io.images import decode_image
+
+    pixels = np.asarray(decode_image(path, "sample", "delete it and use --continue"))
     return pixels if pixels.ndim == 3 else pixels[..., None]

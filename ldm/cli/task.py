@@ -7,15 +7,16 @@ Together with the settings of the pipeline, they suffice to sample the image aga
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ldm.cli.command import Parser, example
-from ldm.cli.options import model_options, run_options
+from ldm.cli.options import addition_options, model_options, run_options
 from ldm.config.model_files import ModelFiles, available_models, downloaded_model, find_model, named_model
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Inputs = dict[str, Any]
+P = TypeVar("P", bound="Pipeline")
 
 
-class Task(ABC):
+class Task(ABC, Generic[P]):
     """Command that samples images. The first line of its docstring is the description in its help.
 
     Attributes:
@@ -44,6 +46,7 @@ class Task(ABC):
         bundled: the model to use otherwise.
         progress: label of the progress bar.
         packed: whether weights are packed; None packs them if the run is long enough to gain from it.
+        replaces: whether an image replaces an earlier one of the same name.
         pipeline_path: dotted path of the pipeline.
     """
 
@@ -54,6 +57,7 @@ class Task(ABC):
     bundled: ClassVar[str | None] = None
     progress: ClassVar[str] = "sampling"
     packed: ClassVar[bool | None] = None
+    replaces: ClassVar[bool] = False
     pipeline_path: ClassVar[str]
 
     # -- options -------------------------------------------------------------------------------------------------
@@ -74,7 +78,7 @@ class Task(ABC):
 
     def parents(self) -> list[argparse.ArgumentParser]:
         """Return the parsers of the shared options."""
-        return [model_options(), run_options(self.outdir)]
+        return [model_options(), addition_options(), run_options(self.outdir)]
 
     @abstractmethod
     def add_options(self, parser: Parser) -> None:
@@ -121,14 +125,14 @@ class Task(ABC):
     # -- what to sample ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def pipeline(self, args: argparse.Namespace, info: ModelInfo) -> Pipeline:
+    def pipeline(self, args: argparse.Namespace, info: ModelInfo) -> P:
         """Return the pipeline with the settings that the options select.
 
         Raises:
             UserError: The options are wrong for this model.
         """
 
-    def replayed(self, settings: Mapping[str, Any]) -> Pipeline:
+    def replayed(self, settings: Mapping[str, Any]) -> P:
         """Return the pipeline with recorded settings."""
         module, _, name = self.pipeline_path.rpartition(".")
         return getattr(import_module(module), name).from_settings(settings)
@@ -142,14 +146,14 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def read(self, inputs: Inputs, pipeline: Pipeline) -> Any:
+    def read(self, inputs: Inputs, pipeline: P) -> Any:
         """Return the request that `inputs` describe, with the files that they name.
 
         Raises:
             UserError: A file cannot be used; the other images are sampled.
         """
 
-    def before_sampling(self, model: Any, pipeline: Pipeline, inputs: Sequence[Inputs]) -> None:  # noqa: B027
+    def before_sampling(self, model: Any, pipeline: P, inputs: Sequence[Inputs]) -> None:
         """Log warnings about the inputs, with the loaded model."""
 
     def default_batch_size(self, args: argparse.Namespace) -> int:
@@ -172,15 +176,21 @@ class Task(ABC):
         """Return the path of an image; `number` continues from the images that exist."""
         return outdir / "samples" / f"{number:05}.png"
 
-    def panels(self, sample: Sample, pipeline: Pipeline) -> list[np.ndarray]:
+    def new_paths(self, outdir: Path, inputs: Inputs, number: int) -> Iterator[Path]:
+        """Yield paths for a new image, in order of preference."""
+        return (self.path(outdir, inputs, each) for each in itertools.count(number))
+
+    def panels(self, sample: Sample, pipeline: P) -> list[np.ndarray]:
         """Return the images (uint8) that a grid shows to the left of a sample."""
         return []
 
-    def grid_path(self, outdir: Path, args: argparse.Namespace, inputs: Sequence[Inputs]) -> Path | None:
-        """Return the path of the grid of all images; None for no grid."""
+    def grid_paths(self, outdir: Path, args: argparse.Namespace, inputs: Sequence[Inputs]) -> Iterator[Path] | None:
+        """Return paths for the grid of all images, in order of preference; None for no grid."""
         from ldm.io.images import next_index
 
-        return None if args.skip_grid else outdir / f"grid-{next_index(outdir, 'grid-'):04}.png"
+        if args.skip_grid:
+            return None
+        return (outdir / f"grid-{number:04}.png" for number in itertools.count(next_index(outdir, "grid-")))
 
     def grid_columns(self, args: argparse.Namespace) -> int:
         """Return the number of images in a row of the grid."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ldm.config.model_files import WEIGHTS
 from ldm.errors import UserError, did_you_mean
 from ldm.io.archives import BadArchive, unpack_folders, unpack_weights
 from ldm.io.download import PartialFile, check_link, fetch
-from ldm.io.files import atomic_path
+from ldm.io.files import locked, write_new
 
 logger = logging.getLogger(__name__)
 
@@ -173,12 +174,24 @@ def fetch_weights(download: Download, folders: TargetFolders, base_url: str | No
     has no configuration, that of the repository is copied there.
 
     Raises:
-        UserError: the file cannot be downloaded or written, or is not the expected one.
+        UserError: the file cannot be downloaded or written, or is not the expected one; or another process is
+            downloading it.
     """
     folder, file = folders.folder(download), folders.file(download)
     if folders.is_present(download):
         logger.info("%s: already in %s", download.name, folder)
         return
+    lock = file.with_name(f"{file.name}.lock.part")
+    with locked(lock, f"another process is downloading {download.name}; wait for it to finish"):
+        if not folders.is_present(download):  # it may have been finished since
+            _fetch_weights(download, folders, base_url)
+        _copy_config(download, folder)
+    logger.info("%s: done, in %s", download.name, folder)
+
+
+def _fetch_weights(download: Download, folders: TargetFolders, base_url: str | None) -> None:
+    """Download and unpack the weights themselves."""
+    folder, file = folders.folder(download), folders.file(download)
     url = check_link(download.url(base_url))
     if not (download.is_archive and file.is_file()):
         logger.info("%s: downloading %s", download.name, url)
@@ -186,8 +199,6 @@ def fetch_weights(download: Download, folders: TargetFolders, base_url: str | No
     if download.is_archive:
         logger.info("%s: unpacking", download.name)
         _unpack(download, file, folder)
-    _copy_config(download, folder)
-    logger.info("%s: done, in %s", download.name, folder)
 
 
 def _unpack(download: Download, archive: Path, folder: Path) -> None:
@@ -204,9 +215,9 @@ def _unpack(download: Download, archive: Path, folder: Path) -> None:
 
 def _copy_config(download: Download, folder: Path) -> None:
     shipped, target = ROOT / download.folder / "config.yaml", folder / "config.yaml"
-    if download.file and shipped.is_file() and not target.exists():
-        with atomic_path(target) as temporary:
-            shutil.copyfile(shipped, temporary)
+    if download.file and shipped.is_file():
+        with suppress(FileExistsError):
+            write_new([target], lambda temporary: shutil.copyfile(shipped, temporary))
 
 
 def fetch_all(downloads: Sequence[Download], folders: TargetFolders, base_url: str | None = None) -> dict[str, str]:

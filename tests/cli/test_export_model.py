@@ -12,6 +12,7 @@ from tiny_models import inpainting_config, randomise, text_config
 from ldm.cli.export_model import main as export
 from ldm.config.instantiate import instantiate_from_config
 from ldm.errors import UserError
+from ldm.io.checkpoint import reading
 from ldm.io.checkpoint.reading import read_checkpoint, read_state_dict
 from ldm.pipelines.loading import load_model
 from ldm.pipelines.text import text_to_image
@@ -140,6 +141,21 @@ def test_wrong_inputs_are_one_line(run, tmp_path, capsys):
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert (out / "model.safetensors").read_text() == "precious" and not (tmp_path / "new").exists()
     assert export([*cases[0][0], "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "model.safetensors"])
+def test_model_that_appears_meanwhile_is_kept(run, tmp_path, monkeypatch, capsys, name):
+    folder, _ = run
+    read, out = reading.read_state_dict, tmp_path / "m"
+
+    def slow(path):
+        out.mkdir()
+        (out / name).write_text("of another process")
+        return read(path)
+
+    monkeypatch.setattr(reading, "read_state_dict", slow)
+    assert export(["--ckpt", str(folder / "checkpoints" / "last.ckpt"), "--outdir", str(out)]) == 2
+    assert "File exists" in capsys.readouterr().err and (out / name).read_text() == "of another process"
 
 
 def test_first_stage_can_be_shared(tmp_path, capsys, monkeypatch):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +87,41 @@ def test_unreadable_inputs_do_not_stop_the_others(model, tmp_path, caplog, capsy
     assert sorted(os.listdir(tmp_path / "samples")) == ["0000.png", "0002.png", "0004.png"]
 
 
+def test_errors_of_single_outputs_do_not_stop_the_others(model, tmp_path, monkeypatch, caplog, capsys):
+    """One image cannot be saved, another cannot be computed."""
+    saved, calls = Image.Image.save, itertools.count()
+
+    def save(self, path, **options):
+        if next(calls) == 1:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        saved(self, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    monkeypatch.setattr(generation, "generate", FailingThird(generation.generate))
+    options = ["--model", str(model), "--ddim_steps", "2", "--outdir", str(tmp_path), "--n_samples", "5"]
+    assert command_of(Txt2Img())(options) == 2
+    errors = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    path = tmp_path / "samples" / "0001.png"
+    assert errors == [f'cannot write "{path}": Invalid argument; choose another place to write to', "image 2 overflows"]
+    printed = capsys.readouterr()
+    assert printed.err.strip().endswith("error: 2 of 5 failed; see above") and "3 images" in printed.out
+    assert sorted(os.listdir(tmp_path / "samples")) == ["0000.png", "0003.png", "0004.png"]
+    (grid,) = tmp_path.glob("*.png")
+    assert pixels(grid).shape == (16 + 4, 3 * 18 + 2, 3)
+
+
+class FailingThird:
+    """Form of `generate` whose third image could not be computed."""
+
+    def __init__(self, generate) -> None:
+        self.generate = generate
+
+    def __call__(self, *args, **options):
+        for sample in self.generate(*args, **options):
+            failed = sample.item.index == 2
+            yield replace(sample, pixels=None, error=UserError("image 2 overflows")) if failed else sample
+
+
 def test_interruption_keeps_finished_images(model, tmp_path, monkeypatch, capsys):
     sample = TextToImage.sample
     calls = iter([True, False])
@@ -112,6 +150,7 @@ def test_full_disk_keeps_finished_images(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Image.Image, "save", save)
     options = ["--model", str(model), "--ddim_steps", "2", "--outdir", str(tmp_path), "--skip_grid"]
     assert command_of(Txt2Img())(options) == 2
+    assert len(list(room)) == 2, "no image is saved after the first that did not fit"
     assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
     assert sorted(os.listdir(tmp_path / "samples")) == ["0000.png", "0001.png"]
 
@@ -147,9 +186,14 @@ def test_model_is_prepared_for_each_batch_shape(sample, monkeypatch):
     assert entered == [False, False], "once for the two pairs, once for the remaining image"
 
 
-def test_values_that_are_not_finite_log_a_warning(sample, caplog):
-    sample("huge", "--n_samples", 1, "--scale", 1e30, "--seed", 1)
-    assert "lower the guidance scale" in caplog.text
+def test_image_with_values_that_are_not_finite_is_an_error(model, tmp_path, caplog, capsys):
+    options = ["--model", str(model), "--ddim_steps", "3", "--outdir", str(tmp_path), "--scale", "1e30", "--seed", "7"]
+    assert command_of(Txt2Img())([*options, "--n_samples", "2", "--skip_grid"]) == 2
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+        f"the latents of image {index} (seed {7 + index}) are not finite; lower the guidance scale" for index in (0, 1)
+    ]
+    assert capsys.readouterr().err.strip().endswith("error: 2 of 2 failed; see above")
+    assert not list(tmp_path.rglob("*.png"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -13,7 +13,7 @@ from tiny_models import class_config, unconditional_config, write_model
 
 from ldm.cli import sample_folder
 from ldm.cli.metadata import Record
-from ldm.cli.sample_diffusion import main
+from ldm.cli.sample_diffusion import SampleDiffusion, main
 from ldm.pipelines.classes import ClassToImage
 from ldm.pipelines.generation import BatchPosition
 
@@ -81,7 +81,52 @@ def test_training_run_is_a_model(models, tmp_path):
 def test_runs_of_the_same_second_have_separate_folders(sample, tmp_path, monkeypatch):
     monkeypatch.setattr(sample_folder.time, "strftime", lambda form: "now")
     assert sample("faces", "-n", 1) == sample("faces", "-n", 1) == 0
-    assert sorted(path.name for path in (tmp_path / "faces/samples/00001234").iterdir()) == ["now", "now-1"]
+    assert sorted(path.name for path in (tmp_path / "faces/samples/00001234").iterdir()) == ["now", "now_1"]
+
+
+def test_runs_at_the_same_time_have_separate_folders(sample, tmp_path, monkeypatch):
+    """A second run starts and ends while the first one loads its model."""
+    load = SampleDiffusion.load_model
+
+    def overtaken(self, *args):
+        monkeypatch.setattr(SampleDiffusion, "load_model", load)
+        assert sample("guided", "-n", 4, "--classes", "1-2", "--seed", 100) == 0
+        return load(self, *args)
+
+    monkeypatch.setattr(sample_folder.time, "strftime", lambda form: "now")
+    monkeypatch.setattr(SampleDiffusion, "load_model", overtaken)
+    assert sample("guided", "-n", 6, "--classes", "0-2") == 0
+    (parent,) = (tmp_path / "guided" / "samples").iterdir()
+    assert sorted(path.name for path in parent.iterdir()) == ["now", "now_1"]
+    for name, seed, count, classes in (("now", 100, 4, [1, 2]), ("now_1", 7, 6, [0, 1, 2])):
+        folder = parent / name
+        seeds = [Image.open(path).text["seed"] for path in sorted((folder / "img").iterdir())]
+        assert seeds == [str(seed + i) for i in range(count)]
+        arrays = array(folder)
+        assert arrays["seeds"].tolist() == [seed + i for i in range(count)]
+        assert arrays["arr_1"].tolist() == [classes[i % len(classes)] for i in range(count)]
+        assert same(list(arrays["arr_0"].astype(int)), samples(folder))
+        assert yaml.safe_load((folder / "sampling_config.yaml").read_text())["seed"] == seed
+
+
+def test_two_processes_may_continue_one_run(sample, tmp_path, monkeypatch):
+    """Neither replaces a sample of the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 1)
+        assert sample("faces", "-n", 6, "--batch_size", 2) == 130
+    folder, load = run_of(tmp_path), SampleDiffusion.load_model
+    times: dict = {}
+
+    def overtaken(self, *args):
+        monkeypatch.setattr(SampleDiffusion, "load_model", load)
+        assert sample(None, "--continue", folder) == 0
+        times.update({path: path.stat().st_mtime_ns for path in (folder / "img").iterdir()})
+        return load(self, *args)
+
+    monkeypatch.setattr(SampleDiffusion, "load_model", overtaken)
+    assert sample(None, "--continue", folder) == 0
+    assert len(times) == 6 and times == {path: path.stat().st_mtime_ns for path in (folder / "img").iterdir()}
+    assert (array(folder)["arr_0"] == np.stack(samples(folder))).all()
 
 
 # -- continuing ------------------------------------------------------------------------------------------------

@@ -134,6 +134,24 @@ def test_the_next_run_downloads_a_damaged_archive_again(server, folders):
     assert not fetch_all([BY_NAME["kl-f8"]], folders, server.url)
 
 
+def test_one_process_downloads_a_file_at_a_time(server, folders):
+    """A second process would append to the part that the first one receives."""
+    server.files["/latent-diffusion/kl-f8.zip"] = zipped(model_ckpt=b"w")
+    download = BY_NAME["kl-f8"]
+    refused = {"kl-f8": "another process is downloading kl-f8; wait for it to finish"}
+    seen = []
+
+    def fetch_twice(*args):
+        seen.append(fetch_all([download], folders, server.url))
+        downloading.fetch(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published_weights, "fetch", fetch_twice)
+        assert not fetch_all([download], folders, server.url)
+    assert seen == [refused] and len(server.requests) == 1
+    assert [path.name for path in folders.folder(download).iterdir() if path.suffix != ".yaml"] == ["model.ckpt"]
+
+
 def test_an_archive_that_could_not_be_unpacked_is_kept(server, folders, monkeypatch):
     server.files["/latent-diffusion/kl-f8.zip"] = zipped(model_ckpt=b"w")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +37,10 @@ def cast(name: str, value: Tensor, dtype: torch.dtype, remedy: str) -> Tensor:
 
 
 def save_checkpoint(
-    weights: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
+    weights: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any] | None = None,
+    replace: bool = True,
 ) -> None:
     """Write weights as a checkpoint of `torch.save`, under `state_dict`.
 
@@ -44,29 +48,47 @@ def save_checkpoint(
         weights: a state dict.
         path: the file; a missing folder is created.
         metadata: stored beside the weights; a "step" becomes Lightning's `global_step`.
+        replace: replace an existing file.
     """
     rest = dict(metadata or {})
     step = {"global_step": rest.pop("step")} if "step" in rest else {}
-    save_atomically({"state_dict": dict(weights), **step, "metadata": rest}, path)
+    save_atomically({"state_dict": dict(weights), **step, "metadata": rest}, path, replace)
 
 
-def save_atomically(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def save_atomically(content: Mapping[str, Any], path: str | os.PathLike[str], replace: bool = True) -> None:
     """Write `content` with `torch.save`, completely or not at all; a missing folder is created.
 
+    Args:
+        content: anything that `torch.save` stores.
+        path: the file.
+        replace: replace an existing file.
+
     Raises:
-        UserError: the file cannot be written, or the disk is full.
+        UserError: the file cannot be written, or exists and may not be replaced.
+        DiskFullError: the disk is full.
     """
-    with atomic_path(path) as temporary:
+    with atomic_path(path, replace) as temporary:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # torch reports a full disk this way
-            raise OSError(str(error).splitlines()[0]) from error
+            raise _file_error(temporary, error) from error
+
+
+def _file_error(path: Path, error: Exception) -> OSError:
+    """Return the error of the file system that made writing `path` fail with `error`, which may not say it."""
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(1 << 20))
+    except OSError as reason:
+        return reason
+    return OSError(str(error).splitlines()[0])
 
 
 def save_safetensors(
     weights: nn.Module | Mapping[str, Tensor],
     path: str | os.PathLike[str],
     metadata: Mapping[str, Any] | None = None,
+    replace: bool = True,
 ) -> None:
     """Write weights as one safetensors file; tensors that share memory are written separately.
 
@@ -74,6 +96,7 @@ def save_safetensors(
         weights: a module or a state dict.
         path: the file; a missing folder is created.
         metadata: stored as strings in the header.
+        replace: replace an existing file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -87,11 +110,11 @@ def save_safetensors(
         tensors[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     strings = {str(key): str(value) for key, value in (metadata or {}).items()}
-    with atomic_path(path) as temporary:
+    with atomic_path(path, replace) as temporary:
         temporary.touch()
         default_mode = temporary.stat().st_mode
         try:
             save_file(tensors, temporary, {"format": "pt", **strings})
         except SafetensorError as error:  # safetensors reports a full disk this way
-            raise OSError(str(error)) from error
+            raise _file_error(temporary, error) from error
         temporary.chmod(default_mode)  # safetensors creates files that only their owner can read
