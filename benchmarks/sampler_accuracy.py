@@ -24,14 +24,13 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import Parser, command
+from ldm.cli.input_files import read_prompts as read_prompt_file
 from ldm.cli.options import finite_float, model_options, positive_int, seed
 from ldm.config.model_files import find_model, named_model
 from ldm.config.model_info import ModelInfo
-from ldm.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,13 +108,7 @@ def read_prompts(path: str | None, n: int) -> list[str]:
     if path is None:
         prompts = [f"{drawing} on a {colour} background" for colour in COLOURS for drawing in DRAWINGS]
     else:
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
-            prompts = [line.strip() for line in text.splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f'cannot read the prompts "{path}": {error}; give UTF-8 text') from None
-    if not prompts:
-        raise UserError(f'the prompt file "{path}" is empty; write one prompt per line')
+        prompts = read_prompt_file(path)
     return prompts[:n]
 
 

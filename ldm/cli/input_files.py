@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from ldm.config.assets import locate
 from ldm.errors import UserError
-from ldm.io.files import sha256
+from ldm.io.files import folded_name, sha256
+from ldm.io.folders import list_files
+from ldm.io.image_formats import image_suffixes
+from ldm.io.text import read_lines
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-
-def named_files(option: str, names: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
+def named_files(option: str, names: Sequence[str], suffixes: Sequence[str], noun: str) -> list[Path]:
     """Return the files that an option names; a folder stands for its files with one of the suffixes, by name.
 
     Missing files are included: reading them raises an error after the files before them are done.
+
+    Args:
+        option: the option, for error messages.
+        names: files and folders.
+        suffixes: suffixes in lower case.
+        noun: plural name of the files, such as "images".
 
     Raises:
         UserError: A folder holds no such file.
@@ -24,7 +33,7 @@ def named_files(option: str, names: Sequence[str], suffixes: Sequence[str]) -> l
     found: list[Path] = []
     for name in names:
         path = locate(name)
-        found += _files_in(path, option, suffixes) if path.is_dir() else [path]
+        found += _files_in(path, option, suffixes, noun) if path.is_dir() else [path]
     return found
 
 
@@ -37,14 +46,15 @@ def images_in(folder: Path, option: str = "--indir") -> list[Path]:
     folder = locate(folder)
     if not folder.is_dir():
         raise UserError(f'{option} "{folder}": there is no such folder; check the path')
-    return _files_in(folder, option, IMAGE_SUFFIXES)
+    return _files_in(folder, option, image_suffixes(), "images")
 
 
-def _files_in(folder: Path, option: str, suffixes: Sequence[str]) -> list[Path]:
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())
-    if not found:
-        raise UserError(f'{option} "{folder}" holds no {", ".join(suffixes)}; name a file, or another folder')
-    return found
+def _files_in(folder: Path, option: str, suffixes: Sequence[str], noun: str) -> list[Path]:
+    listing = list_files(folder, suffixes)
+    if not listing.files:
+        raise UserError(f'{option} "{folder}" holds no {noun}; name a file, or another folder')
+    listing.log_others(noun)
+    return listing.paths
 
 
 def file_input(key: str, path: Path | None) -> dict[str, Any]:
@@ -77,29 +87,41 @@ def check_apart(outdir: str, images: Sequence[Path]) -> None:
         UserError: They would.
     """
     for path in images:
-        if path.parent.resolve() == Path(outdir).resolve():
+        if any(_is_same_folder(each.parent, Path(outdir)) for each in (path, path.resolve())):  # of a link and its file
             raise UserError(f'--outdir "{outdir}" is the folder of the input "{path.name}"; name another')
 
 
+def _is_same_folder(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them does not exist
+        return one.resolve() == other.resolve()
+
+
 def result_names(images: Sequence[Path]) -> list[str]:
-    """Return the names of results before `.png`: the stems of the inputs, or whole names if several share a stem."""
-    stems = [path.stem for path in images]
-    return [path.stem if stems.count(path.stem) == 1 else path.name for path in images]
+    """Return the names of results before `.png`: each input has its own, also where file systems ignore case.
+
+    A name is the stem of the input, or its whole name if several share a stem, or else a numbered name.
+    """
+    stems = Counter(path.stem for path in images)
+    names = [path.stem if stems[path.stem] == 1 else path.name for path in images]
+    counts = Counter(map(folded_name, names))
+    taken = {name for name, times in counts.items() if times == 1}
+    for index, path in enumerate(images):
+        if counts[folded_name(names[index])] > 1:
+            numbered = (f"{path.name}-{number}" for number in count(2))
+            names[index] = next(name for name in chain([path.name], numbered) if folded_name(name) not in taken)
+            taken.add(folded_name(names[index]))
+    return names
 
 
-def read_lines(path: str) -> list[str]:
+def read_prompts(path: str) -> list[str]:
     """Return the lines of a file of prompts that are not blank.
 
     Raises:
         UserError: The file is missing, is not text, or has no prompt.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise UserError(f'there is no prompt file "{path}"; check the path') from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'cannot read the prompt file "{path}": {error}; give UTF-8 text') from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in read_lines(path, "prompt file") if line.strip()]
     if not prompts:
         raise UserError(f'the prompt file "{path}" is empty; write one prompt a line')
     return prompts

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ldm.pipelines.layout import Layout, LayoutToImage
 
 
-class Layout2Img(Task):
+class Layout2Img(Task["LayoutToImage"]):
     """Sample images from layouts of labelled boxes."""
 
     name = "layout2img"
@@ -64,7 +64,7 @@ class Layout2Img(Task):
         names = read_labels(locate(args.labels)) if args.labels else class_names_of(info)
         vocabulary = layout_vocabulary(info)
         found: list[Inputs] = []
-        for path in named_files("--layout", args.layout, (".json",)):
+        for path in named_files("--layout", args.layout, (".json",), "layouts in JSON"):
             try:
                 layouts = read_layouts(path)
             except UserError as error:
@@ -91,7 +91,7 @@ class Layout2Img(Task):
         from ldm.io.grids import draw_boxes
         from ldm.io.pixels import to_uint8
 
-        height, width, _ = sample.pixels.shape
+        height, width, _ = sample.image.shape
         boxes = sample.item.request.boxes
         names = [each.name for each in boxes]
         return [to_uint8(draw_boxes((width, height), [each.box for each in boxes], names, max(height // 25, 8)))]

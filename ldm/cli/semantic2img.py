@@ -13,6 +13,7 @@ from ldm.cli.task import Inputs, Task
 from ldm.config.assets import locate
 from ldm.config.model_files import ModelFiles, downloaded_model
 from ldm.config.model_info import ModelInfo
+from ldm.io.image_formats import LOSSY, image_suffixes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
     from ldm.pipelines.generation import Sample
     from ldm.pipelines.semantic import SemanticToImage
 
-MAP_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".webp")
 
-
-class Semantic2Img(Task):
+class Semantic2Img(Task["SemanticToImage"]):
     """Sample images from label maps of any size."""
 
     name = "semantic2img"
@@ -66,7 +65,8 @@ class Semantic2Img(Task):
 
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:
         """Return each map, as often as the options ask for."""
-        maps = [file_input("map", path) for path in named_files("--map", args.map, MAP_SUFFIXES)]
+        suffixes = image_suffixes(without=LOSSY)
+        maps = [file_input("map", path) for path in named_files("--map", args.map, suffixes, "label maps")]
         return [each for each in maps for _ in range(args.n_samples)]
 
     def read(self, inputs: Inputs, pipeline: SemanticToImage) -> np.ndarray:

@@ -23,6 +23,8 @@ from torch.utils.data import Dataset
 
 from ldm.config.assets import ROOT
 from ldm.errors import UserError, did_you_mean
+from ldm.io.images import decode_image
+from ldm.io.text import read_lines
 
 DEFAULT_ROOT = ROOT / "data" / "emoji"
 SIZES = (64, 128)
@@ -80,8 +82,7 @@ def _load_drawings(size: int, root: Path) -> Drawings:
     path = root / f"drawings-{size}.webp"
     if not path.is_file():
         raise UserError(f'there is no file "{path}"; rebuild the emoji data with scripts/build_emoji_data.py')
-    with Image.open(path) as sheet:
-        rgba = split_sheet(np.asarray(sheet), len(names), size)
+    rgba = split_sheet(np.asarray(decode_image(path)), len(names), size)
     rgba.flags.writeable = False
     codepoints, unicode_names, cldr_names = zip(*names, strict=True)
     return Drawings(rgba, codepoints, unicode_names, cldr_names)
@@ -98,7 +99,7 @@ def read_names(root: str | Path | None = None) -> list[tuple[int, str, str]]:
         raise UserError(
             f'"{path.parent}" is not the emoji data (names.tsv is missing); set root to the folder data/emoji'
         )
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    rows = [line.split("\t") for line in read_lines(path, "list of emoji names")[1:]]
     return [(int(codepoint.removeprefix("U+"), 16), unicode_name, cldr) for codepoint, unicode_name, cldr in rows]
 
 

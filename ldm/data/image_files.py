@@ -5,7 +5,6 @@ Shapes: pixels (H, W, 3) uint8; images (H, W, 3) float32 in [-1, 1].
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,10 +16,13 @@ from torch.utils.data import Dataset
 
 from ldm.config.assets import locate
 from ldm.errors import UserError, did_you_mean
+from ldm.io.folders import list_files_below
+from ldm.io.image_formats import image_suffixes
 from ldm.io.images import open_image
-from ldm.modules.image_degradation.ops import from_pixels, resize, to_pixels
+from ldm.io.text import read_lines
+from ldm.modules.image_degradation.ops import resize
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+ARRAY_SUFFIX = ".npy"
 PIL_METHODS = {
     "nearest": Image.Resampling.NEAREST,
     "linear": Image.Resampling.BILINEAR,
@@ -120,23 +122,24 @@ def read_list(path: str | Path, name: str) -> list[str]:
     """Read the lines of a text file, except empty ones, for the data set `name`.
 
     Raises:
-        UserError: the file does not exist.
+        UserError: the file does not exist, or is not text.
     """
     file = locate(Path(path).expanduser())
     if not file.is_file():
         raise UserError(
             f'{name}: there is no list "{path}"; set txt_file to one, or data_root alone to use all images of a folder'
         )
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_lines(file, "list of images") if line.strip()]
 
 
 def images_below(folder: Path) -> list[str]:
-    """Return the sorted paths of all images below a folder, relative to it; linked folders are followed."""
-    found = []
-    for root, _, files in os.walk(folder, followlinks=True):
-        parent = Path(root).relative_to(folder)
-        found += [(parent / file).as_posix() for file in files if file.lower().endswith(SUFFIXES)]
-    return sorted(found)
+    """Return the sorted paths of all images and arrays below a folder, relative to it, and log the number of others.
+
+    See `ldm.io.folders.list_files_below` for linked and hidden folders.
+    """
+    listing = list_files_below(folder, {*image_suffixes(), ARRAY_SUFFIX})
+    listing.log_others("images")
+    return listing.files
 
 
 def read_pixels(path: Path) -> np.ndarray:
@@ -147,7 +150,7 @@ def read_pixels(path: Path) -> np.ndarray:
     Raises:
         UserError: the file is missing or is not an image.
     """
-    if path.suffix.lower() != ".npy":
+    if path.suffix.lower() != ARRAY_SUFFIX:
         return np.asarray(open_image(path))
     try:
         array = np.load(path)
@@ -180,7 +183,7 @@ def pil_method(name: str) -> Image.Resampling:
 def resize_smaller_side(pixels: np.ndarray, size: int, method: str = "bilinear") -> np.ndarray:
     """Resize pixels so that the smaller side is `size`, with a method of OpenCV; see `ops.RESIZE_METHODS`.
 
-    As in OpenCV, "area" averages when it reduces the size and interpolates bilinearly otherwise.
+    The method "area" averages pixels when it reduces the size, and interpolates bilinearly otherwise.
     """
     height, width = pixels.shape[:2]
     side = min(height, width)
@@ -188,7 +191,7 @@ def resize_smaller_side(pixels: np.ndarray, size: int, method: str = "bilinear")
         return pixels
     method = "bilinear" if method == "area" and side < size else method
     shape = (max(size, round(height * size / side)), max(size, round(width * size / side)))
-    return to_pixels(resize(from_pixels(pixels), shape, method))
+    return resize(pixels, shape, method)
 
 
 def crop_square(pixels: np.ndarray, side: int, random: bool = False) -> np.ndarray:

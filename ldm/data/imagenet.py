@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import yaml
 
+from ldm.compat import published_names
 from ldm.config.assets import locate
 from ldm.data.image_files import ImageFiles, fit_square, images_below, to_image
 from ldm.data.superresolution import SuperResolution
 from ldm.errors import UserError, did_you_mean
+from ldm.io.folders import log_passed_over
+from ldm.io.text import read_lines
+
+__getattr__ = published_names(__name__)
 
 SYNSET = re.compile(r"n\d{8}")
 # Files with lines such as "n01440764 tench, Tinca tinca": the published name and Kaggle's name.
@@ -55,13 +61,16 @@ class ImageNetBase(ImageFiles):
         for key in config:
             if key not in CONFIG_KEYS:
                 raise UserError(f'{type(self).__name__}: config has no "{key}"{did_you_mean(key, CONFIG_KEYS)}')
+        self.config = config
         self.size = config.get("size") or None
         self.random_crop = config.get("random_crop", self.random_crop)
         self.process_images = process_images
         folder = self._folder(data_root)
-        names = [name for name in images_below(folder) if SYNSET.fullmatch(name.partition("/")[0])]
+        found = images_below(folder)
+        names = [name for name in found if SYNSET.fullmatch(name.partition("/")[0])]
         if not names:
             raise UserError(f'{type(self).__name__}: the synset folders in "{folder}" contain no images')
+        log_passed_over(folder, "images of synsets", sorted({*found} - {*names}))
         synsets = sorted({name.partition("/")[0] for name in names})
         labels = {synset: index for index, synset in enumerate(synsets)}
         if config.get("sub_indices"):
@@ -71,11 +80,16 @@ class ImageNetBase(ImageFiles):
             names = [name for name in names if name.partition("/")[0] in labels]
         human_labels = read_synset_names(folder)
         synset_of_image = [name.partition("/")[0] for name in names]
-        entries = {
-            "relpath": names,
-            "synsets": synset_of_image,
-            "class_label": [labels[synset] for synset in synset_of_image],
-            "human_label": [human_labels.get(synset, synset) for synset in synset_of_image],
+        self.synset2idx = labels
+        self.relpaths, self.synsets = names, synset_of_image
+        self.class_labels = [labels[synset] for synset in synset_of_image]
+        self.human_labels = [human_labels.get(synset, synset) for synset in synset_of_image]
+        self.abspaths = [str(folder / name) for name in names]
+        entries: dict[str, Sequence[Any]] = {
+            "relpath": self.relpaths,
+            "synsets": self.synsets,
+            "class_label": self.class_labels,
+            "human_label": self.human_labels,
         }
         super().__init__([folder / name for name in names], entries)
 
@@ -104,14 +118,26 @@ class ImageNetBase(ImageFiles):
         return super().__getitem__(index) if self.process_images else self.entries(index)
 
 
-class ImageNetTrain(ImageNetBase):
+class _Split(ImageNetBase):
+    """Base class of the splits, whose parameters have the published order."""
+
+    def __init__(
+        self,
+        process_images: bool = True,
+        data_root: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(config, process_images, data_root)
+
+
+class ImageNetTrain(_Split):
     """Training images."""
 
     name = "ILSVRC2012_train"
     random_crop = True
 
 
-class ImageNetValidation(ImageNetBase):
+class ImageNetValidation(_Split):
     """Validation images, sorted into synset folders like the training images."""
 
     name = "ILSVRC2012_validation"
@@ -125,10 +151,15 @@ class ImageNetSR(SuperResolution):
         data_root: see `ImageNetBase`.
     """
 
-    source: ClassVar[type[ImageNetBase]]
+    source: ClassVar[type[_Split]]
 
     def __init__(self, *args: Any, data_root: str | None = None, **params: Any) -> None:
-        super().__init__(self.source(process_images=False, data_root=data_root), *args, **params)
+        self.data_root = data_root
+        super().__init__(self.get_base(), *args, **params)
+
+    def get_base(self) -> Any:
+        """Return the data set of the image files, whose items have their `file_path_`."""
+        return self.source(process_images=False, data_root=self.data_root)
 
 
 class ImageNetSRTrain(ImageNetSR):
@@ -158,11 +189,38 @@ def parse_indices(text: str, count: int) -> list[int]:
     return sorted(indices)
 
 
+def synset2idx(path_to_yaml: str = "data/index_synset.yaml") -> dict[str, int]:
+    """Return the index of each synset, from a YAML file with lines such as `0: n01440764`.
+
+    Raises:
+        UserError: the file is missing, or is not such a list.
+    """
+    return {synset: index for index, synset in read_index_of_synsets(path_to_yaml).items()}
+
+
+def read_index_of_synsets(path: str | Path) -> dict[int, str]:
+    """Read a YAML file with the synset of each index.
+
+    Raises:
+        UserError: the file is missing, or is not such a list.
+    """
+    file = locate(path)
+    if not file.is_file():
+        raise UserError(f'there is no file "{path}" with the synset of each index; put it there')
+    try:
+        synsets = yaml.safe_load("\n".join(read_lines(file, "list of synsets")))
+    except yaml.YAMLError:
+        synsets = None
+    if not isinstance(synsets, dict):
+        raise UserError(f'"{path}" does not list synsets; it needs lines such as "0: n01440764"')
+    return {int(index): str(synset) for index, synset in synsets.items()}
+
+
 def read_synset_names(folder: Path) -> dict[str, str]:
     """Read the names of the synsets from a file in `folder` or up to two folders above; empty without a file."""
     for parent in (folder, folder.parent, folder.parent.parent):
         for name in NAME_FILES:
             if (parent / name).is_file():
-                lines = (parent / name).read_text(encoding="utf-8").splitlines()
+                lines = read_lines(parent / name, "list of synset names")
                 return dict(line.split(maxsplit=1) for line in lines if " " in line.strip())
     return {}

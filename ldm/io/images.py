@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,66 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.io.files import atomic_path
+from ldm.io.files import atomic_path, write_new
+from ldm.io.image_formats import readable_formats
+from ldm.io.image_metadata import avif_without_exif, without_metadata
+from ldm.io.pillow_messages import hidden
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+# Values of the EXIF tag "Orientation" → the transposition that shows the image upright.
+ORIENTATION_TAG = 0x0112
+TRANSPOSITIONS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
+
+def decode_image(
+    path: str | os.PathLike[str], noun: str = "image", advice: str = "give a PNG, JPEG or WebP file"
+) -> Image:
+    """Decode an image file in the mode in which it stores its pixels, rotated as its EXIF data says.
+
+    The first frame of an animation counts. Metadata never decides whether a file can be read: an orientation that
+    cannot be read is ignored.
+
+    Args:
+        path: a file in one of `ldm.io.image_formats.FORMATS`.
+        noun: name of the content in error messages.
+        advice: end of the message about a file that cannot be read.
+
+    Raises:
+        UserError: the file is missing, is not an image, is truncated, or has more pixels than Pillow's limit (twice
+            `PIL.Image.MAX_IMAGE_PIXELS`, 179 million).
+    """
+    with _reading(path, noun, advice):
+        source, info = without_metadata(path)
+        try:
+            return _decode(source, info)
+        except Exception:
+            without_exif = avif_without_exif(path)
+            if without_exif is None:
+                raise
+            return _decode(without_exif, info)
+
+
+def _decode(source: str | os.PathLike[str] | BytesIO, info: Mapping[str, str | bytes]) -> Image:
+    """Decode an image file whose metadata has been separated from it."""
+    from PIL import Image
+
+    with Image.open(source, formats=readable_formats()) as file:
+        file.load()
+        file.info.update(info)
+        image = _upright(file)
+        image.format = file.format
+        return image
 
 
 def open_image(path: str | os.PathLike[str], keep_alpha: bool = False) -> Image:
@@ -27,29 +84,49 @@ def open_image(path: str | os.PathLike[str], keep_alpha: bool = False) -> Image:
     because nothing states which value is white.
 
     Args:
-        path: any file that Pillow reads.
+        path: see `decode_image`.
         keep_alpha: return an image with transparency as RGBA.
 
     Raises:
-        UserError: the file is missing, is not an image, is truncated, or has more pixels than Pillow's limit (twice
-            `PIL.Image.MAX_IMAGE_PIXELS`, 179 million).
+        UserError: see `decode_image`.
     """
-    from PIL import Image, ImageOps
+    image = decode_image(path)
+    with _reading(path):
+        image = in_8_bits(image, image.format)
+        return image.convert("RGBA") if keep_alpha and image.has_transparency_data else as_rgb(image)
+
+
+@contextmanager
+def _reading(
+    path: str | os.PathLike[str], noun: str = "image", advice: str = "give a PNG, JPEG or WebP file"
+) -> Iterator[None]:
+    """Convert the errors of reading an image file into a UserError, and hide Pillow's messages; see `decode_image`."""
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # starts at half the limit
-            with Image.open(path) as file:
-                image = in_8_bits(ImageOps.exif_transpose(file), file.format)
-        return image.convert("RGBA") if keep_alpha and image.has_transparency_data else as_rgb(image)
+        with hidden():
+            yield
     except FileNotFoundError:
-        raise UserError(f'there is no image "{path}"; check the path') from None
+        raise UserError(f'there is no {noun} "{path}"; check the path') from None
     except Image.DecompressionBombError:
-        limit = f"{2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels"
-        raise UserError(f'the image "{path}" has more than {limit}; give a smaller one') from None
+        limit = f"{2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels"
+        raise UserError(f'the {noun} "{path}" has more than {limit}; give a smaller one') from None
+    except UnidentifiedImageError:
+        raise UserError(f'cannot read the {noun} "{path}": it is not an image, or is damaged; {advice}') from None
     except Exception as error:  # Pillow raises many types of errors for damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f'cannot read the image "{path}": {reason}; give a PNG, JPEG or WebP file') from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f'cannot read the {noun} "{path}": {reason}; {advice}') from None
+
+
+def _upright(file: Image) -> Image:
+    """Return a copy of a loaded image, rotated as its metadata says; unchanged if that cannot be read."""
+    from PIL.Image import Transpose
+
+    try:
+        method = TRANSPOSITIONS.get(file.getexif().get(ORIENTATION_TAG, 1))
+    except Exception:  # Pillow raises many types of errors for damaged metadata
+        method = None
+    return file.copy() if method is None else file.transpose(Transpose[method])
 
 
 def as_rgb(image: Image) -> Image:
@@ -97,7 +174,7 @@ def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None 
 
 
 def save_png(image: np.ndarray | Image, path: str | os.PathLike[str], text: Mapping[str, object] | None = None) -> None:
-    """Write a PNG, completely or not at all.
+    """Write a PNG, completely or not at all; an existing file is replaced.
 
     Args:
         image: `(H, W, 3)`, `(H, W, 1)` or `(H, W)` uint8, or a Pillow image.
@@ -107,16 +184,35 @@ def save_png(image: np.ndarray | Image, path: str | os.PathLike[str], text: Mapp
     Raises:
         UserError: the file cannot be written.
     """
+    with atomic_path(path) as temporary:
+        _write_png(image, temporary, text or {})
+
+
+def save_new_png(image: np.ndarray | Image, paths: Iterable[Path], text: Mapping[str, object] | None = None) -> Path:
+    """Write a PNG under the first of `paths` that does not exist, and return that path; no file is ever replaced.
+
+    Args:
+        image: as for `save_png`.
+        paths: paths in one folder, in order of preference.
+        text: as for `save_png`.
+
+    Raises:
+        FileExistsError: all paths exist.
+        UserError: the file cannot be written.
+    """
+    return write_new(paths, lambda temporary: _write_png(image, temporary, text or {}))
+
+
+def _write_png(image: np.ndarray | Image, path: Path, text: Mapping[str, object]) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
     info = PngInfo()
-    for key, value in (text or {}).items():
+    for key, value in text.items():
         info.add_text(key, str(value).encode(errors="backslashreplace").decode())  # file names may not be valid text
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+    image.save(path, format="PNG", pnginfo=info)
 
 
 def next_index(folder: str | os.PathLike[str], prefix: str = "") -> int:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.errors import UserError
+from ldm.io.text import read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,16 +35,12 @@ def read_palette(path: Path) -> dict[str, int]:
     """
     form = 'write lines such as "#87ceeb 156 sky", or JSON {"#87ceeb": 156}'
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "palette", form)
         if path.suffix.lower() == ".json":
             pairs = [(str(colour), label) for colour, label in json.loads(text).items()]
         else:
-            lines = [line.split() for line in text.splitlines() if line.strip()]
+            lines = [line.split() for line in text.split("\n") if line.strip()]
             pairs = [(words[0], int(words[1])) for words in lines]
-    except FileNotFoundError:
-        raise UserError(f'there is no palette "{path}"; check the path') from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'cannot read the palette "{path}": {error}; {form}') from None
     except (ValueError, IndexError, AttributeError, RecursionError):
         raise UserError(f'the palette "{path}" is damaged; {form}') from None
     palette: dict[str, int] = {}
@@ -69,21 +65,12 @@ def read_label_map(path: Path, palette: Mapping[str, int] | None = None) -> np.n
         UserError: The file is missing or is not an image, or a colour has no label.
     """
     import numpy as np
-    from PIL import Image, ImageOps
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about flaws that Pillow tolerates
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file)
-        image = without_alpha(image)
-        coloured = image.mode not in LABEL_MODES or (image.mode == "P" and palette is not None)
-        pixels = np.asarray(image.convert("RGB") if coloured else image)
-    except FileNotFoundError:
-        raise UserError(f'there is no label map "{path}"; check the path') from None
-    except Exception as error:  # Pillow's readers raise any exception on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f'cannot read the label map "{path}": {reason}; give a PNG of labels') from None
+    from ldm.io.images import decode_image
+
+    image = without_alpha(decode_image(path, "label map", "give a PNG of labels"))
+    coloured = image.mode not in LABEL_MODES or (image.mode == "P" and palette is not None)
+    pixels = np.asarray(image.convert("RGB") if coloured else image)
     if not coloured:
         return pixels.astype(np.int64)
     if palette is None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError, did_you_mean
+from ldm.io.text import read_lines, read_text
 
 SHAPE = '{"boxes": [{"label": "Dog", "box": [left, top, right, bottom]}]}'
 
@@ -28,10 +29,8 @@ def read_layouts(path: Path) -> list[Any]:
         UserError: The file is missing, is not JSON, or has no layout.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f'there is no layout file "{path}"; check the path') from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        content = json.loads(read_text(path, "layout file", f"give JSON such as {SHAPE}"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f'cannot read the layout file "{path}": {error}; give JSON such as {SHAPE}') from None
     layouts = content if isinstance(content, list) else [content]
     if not layouts:
@@ -47,15 +46,13 @@ def read_labels(path: Path) -> list[str]:
     Raises:
         UserError: The file is missing, is not text, or is empty.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f'there is no file of labels "{path}"; check the path') from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'cannot read the labels "{path}": {error}; give UTF-8 text, one name a line') from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = read_lines(path, "file of labels", "give UTF-8 text, one name a line")
+    lines = [line.strip() for line in lines if line.strip()]
     if path.suffix.lower() == ".csv":
-        lines = [row[-1].strip() for row in csv.reader(lines)]
+        try:
+            lines = [row[-1].strip() for row in csv.reader(lines)]
+        except csv.Error as error:
+            raise UserError(f'cannot read the file of labels "{path}": {error}; give a CSV file') from None
     if not lines:
         raise UserError(f'the file of labels "{path}" is empty; write one name a line')
     return lines

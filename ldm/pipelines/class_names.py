@@ -14,6 +14,7 @@ from functools import cached_property
 from ldm.config.assets import locate
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError, did_you_mean
+from ldm.io.text import read_lines
 
 DEFAULT_CLASSES = 1000  # of `ClassEmbedder`
 SHOWN = 4  # names that a message lists
@@ -38,14 +39,7 @@ def read_class_names(source: str | Sequence[str]) -> Names:
         from torchvision.models import ResNet50_Weights
 
         return [(name,) for name in ResNet50_Weights.DEFAULT.meta["categories"]]
-    path = locate(source)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f'cannot read the class names "{source}": {reason}; give UTF-8 text, one class a line'
-        ) from None
+    lines = read_lines(locate(source), "file of class names", "give UTF-8 text, one class a line")
     names = [tuple(name.strip() for name in line.split("\t") if name.strip()) for line in lines if line.strip()]
     if not names:
         raise UserError(f'the file of class names "{source}" is empty; write one class a line')

@@ -21,6 +21,7 @@ from tqdm.utils import CallbackIOWrapper
 
 from ldm.config.targets import shown
 from ldm.errors import UserError, did_you_mean
+from ldm.io.folders import list_files
 
 # Shape of each array in a file, without N; None stands for D.
 ROW_SHAPES: dict[str, tuple[int | None, ...]] = {"embedding": (None,), "img_id": (), "patch_coords": (4,)}
@@ -68,9 +69,11 @@ def read_database(folder: Path) -> Database:
     Raises:
         UserError: a file is damaged, an array has the wrong shape, or there is not enough memory.
     """
-    files = sorted(path for path in folder.glob("*.npz") if path.is_file())
+    listing = list_files(folder, (".npz",))
+    files = listing.paths
     if not files:
         raise UserError(f'the database "{folder}" contains no NPZ files; add files with an array "embedding"')
+    listing.log_others("NPZ files")
     headers = [_checked_headers(path)["embedding"] for path in files]
     widths = [header.shape[1] for header in headers]
     for path, width in zip(files, widths, strict=True):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ldm.config.assets import locate
 from ldm.errors import UserError, did_you_mean
+from ldm.io.folders import visible
 from ldm.io.published_weights import ARTBENCH
 
 DATABASES = Path("data/rdm/retrieval_databases")
@@ -27,7 +28,7 @@ def find_database(name: str) -> Path:
     if Path(name).name in DATABASE_NAMES:
         download = "openimages-database" if Path(name).name == "openimages" else "artbench-databases"
         raise UserError(f'the database "{name}" is missing; run ldm download_weights {download}')
-    local = {folder.name for folder in locate(DATABASES).glob("*") if folder.is_dir()}
+    local = {folder.name for folder in visible(locate(DATABASES).glob("*")) if folder.is_dir()}
     known = [*DATABASE_NAMES, *sorted(local - {*DATABASE_NAMES})]
     raise UserError(
         f'there is no database "{name}"{did_you_mean(name, known)}; give a folder of NPZ files or one of '

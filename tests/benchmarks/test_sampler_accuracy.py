@@ -63,7 +63,7 @@ def test_table_and_file_agree(script, folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--from-file", "{tmp}/gone.txt"], "cannot read the prompts"),
+        (["--from-file", "{tmp}/gone.txt"], "there is no prompt file"),
         (["--from-file", "{tmp}/empty.txt"], "is empty"),
     ],
 )

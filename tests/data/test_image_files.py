@@ -55,6 +55,37 @@ def test_linked_folders_are_followed(folder):
     assert images_below(folder / "elsewhere") == ["linked/a.JPG", "linked/b.png", "linked/deep/c.webp"]
 
 
+def test_every_image_below_a_folder_is_found_and_other_files_are_counted(folder, caplog):
+    caplog.set_level("INFO", "ldm")
+    for name in ("d.gif", "e.jfif", "f.ppm", "g.npy", "._b.png", ".thumbnails/h.png", "deep/Thumbs.db", "deep/i.txt"):
+        (folder / "images" / name).parent.mkdir(exist_ok=True)
+        (folder / "images" / name).touch()
+    names = ["a.JPG", "b.png", "d.gif", "deep/c.webp", "e.jfif", "f.ppm", "g.npy"]
+    assert images_below(folder / "images") == names
+    message = f'passed over 2 files in "{folder / "images"}" besides the images: deep/i.txt, notes.md'
+    assert caplog.messages == [message]
+
+
+@pytest.mark.parametrize("target", ["images", "."])
+def test_a_link_to_a_parent_folder_adds_no_image(folder, target):
+    for name in ("up", "deep/up"):
+        (folder / "images" / name).symlink_to(folder / target)
+    dataset = Listed(data_root="images")
+    assert dataset.labels["relative_file_path_"] == ["a.JPG", "b.png", "deep/c.webp"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_are_split_at_line_ends_only(folder, encoding):
+    (folder / "list.txt").write_bytes("b.png\ra\u2028\x85b.png\r\n".encode(encoding))
+    assert Listed("list.txt").labels["relative_file_path_"] == ["b.png", "a\u2028\x85b.png"]
+
+
+def test_list_that_is_not_text_raises_user_error(folder):
+    (folder / "list.txt").write_bytes(b"b.png\n\xe9.png\n")
+    with pytest.raises(UserError, match=r'cannot read the list of images "list.txt": line 2 \(byte 6\)'):
+        Listed("list.txt")
+
+
 def test_items_contain_paths_and_image(folder):
     item = Listed()[1]
     assert item.keys() == {"relative_file_path_", "file_path_", "image"}

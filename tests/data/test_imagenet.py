@@ -36,7 +36,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_items_have_published_entries(cache):
-    dataset = ImageNetValidation({"size": 24})
+    dataset = ImageNetValidation(config={"size": 24})
     assert len(dataset) == 5
     item = dataset[1]
     array = write(cache / "again.png", seed=9)
@@ -54,20 +54,35 @@ def test_items_have_published_entries(cache):
     assert batch["class_label"].tolist() == [0, 0, 1] and batch["image"].shape == (3, 24, 24, 3)
 
 
+def test_images_outside_the_folders_of_synsets_are_counted(cache, caplog):
+    caplog.set_level("INFO", "ldm")
+    ImageNetValidation(config={"size": 24})
+    assert caplog.messages == [f'passed over 1 file in "{cache}" besides the images of synsets: other/x.png']
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_names_of_synsets_are_read_in_every_encoding(cache, encoding):
+    text = "n01440764 tench\u2028Tinca\r\nn01443537 gold\x85fish\n"
+    (cache.parent / "synset_human.txt").write_bytes(text.encode(encoding))
+    dataset = ImageNetValidation(config={"size": 24})
+    labels = [dataset.entries(index)["human_label"] for index in (0, 2)]
+    assert labels == ["tench\u2028Tinca", "gold\x85fish"]
+
+
 def test_training_crops_are_random_and_validation_crops_are_central(cache):
-    train, validation = ImageNetTrain({"size": 24}), ImageNetValidation({"size": 24})
+    train, validation = ImageNetTrain(config={"size": 24}), ImageNetValidation(config={"size": 24})
     torch.manual_seed(0)
     assert len({train[0]["image"].tobytes() for _ in range(20)}) > 5
     assert len({validation[0]["image"].tobytes() for _ in range(20)}) == 1
-    assert len({ImageNetTrain({"size": 24, "random_crop": False})[0]["image"].tobytes() for _ in range(20)}) == 1
+    assert len({ImageNetTrain(config={"size": 24, "random_crop": False})[0]["image"].tobytes() for _ in range(20)}) == 1
     assert validation[0]["image"].shape == (24, 24, 3) and ImageNetTrain()[0]["image"].shape == (24, 36, 3)
 
 
 def test_sub_indices_select_classes(cache):
-    subset = ImageNetTrain({"sub_indices": "1, 3"})
+    subset = ImageNetTrain(config={"sub_indices": "1, 3"})
     assert [subset.entries(i)["synsets"] for i in range(len(subset))] == ["n01443537", "n03000001"]
     assert [subset.entries(i)["class_label"] for i in range(len(subset))] == [0, 1]
-    original = ImageNetTrain({"sub_indices": "1, 3", "keep_orig_class_label": True})
+    original = ImageNetTrain(config={"sub_indices": "1, 3", "keep_orig_class_label": True})
     assert [original.entries(i)["class_label"] for i in range(len(original))] == [1, 3]
 
 
@@ -92,7 +107,7 @@ def test_data_root_can_be_either_folder_level(depth, cache):
 def test_missing_images_raise_user_error_with_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"ILSVRC2012_train/data.; unpack ImageNet there, or set data_root") as raised:
-        ImageNetTrain({"size": 256})
+        ImageNetTrain(config={"size": 256})
     assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match="ILSVRC2012_validation"):
         ImageNetSRValidation(size=256, degradation="pil_nearest")
@@ -103,7 +118,7 @@ def test_missing_images_raise_user_error_with_folder(tmp_path, monkeypatch):
 
 def test_unknown_config_key_raises_user_error(cache):
     with pytest.raises(UserError, match='config has no "sise" \\(did you mean "size"'):
-        ImageNetTrain({"sise": 256})
+        ImageNetTrain(config={"sise": 256})
 
 
 def test_super_resolution_pairs_have_class_labels(cache):

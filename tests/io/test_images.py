@@ -48,11 +48,20 @@ def test_channels_are_last(shape, expected, dtype):
     assert to_uint8(x.float().numpy()).shape == expected
 
 
-def test_pixels_are_unchanged_and_nan_is_black(image):
+def test_pixels_are_unchanged_and_other_shapes_raise_value_error(image):
     assert (to_uint8(image) == image).all()
-    assert (to_uint8(torch.full((3, 2, 2), torch.nan)) == 0).all()
     with pytest.raises(ValueError, match="channels"):
         to_uint8(torch.zeros(5, 5, 5))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_no_pixels(value):
+    """They would become black or white pixels, which look like an image."""
+    image = torch.zeros(3, 2, 2)
+    image[1, 0, 1] = value
+    for given in (image, image.half(), image.numpy()):
+        with pytest.raises(ValueError, match="values that are not finite"):
+            to_uint8(given)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,31 @@ def test_palette_assigns_labels_to_colours(tmp_path, name, text):
     assert (label_colours(8, palette)[[3, 5]] == colours[0]).all()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_palette_is_read_in_every_encoding(tmp_path, encoding):
+    (tmp_path / "p.txt").write_bytes("#87ceeb 3 sky\u2028#102030 4\r#102030 5\n".encode(encoding))
+    assert read_palette(tmp_path / "p.txt") == COLOURS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, 'there is no palette ".*none.txt"'), (b"\xff", "line 1 .* is not valid UTF-8; write lines such as")],
+)
+def test_unreadable_palette_raises_user_error(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "none.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_palette(tmp_path / "none.txt")
+
+
+def test_unreadable_map_raises_user_error(tmp_path):
+    with pytest.raises(UserError, match=r'there is no label map ".*none\.png"; check the path'):
+        read_label_map(tmp_path / "none.png")
+    (tmp_path / "x.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r'cannot read the label map ".*x\.png": .*; give a PNG of labels'):
+        read_label_map(tmp_path / "x.png")
+
+
 @pytest.mark.parametrize("content", ["[1]", "{", '{"#87ceeb": "3"}', '{"#87ceeb": true}'])
 def test_damaged_json_palette_raises_user_error(tmp_path, content):
     (tmp_path / "p.json").write_text(content)

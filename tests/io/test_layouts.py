@@ -7,7 +7,7 @@ import re
 import pytest
 
 from ldm.errors import UserError
-from ldm.io.layouts import read_labels, resolve
+from ldm.io.layouts import read_labels, read_layouts, resolve
 
 NAMES = ["Tortoise", "Dog", "Cat", "Wine glass"]
 DOG = {"label": "Dog", "box": [0.25, 0.5, 1.0, 1.0]}
@@ -18,6 +18,38 @@ def test_class_names_are_read_from_lines_and_from_the_list_of_openimages(tmp_pat
     (tmp_path / "b.csv").write_text('/m/011k07,Tortoise\n/m/1,"Knife, small"\n')
     assert read_labels(tmp_path / "a.txt") == ["Dog", "Cat"]
     assert read_labels(tmp_path / "b.csv") == ["Tortoise", "Knife, small"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_labels_are_split_at_line_ends_only(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("a\u2028b\r\nc\x85d\re\x1cf\n".encode(encoding))
+    assert read_labels(tmp_path / "a.txt") == ["a\u2028b", "c\x85d", "e\x1cf"]
+    (tmp_path / "b.csv").write_bytes('/m/1,a\u2028b\r\n/m/2,"c\vd, e"\n'.encode(encoding))
+    assert read_labels(tmp_path / "b.csv") == ["a\u2028b", "c\vd, e"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "there is no file of labels"),
+        ("a.txt", b"Dog\n\xff", "line 2 (byte 4) is not valid UTF-8; give UTF-8 text, one name a line"),
+        ("a.txt", b"Dog\0", "line 1 contains a NUL character"),
+        ("a.csv", b'"' + bytes(200_000).replace(b"\0", b"x"), "field larger than field limit"),
+        ("a.txt", b"\n\n", "is empty"),
+    ],
+)
+def test_invalid_files_of_labels_raise_user_error(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        read_labels(tmp_path / name)
+    assert name in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_layouts_are_read_in_every_encoding(tmp_path, encoding):
+    (tmp_path / "a.json").write_bytes('[{"boxes": [{"label": "Bär"}]}]'.encode(encoding))
+    assert read_layouts(tmp_path / "a.json") == [{"boxes": [{"label": "Bär"}]}]
 
 
 def test_pixels_and_fractions_describe_the_same_layout():

@@ -59,9 +59,20 @@ def test_class_names_are_a_list_or_a_file(tmp_path):
     assert classes.parse(["Kitty", "dog"]) == [0, 1] and classes.name(0) == "cat"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_classes_are_split_at_line_ends_only(tmp_path, encoding):
+    (tmp_path / "names.txt").write_bytes("a\u2028b\tc\x85d\r\ne\vf\rg\n".encode(encoding))
+    assert read_class_names(str(tmp_path / "names.txt")) == [("a\u2028b", "c\x85d"), ("e\vf",), ("g",)]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot read the class names"), (b"\xff", "cannot read the class names"), (b" \n\n", "is empty")],
+    [
+        (None, "there is no file of class names"),
+        (b"\xff", r"cannot read the file of class names .* line 1 \(byte 0\) is not valid UTF-8"),
+        (b"a\n\0", "line 2 contains a NUL character"),
+        (b" \n\n", "is empty"),
+    ],
 )
 def test_invalid_file_of_class_names_is_one_line(tmp_path, content, message):
     path = tmp_path / "names.txt"

@@ -178,3 +178,12 @@ def test_rows_of_any_length_are_normalised():
     rows = np.array([[0.0, 0.0], [3e4, 4e4], [3e-4, 4e-4]], np.float16)
     unit = normalise(rows).numpy()
     assert np.allclose(unit, [[0, 0], [0.6, 0.8], [0.6, 0.8]], atol=1e-3) and unit.dtype == np.float32
+
+
+def test_hidden_files_are_no_part_of_a_database(tmp_path, caplog):
+    caplog.set_level("INFO", "ldm")
+    write_database(tmp_path, ROWS[:2], ROWS[2:])
+    for name in ("._part0.npz", ".DS_Store", "README.md"):
+        (tmp_path / name).write_bytes(b"x")
+    assert np.array_equal(read_database(tmp_path).embeddings, ROWS)
+    assert caplog.messages == [f'passed over 1 file in "{tmp_path}" besides the NPZ files: README.md']

@@ -15,7 +15,7 @@ from ldm.errors import UserError
 from ldm.retrieval import folders, searcher
 from ldm.retrieval.database import Database, read_database
 from ldm.retrieval.scann_index import ScannIndex
-from ldm.retrieval.searcher import Searcher, exact_candidates, open_searcher
+from ldm.retrieval.searcher import Searcher, exact_candidates, highest, open_searcher
 
 QUERIES = vectors(3, seed=9)
 
@@ -65,6 +65,25 @@ def test_chunk_size_does_not_change_neighbours(count, chunk_rows):
     assert torch.equal(exact_candidates(rows, queries, count, chunk_rows), whole)
     scores = queries.numpy() @ rows.T
     assert np.array_equal(whole.numpy(), np.argsort(-scores, axis=1, kind="stable")[:, :count])
+
+
+@pytest.mark.parametrize("levels", [1, 2, 7, 10_000])
+@pytest.mark.parametrize("count", [1, 52, 999, 5000])
+def test_highest_scores_are_the_first_among_equal_ones(levels, count):
+    scores = torch.from_numpy(np.random.default_rng(0).integers(0, levels, (3, 5000))).float()
+    first = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    assert torch.equal(highest(scores, count), first.sort(dim=1).values)
+
+
+def test_candidates_of_a_database_with_many_copies_are_in_database_order():
+    """`topk` alone may return other copies."""
+    rows = np.tile(vectors(20), (100, 1))
+    queries = F.normalize(torch.from_numpy(vectors(3, seed=9)), dim=1)
+    scores = queries @ F.normalize(torch.from_numpy(rows), dim=1).T
+    expected = scores[:, :20].argsort(dim=1, descending=True)
+    expected = (expected[:, :, None] + 20 * torch.arange(100)).flatten(1)[:, :130]
+    for chunk_rows in (40, 700, 2000):
+        assert torch.equal(exact_candidates(rows, queries, 130, chunk_rows), expected)
 
 
 def test_rows_are_processed_in_chunks(tmp_path, monkeypatch):
