@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import Parser
-from ldm.cli.input_files import check_text, read_lines
+from ldm.cli.input_files import check_text, read_prompts
 from ldm.cli.options import (
     add_count,
     add_prompts,
@@ -38,7 +38,7 @@ DATABASE = "artbench-surrealism"
 NEIGHBOURS = 10
 
 
-class Knn2Img(Task):
+class Knn2Img(Task["RetrievalToImage"]):
     """Sample images from text, and from similar images in a database, with a retrieval-augmented model."""
 
     name = "knn2img"
@@ -57,7 +57,8 @@ class Knn2Img(Task):
 
     def add_options(self, parser: Parser) -> None:
         """Add the options of the published script, with its names and defaults, and a few more."""
-        parser.description += f" The default model is the published one in {self.folder}, with {self.default_config}."
+        default = f"The default model is the published one in {self.folder}, with {self.default_config}."
+        parser.description = f"{parser.description} {default}"
         add_prompts(parser, PROMPT)
         add_count(parser, "--n_samples", 3, "images a round; of --from-file, images sampled at once")
         add_count(parser, "--n_iter", 1, "rounds of images")
@@ -146,7 +147,7 @@ class Knn2Img(Task):
         from ldm.pipelines.retrieval import context_width
 
         if args.from_file is not None:
-            texts = [text for text in read_lines(args.from_file) for _ in range(args.n_repeat)]
+            texts = [text for text in read_prompts(args.from_file) for _ in range(args.n_repeat)]
         else:
             texts = [args.prompt] * args.n_samples
             if args.n_repeat > 1:

@@ -36,6 +36,8 @@ class RunInfo:
         precision: dtype of the network.
         version: of this package.
         settings: settings of the pipeline.
+        vae: file of a first stage that replaces that of the model; None for its own.
+        loras: LoRA files that are merged into the model, and their factors.
     """
 
     task: str
@@ -45,18 +47,27 @@ class RunInfo:
     precision: str
     version: str
     settings: Mapping[str, Any]
+    vae: str | None = None
+    loras: Sequence[tuple[str, float]] = ()
 
     @classmethod
     def of(cls, task: str, files: ModelFiles, precision: str, settings: Mapping[str, Any]) -> RunInfo:
         """Return the facts of a run with the model in `files` and this version."""
         config, checkpoint = (_relative(path) for path in (files.config, files.checkpoint))
-        return cls(task, files.name, config, checkpoint, precision, release(), settings)
+        vae = None if files.vae is None else _relative(files.vae)
+        loras = [(_relative(path), factor) for path, factor in files.loras]
+        return cls(task, files.name, config, checkpoint, precision, release(), settings, vae, loras)
 
     def text(self, inputs: Mapping[str, Any], seed: int, position: BatchPosition) -> dict[str, Any]:
         """Return the text chunks of one image."""
         own = {**inputs, "seed": seed, "index": position.index}
         run = {"task": self.task, "model": self.model, "precision": self.precision, "version": self.version}
-        record = {**asdict(self), "inputs": dict(inputs), "seed": seed, "place": asdict(position)}
+        if self.vae is not None:
+            run["vae"] = self.vae
+        if self.loras:
+            run["loras"] = ", ".join(f"{path}:{factor:g}" for path, factor in self.loras)
+        facts = {name: value for name, value in asdict(self).items() if value or name not in ("vae", "loras")}
+        record = {**facts, "inputs": dict(inputs), "seed": seed, "place": asdict(position)}
         settings = {name: value for name, value in self.settings.items() if value is not None}
         return {**own, **settings, **run, KEY: json.dumps(record)}
 
@@ -83,17 +94,11 @@ class Record:
         Raises:
             UserError: The file is not a PNG, or has no valid record.
         """
-        from PIL import Image
+        from ldm.io.image_metadata import read_png_texts
+        from ldm.io.images import decode_image
 
-        try:
-            with Image.open(path) as file:
-                chunks = getattr(file, "text", {})
-        except FileNotFoundError:
-            raise UserError(f'there is no image "{path}"; check the path') from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f'cannot read the image "{path}": {error}; give a PNG that a command of this project wrote'
-            ) from None
+        decode_image(path, advice="give a PNG that a command of this project wrote")  # before anything is sampled
+        chunks = read_png_texts(path, (KEY, "task"))
         text = chunks.get(KEY)
         if text is None and "task" in chunks:
             raise GridError(f'"{path}" is a grid; give a single image')
@@ -112,13 +117,23 @@ class Record:
         run = RunInfo(**record)
         if not (isinstance(inputs, dict) and isinstance(seed, int) and isinstance(run.settings, dict)):
             raise TypeError("wrong types")
+        if not all(isinstance(text, str) for text in (run.task, run.model, run.config, run.checkpoint)):
+            raise TypeError("wrong types")
+        if not isinstance(run.vae, str | None) or not all(_is_lora(lora) for lora in run.loras):
+            raise TypeError("wrong types")
         if not 0 <= position.position < position.batch:
             raise ValueError("the position is outside the batch")
-        if not 0 <= seed <= MAX_SEED:
+        start_seed = inputs.get("start_seed", seed)
+        if not all(isinstance(each, int) and 0 <= each <= MAX_SEED for each in (seed, start_seed)):
             raise ValueError(f"the seed is not between 0 and {MAX_SEED}")
         if run.precision not in PRECISIONS:
             raise ValueError(f'the precision is "{run.precision}"')
         return cls(run, inputs, seed, position)
+
+
+def _is_lora(entry: Any) -> bool:
+    """Return whether an entry of a record is a file and a factor."""
+    return isinstance(entry, list) and [type(value) for value in entry] in ([str, float], [str, int])
 
 
 def release() -> str:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import Parser, command, example, say
 from ldm.cli.options import model_options
+from ldm.cli.recorded_files import RecordedFiles, check_folders
 from ldm.cli.task import Task
 from ldm.config.assets import locate
-from ldm.config.model_files import MODEL_FOLDERS, ModelFiles, find_model
+from ldm.config.model_files import MODEL_FOLDERS, ModelFiles, find_model, with_additions
 from ldm.config.model_info import ModelInfo
-from ldm.errors import UserError, did_you_mean
-from ldm.io.files import check_writable
+from ldm.errors import DiskFullError, UserError, did_you_mean
+from ldm.io.files import check_writable, variants
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,30 +88,40 @@ class Comparison:
 
 
 def model_of(run: RunInfo, name: str | None, config: str | None, ckpt: str | None) -> ModelFiles:
-    """Return the model of a run, or the one that the options name instead.
+    """Return the model of a run, or the one that the options name instead, with the LoRA files of the run.
 
     Raises:
         UserError: It is missing.
     """
-    files = find_model(name, config, ckpt, MODEL_FOLDERS)
-    if files is not None:
-        return files
+    files = find_model(name, config, ckpt, MODEL_FOLDERS) or _recorded_model(run)
+    return with_additions(files, run.vae, run.loras)
+
+
+def _recorded_model(run: RunInfo) -> ModelFiles:
     config, checkpoint = locate(run.config), locate(run.checkpoint)
     for path in (config, checkpoint):
-        if not path.is_file():
+        if not path.exists():
             raise UserError(
-                f'the model "{run.model}" was at "{path}", which is missing; name it with --model or --ckpt'
+                f'the model "{run.model}" was at "{path}", which is missing{_looked(path)}; name it with --model or '
+                "--ckpt"
             )
     return ModelFiles(run.model, config, checkpoint)
 
 
-def replay(record: Record, path: Path, load: Callable[[RunInfo], Any]) -> Comparison:
+def _looked(path: Path) -> str:
+    return "" if path.is_absolute() else " in the current folder and in the folders above the image"
+
+
+def replay(
+    record: Record, path: Path, load: Callable[[RunInfo], Any], input_folders: Sequence[Path] = ()
+) -> Comparison:
     """Sample the image of `record` again, and compare it with the file that the record comes from.
 
     Args:
         record: the record of the image.
         path: the file.
         load: returns the model of a run, ready to sample.
+        input_folders: folders to look for input files in.
 
     Raises:
         UserError: An input is missing or has changed, or the record is damaged.
@@ -120,6 +131,7 @@ def replay(record: Record, path: Path, load: Callable[[RunInfo], Any]) -> Compar
     from ldm.io.images import open_image
 
     task = find_task(record.run.task)
+    record = RecordedFiles(path, input_folders).find(record)
     model = load(record.run)
     try:
         again = _sampled_again(task, model, record, path.name)
@@ -140,7 +152,8 @@ def _sampled_again(task: Task, model: Any, record: Record, description: str) -> 
     pipeline, position = task.replayed(record.run.settings), record.position
     request = task.read(record.inputs, pipeline)
     # Copies fill the batch: the last bits of a sample depend on the size of its batch.
-    items = [Item(index, record.seed, request) for index in range(position.batch)]
+    start_seed = record.inputs.get("start_seed")
+    items = [Item(index, record.seed, request, start_seed) for index in range(position.batch)]
     samples = generate(
         pipeline,
         model,
@@ -150,7 +163,10 @@ def _sampled_again(task: Task, model: Any, record: Record, description: str) -> 
         packed=position.packed,
         description=description,
     )
-    return to_uint8(list(samples)[position.position].pixels)
+    sample = list(samples)[position.position]
+    if sample.error is not None:
+        raise sample.error
+    return to_uint8(sample.image)
 
 
 def make_parser() -> Parser:
@@ -162,9 +178,28 @@ def make_parser() -> Parser:
         parents=[model_options()],
     )
     parser.add_argument("images", nargs="+", metavar="PNG", help="an image that a command of this project wrote")
+    parser.add_argument(
+        "--input-dir",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="look for input images and masks there too, by name and then by content; repeatable (default: look in the "
+        "current folder, beside the PNG and above it)",
+    )
     parser.add_argument("--outdir", metavar="DIR", help="write the new images there (default: only compare)")
     parser.set_defaults(precision=None)  # that of the image
     return parser
+
+
+def _save_new(comparison: Comparison, record: Record, folder: Path) -> None:
+    """Write the new image to `folder` under the name of the old one, or another name if that is taken."""
+    from ldm.io.images import save_new_png
+
+    wanted = folder / comparison.path.name
+    text = record.run.text(record.inputs, record.seed, record.position)
+    written = save_new_png(comparison.again, variants(wanted), text)
+    if written != wanted:
+        logger.info('"%s" exists; the new image is "%s"', wanted, written.name)
 
 
 def _reported(error: UserError, paths: Sequence[Path]) -> UserError:
@@ -195,10 +230,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             failures.append(_reported(error, paths))
     if not records:
         raise UserError("none of the images can be sampled again; see above")
+    folders = check_folders("--input-dir", args.input_dir)
     if args.outdir:
         check_writable(Path(args.outdir), "--outdir")
 
-    from ldm.io.images import save_png
     from ldm.modules.precision import choose_precision
     from ldm.pipelines.loading import choose_device
 
@@ -214,15 +249,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     identical = True
     for path, record in records.items():
         try:
-            comparison = replay(record, path, load)
+            comparison = replay(record, path, load, folders)
+            say(str(comparison))
+            identical &= comparison.identical
+            if args.outdir:
+                _save_new(comparison, record, Path(args.outdir))
+        except DiskFullError:
+            raise
         except UserError as error:
             failures.append(_reported(error, paths))
-            continue
-        say(str(comparison))
-        identical &= comparison.identical
-        if args.outdir:
-            text = record.run.text(record.inputs, record.seed, record.position)
-            save_png(comparison.again, Path(args.outdir) / path.name, text)
     if failures:
         raise UserError(f"{len(failures)} of {len(paths)} could not be sampled again; see above")
     return 0 if identical else 1

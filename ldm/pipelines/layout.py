@@ -73,7 +73,7 @@ def layout_tokens(layout: Layout, vocabulary: int, length: int) -> Any:
     """
     from ldm.modules.encoders.layout import Box, LayoutTokens
 
-    return LayoutTokens(vocabulary).encode([Box(each.label, tuple(each.box)) for each in layout.boxes], length)
+    return LayoutTokens(vocabulary).encode([Box(each.label, each.box, each.name) for each in layout.boxes], length)
 
 
 def layout_to_image(
@@ -92,8 +92,8 @@ def layout_to_image(
             the names of the model's `class_names`, or numbers, as labels.
         steps: number of sampler steps.
         scale: guidance scale; 1 samples without guidance.
-        **options: `seed`, `sampler`, `eta`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device`,
-            `precision`; see `ldm.pipelines.run.SamplerOptions`.
+        **options: `seed`, `sampler`, `eta`, `timestep_spacing`, `batch_size`, `latents`, `output_type`, `progress`,
+            `callback`, `device`, `precision`; see `ldm.pipelines.run.SamplerOptions`.
 
     Returns:
         PIL images, or what `output_type` names.

@@ -81,8 +81,8 @@ def retrieval_to_image(
         height, width: image size in pixels; default: the size of the model.
         steps: number of sampler steps.
         scale: guidance scale; 1 samples without guidance.
-        **options: `seed`, `sampler`, `eta`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device`,
-            `precision`; see `ldm.pipelines.run.SamplerOptions`.
+        **options: `seed`, `sampler`, `eta`, `timestep_spacing`, `batch_size`, `latents`, `output_type`, `progress`,
+            `callback`, `device`, `precision`; see `ldm.pipelines.run.SamplerOptions`.
 
     Returns:
         PIL images, or what `output_type` names.

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ldm.errors import UserError
 from ldm.modules.encoders.clip import FrozenCLIPTextEmbedder
+from ldm.modules.encoders.truncation import warn_truncations
 from ldm.retrieval.conditioning import retrieval_conditioning
 from ldm.retrieval.searcher import open_searcher
 
@@ -68,11 +69,12 @@ class ContextEncoder:
             )
 
     def encode(self, prompts: Sequence[str]) -> list[Context]:
-        """Return the context of each prompt.
+        """Return the context of each prompt, and log the ends of prompts that CLIP does not read.
 
         Raises:
             UserError: the database comes from another CLIP, or its vectors are not finite.
         """
+        warn_truncations(self.clip, prompts)
         contexts: list[Context] = []
         with tqdm(total=len(prompts), desc="prompts", unit="prompt", delay=1.0, leave=False) as bar:
             for first in range(0, len(prompts), QUERY_BATCH):

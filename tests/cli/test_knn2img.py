@@ -173,6 +173,13 @@ def test_context_without_neighbours_is_the_prompt(knn2img, place, conditionings,
     assert not {"neighbours", "database", "knn"} & texts(tmp_path / "out")[0].keys()
 
 
+def test_cut_prompt_logs_one_line(knn2img, caplog):
+    """CLIP reads 77 tokens; the prompt is encoded once for all images."""
+    assert knn2img("--prompt", f"{'cat ' * 75}Cat a", "--n_samples", 2, "--n_iter", 2) == 0
+    (line,) = [record.getMessage() for record in caplog.records if "tokens" in record.getMessage()]
+    assert line.endswith('79 tokens (start and end token included), and the model reads 77; cut: "… Cat a"')
+
+
 def test_neighbours_and_their_database_change_the_image(knn2img, tmp_path):
     for options in ((), ("--use_neighbors",), ("--use_neighbors", "--database", "other")):
         assert knn2img("--n_samples", 1, *options) == 0
@@ -198,14 +205,25 @@ def test_replay_is_identical(knn2img, tmp_path, monkeypatch, capsys):
     assert knn2img("--from-file", tmp_path / "prompts.txt", "--use_neighbors", "--knn", 3) == 0
     assert knn2img("--n_samples", 1, "--clip_type", "./clip") == 0
     opened = []
-    load = clip._load
-    monkeypatch.setattr(clip, "_load", lambda name: opened.append(name) or load(name))
+    load = clip.load_clip
+    monkeypatch.setattr(clip, "load_clip", lambda name: opened.append(name) or load(name))
     find_task.cache_clear()
     paths = [str(path) for path in sorted((tmp_path / "out" / "samples").iterdir())]
     capsys.readouterr()
     assert replay.main(paths) == 0
     assert capsys.readouterr().out.splitlines() == [f"{path}: identical" for path in paths]
     assert opened == ["clip", "clip"], "once for images with the same settings"
+
+
+def test_replay_from_another_folder_finds_the_database_and_the_clip(knn2img, place, tmp_path, monkeypatch, capsys):
+    options = ["--clip_type", "./clip", "--use_neighbors", "--database", "other", "--n_samples", 1]
+    assert knn2img(*options, "--outdir", "results") == 0
+    monkeypatch.chdir(tmp_path)
+    find_task.cache_clear()
+    path = place / "results/samples/00000.png"
+    capsys.readouterr()
+    assert replay.main([str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: identical\n"
 
 
 def test_replay_refuses_a_changed_database(knn2img, tmp_path, capsys):

@@ -63,6 +63,7 @@ def test_record_holds_everything_that_sampling_again_takes(base):
         "steps": 2,
         "eta": 0.0,
         "scale": 5.0,
+        "timestep_spacing": None,
         "negative_prompt": "",
         "height": 16,
         "width": 16,
@@ -102,6 +103,24 @@ def test_replay_uses_the_recorded_choice(base, entered, tmp_path):
         Image.fromarray(image).save(tmp_path / "x.png", pnginfo=info)
         assert replay.main([str(tmp_path / "x.png")]) in (0, 1), "rounding may differ"
         assert entered.pop() is packed
+
+
+def test_record_is_read_beside_texts_of_other_programs(base, tmp_path):
+    with Image.open(base / "2/samples/0000.png") as file:
+        info = PngInfo()
+        info.add_text("workflow", "x" * (2 << 20), zip=True)  # Pillow refuses compressed texts of more than 1 MB
+        for key, text in file.text.items():
+            info.add_text(key, text)
+        file.save(tmp_path / "x.png", pnginfo=info)
+    assert Record.read(tmp_path / "x.png") == Record.read(base / "2/samples/0000.png")
+    assert replay.main([str(tmp_path / "x.png")]) == 0
+
+
+def test_truncated_image_raises_user_error(base, tmp_path):
+    content = (base / "2/samples/0000.png").read_bytes()
+    (tmp_path / "x.png").write_bytes(content[:-300])
+    with pytest.raises(UserError, match="give a PNG that a command of this project wrote"):
+        Record.read(tmp_path / "x.png")
 
 
 def test_records_of_earlier_versions_count_as_packed(base, entered, tmp_path):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from tiny_models import write_model
 
 from ldm.cli.replay import main as replay
 from ldm.cli.txt2img import main as txt2img
+from ldm.models.diffusion.ddpm import LatentDiffusion
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,37 @@ def test_images_are_identical(sampled, capsys):
         again = sampled / "again" / path.rpartition("/")[2]
         assert (np.asarray(Image.open(path)) == np.asarray(Image.open(again))).all()
         assert Image.open(path).text == Image.open(again).text
+
+
+def test_new_images_replace_nothing(sampled, tmp_path, caplog):
+    """Neither the images to compare with, nor each other."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for index, folder in enumerate(folders):
+        folder.mkdir()
+        shutil.copy(sampled / f"samples/{index:04}.png", folder / "x.png")
+    before = (folders[0] / "x.png").read_bytes()
+    with caplog.at_level("INFO", logger="ldm"):
+        assert replay([*(str(folder / "x.png") for folder in folders), "--outdir", str(folders[0])]) == 0
+    assert (folders[0] / "x.png").read_bytes() == before
+    for name, original in (("x-1.png", folders[0]), ("x-2.png", folders[1])):
+        assert Image.open(folders[0] / name).text == Image.open(original / "x.png").text
+        assert f'"{folders[0] / "x.png"}" exists; the new image is "{name}"' in caplog.text
+
+
+def test_image_that_cannot_be_written_does_not_stop_the_others(sampled, tmp_path, monkeypatch, caplog, capsys):
+    saved, calls = Image.Image.save, itertools.count()
+
+    def save(self, path, **options):
+        if next(calls) == 0:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        saved(self, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    paths = [str(sampled / f"samples/{i:04}.png") for i in range(2)]
+    assert replay([*paths, "--outdir", str(tmp_path)]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["0001.png"]
+    assert "0000.png" in caplog.text
+    assert capsys.readouterr().err.strip().endswith("error: 1 of 2 could not be sampled again; see above")
 
 
 def test_differences_are_counted(sampled, tmp_path, capsys):
@@ -118,3 +153,12 @@ def test_a_missing_model_is_named(sampled, tmp_path, capsys):
         assert replay([str(sampled / "samples/0000.png"), "--model", str(tmp_path / "moved")]) == 0
     finally:
         (tmp_path / "moved").rename(sampled / "tiny")
+
+
+def test_image_that_cannot_be_computed_is_one_line(sampled, monkeypatch, capsys):
+    path = sampled / "samples/0000.png"
+    decode = LatentDiffusion.decode_first_stage
+    monkeypatch.setattr(LatentDiffusion, "decode_first_stage", lambda self, z: decode(self, z) * float("nan"))
+    assert replay([str(path)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == "error: the pixels of image 0 (seed 5) are not finite; check the weights of the model"

@@ -57,6 +57,9 @@ def test_decode_skips_invalid_corners():
     ("boxes", "message"),
     [
         ([Box(0, (0, 0, 1, 1))] * 31, "31 boxes do not fit into 92 tokens; give at most 30"),
+        ([Box(3, (0, 0, 1, 1))] * 31, r'92 tokens; give at most 30 \(too many: "3"\)'),
+        ([Box(3, (0, 0, 1, 1), "Dog")] * 32, r'give at most 30 \(too many: "Dog", "Dog"\)'),
+        ([Box(3, (0, 0, 1, 1), "Dog")] * 36, r'give at most 30 \(too many: "Dog", "Dog", "Dog", "Dog", …\)'),
         ([Box(8191, (0, 0, 1, 1))], "class 8191; classes go from 0 to 8190"),
         ([Box(-1, (0, 0, 1, 1))], "class -1"),
         ([Box(0, (0, 0, 1.5, 1))], r"positions must lie in \[0, 1\]"),

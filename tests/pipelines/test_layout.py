@@ -70,6 +70,7 @@ def test_guidance_uses_the_empty_layout(model, monkeypatch, caplog):
         ({"boxes": [{"label": "Dgo", "box": [0, 0, 1, 1]}]}, r'there is no such class \(did you mean "Dog"'),
         ({"boxes": [{"label": 299, "box": [0, 0, 1, 1]}]}, "classes go from 0 to 298"),
         ({"boxes": 4 * [DOG]}, "give at most 3"),
+        ({"boxes": 3 * [DOG] + [{**DOG, "label": "Cat"}, DOG]}, r'give at most 3 \(too many: "Cat", "Dog"\)'),
         ({"boxes": [{"label": 1, "box": [0, 0, 2, 1]}]}, "extends outside"),
     ],
 )

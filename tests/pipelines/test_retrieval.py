@@ -66,6 +66,13 @@ def test_context_without_a_database_is_the_prompt(model, files, conditionings):
     assert cond.shape == (1, 1, 10) and uncond is None
 
 
+def test_cut_prompts_are_one_line_each(model, files, caplog):
+    long = "cat " * 75 + "Cat a"
+    sample(model, files, [long, "cat", long])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith('79 tokens (start and end token included), and the model reads 77; cut: "… Cat a"')
+
+
 def test_neighbours_change_the_image(model, files):
     alone, near, fewer = (
         sample(model, files, "cat", **options)[0]

@@ -16,16 +16,18 @@ from typing import NamedTuple
 import torch
 
 from ldm.errors import UserError
+from ldm.io.checkpoint.names import first_names
 
 FULL_WINDOW = (0.0, 0.0, 1.0, 1.0)
 Position = tuple[float, float, float, float]
 
 
 class Box(NamedTuple):
-    """Object of a layout: class index and position."""
+    """Object of a layout: class index, position, and a name for messages."""
 
     label: int
     position: Position
+    name: str = ""
 
 
 class LayoutTokens:
@@ -49,7 +51,10 @@ class LayoutTokens:
             UserError: there are too many boxes, a class is unknown, or a corner is outside the layout.
         """
         if len(boxes) > length // 3:
-            raise UserError(f"{len(boxes)} boxes do not fit into {length} tokens; give at most {length // 3}")
+            names = first_names(f'"{box.name or box.label}"' for box in boxes[length // 3 :])
+            raise UserError(
+                f"{len(boxes)} boxes do not fit into {length} tokens; give at most {length // 3} (too many: {names})"
+            )
         for box in boxes:
             if not 0 <= box.label < self.none:
                 raise UserError(f"a box has the class {box.label}; classes go from 0 to {self.none - 1}")
