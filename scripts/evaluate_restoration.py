@@ -6,7 +6,6 @@ python scripts/evaluate_restoration.py --model emoji64-inpaint
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from _evaluation import EvaluatedModel, add_options, choose, table, write_scores
 
 from ldm.cli.command import Parser, command, example
 from ldm.cli.options import model_options, non_negative_float
-from ldm.config.distribution import install_hint
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
 
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from ldm.pipelines.inpainting import MaskedImage
     from ldm.pipelines.pipeline import Pipeline
 
-logger = logging.getLogger("ldm")
 
 DEFAULT_MODEL = "emoji64-inpaint"
 SHOWN = 16  # images in the grid
@@ -94,10 +91,10 @@ def inpainting_problem(args: argparse.Namespace, info: ModelInfo) -> Problem:
     originals = np.stack([to_uint8(item["image"]) for item in items])
     masks = np.stack([item["mask"][..., 0] > 0 for item in items])
     requests = [MaskedImage(image, mask) for image, mask in zip(originals, masks, strict=True)]
-    baselines = {"mean colour of the rest": np.stack([fill_with_mean(each) for each in requests])}
-    telea = find_telea()
-    if telea is not None:
-        baselines["Telea (OpenCV)"] = np.stack([telea(each) for each in requests])
+    baselines = {
+        "mean colour of the rest": np.stack([fill_with_mean(each) for each in requests]),
+        "Telea (OpenCV)": np.stack([fill_by_telea(each) for each in requests]),
+    }
     inputs = [[np.where(each.mask[..., None], np.uint8(255), each.image)] for each in requests]
     return Problem(Inpainting(steps=args.steps, eta=args.eta), requests, originals, masks, baselines, inputs)
 
@@ -146,18 +143,12 @@ def fill_with_mean(request: MaskedImage) -> np.ndarray:
     return np.where(request.mask[..., None], mean, request.image)
 
 
-def find_telea() -> Callable[[MaskedImage], np.ndarray] | None:
-    """Return in-painting by OpenCV (Telea, 2004), or None if OpenCV is not installed."""
-    try:
-        import cv2
-    except ImportError:
-        logger.warning("OpenCV is missing, so Telea's method is left out; to add it: %s", install_hint("evaluation"))
-        return None
+def fill_by_telea(request: MaskedImage) -> np.ndarray:
+    """Return the image with its masked part filled by OpenCV's in-painting (Telea, 2004)."""
+    import cv2
     import numpy as np
 
-    return lambda request: cv2.inpaint(
-        np.ascontiguousarray(request.image), request.mask.astype(np.uint8), 3, cv2.INPAINT_TELEA
-    )
+    return cv2.inpaint(np.ascontiguousarray(request.image), request.mask.astype(np.uint8), 3, cv2.INPAINT_TELEA)
 
 
 def restore(model: Any, problem: Problem, args: argparse.Namespace) -> np.ndarray:

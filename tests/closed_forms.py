@@ -6,19 +6,26 @@ import math
 
 import torch
 
-from ldm.modules.diffusionmodules.schedule import diffusion_tables, extract_into_tensor, make_beta_schedule
+from ldm.modules.diffusionmodules.schedule import (
+    diffusion_tables,
+    extract_into_tensor,
+    make_beta_schedule,
+    rescale_zero_terminal_snr,
+)
 
 
 class Gaussian:
     """Exact denoiser of data distributed as N(mean, std²), independently in every pixel.
 
-    A conditioning (B, 1) replaces the mean. `fineness` divides every beta of the schedule.
+    A conditioning (B, 1) replaces the mean. `fineness` divides every beta of the schedule. With `zero_snr` the schedule
+    ends at ᾱ = 0.
     """
 
-    def __init__(self, mean=0.5, std=0.3, timesteps=1000, parameterization="eps", fineness=1):
+    def __init__(self, mean=0.5, std=0.3, timesteps=1000, parameterization="eps", fineness=1, zero_snr=False):
         self.mean, self.std, self.num_timesteps, self.parameterization = mean, std, timesteps, parameterization
         self.device = torch.device("cpu")
-        tables = diffusion_tables(make_beta_schedule("linear", timesteps, 0.0015 / fineness, 0.0195 / fineness))
+        betas = make_beta_schedule("linear", timesteps, 0.0015 / fineness, 0.0195 / fineness)
+        tables = diffusion_tables(rescale_zero_terminal_snr(betas) if zero_snr else betas)
         self.tables = {name: torch.tensor(table) for name, table in tables.items()}
         self.alphas_cumprod = self.tables["alphas_cumprod"]
         self.calls = []

@@ -11,6 +11,7 @@ import re
 import diffusers
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from parity_cases import assert_close
 from tiny_models import randomise
 
@@ -18,8 +19,10 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import DDPM
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import SamplingOptions
+from ldm.modules.diffusionmodules import schedule
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.schedule import make_beta_schedule
 from ldm.modules.packing import packed_weights
@@ -298,3 +301,96 @@ def test_ancestral_sampling_agrees(model):
     ours, _ = AncestralSampler(model).run(SHAPE, torch.arange(40).numpy(), None, SamplingOptions(verbose=False), x)
     torch.manual_seed(1)
     assert_close(ours, walk(scheduler, model, x), TOLERANCE)
+
+
+# --- zero terminal SNR: the rescaled schedule, the trailing grid and prediction of v
+
+ZERO_SNR = {**SCHEDULE, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+
+
+def make_zero_snr_model(network, **options):
+    """Return a model with a given denoising network, whose schedule ends at ᾱ = 0."""
+    options |= {"linear_start": 0.00085, "linear_end": 0.012, "use_ema": False, "image_size": 8}
+    options |= {"parameterization": "v", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    zero_snr = DDPM({"target": "torch.nn.Identity"}, clip_denoised=False, **options)
+    zero_snr.model = network
+    return zero_snr.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def zero_snr_model(model):
+    return make_zero_snr_model(model.model)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sqrt_linear"])
+def test_rescaled_schedules_agree(name):
+    betas = make_beta_schedule(name, 1000)
+    expected = rescale_zero_terminal_snr(torch.from_numpy(betas))
+    torch.testing.assert_close(torch.from_numpy(schedule.rescale_zero_terminal_snr(betas)), expected, rtol=1e-9, atol=0)
+    # diffusers computes in single precision.
+    single = diffusers.DDIMScheduler(trained_betas=betas, rescale_betas_zero_snr=True).alphas_cumprod
+    ours = torch.from_numpy(1 - schedule.rescale_zero_terminal_snr(betas)).cumprod(0).float()
+    assert single[-1] == ours[-1] == 0
+    torch.testing.assert_close(ours, single, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("S", [S for S in range(1, 1001) if 1000 % S == 0] + [3, 7, 15, 27, 300, 999])
+def test_trailing_grids_agree(S):
+    scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(S)
+    ours = schedule.make_ddim_timesteps("trailing", S, 1000)
+    assert ours[::-1].tolist() == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("steps", [1, 5, 20])
+def test_ddim_at_zero_terminal_snr_agrees(zero_snr_model, steps, eta):
+    scheduler = diffusers.DDIMScheduler(**ZERO_SNR, rescale_betas_zero_snr=True, clip_sample=False)
+    scheduler.set_timesteps(steps)
+    scheduler.alphas_cumprod = zero_snr_model.alphas_cumprod  # computed there in single precision from the start
+    x = torch.randn(SHAPE)
+    torch.manual_seed(1)
+    ours, _ = DDIMSampler(zero_snr_model).sample(steps, 2, SHAPE[1:], eta=eta, x_T=x, verbose=False)
+    torch.manual_seed(1)
+    # The first steps, at small ᾱ, amplify differences of rounding between the two orders of operations.
+    assert_close(ours, walk(scheduler, zero_snr_model, x, eta=eta), 5 * TOLERANCE)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20])
+def test_dpm_solver_at_zero_terminal_snr_agrees(model, steps):
+    """diffusers replaces ᾱ = 0 by 2⁻²⁴, which changes the first two steps."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(**ZERO_SNR, rescale_betas_zero_snr=True)
+    zero, above_zero = make_zero_snr_model(model.model), make_zero_snr_model(model.model)
+    above_zero.alphas_cumprod[-1] = 2**-24
+    scheduler.alphas_cumprod = above_zero.alphas_cumprod
+    scheduler.set_timesteps(steps)
+    x = torch.randn(SHAPE)
+    expected = walk(scheduler, above_zero, x)
+    for ours, tol in ((above_zero, TOLERANCE), (zero, 5e-3)):
+        samples, _ = DPMSolverSampler(ours).sample(steps, 2, SHAPE[1:], x_T=x, verbose=False)
+        assert_close(samples, expected, tol)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+def test_dpm_solver_agrees(model, steps):
+    scheduler = diffusers.DPMSolverMultistepScheduler(**SCHEDULE, timestep_spacing="trailing")
+    scheduler.alphas_cumprod = model.alphas_cumprod
+    scheduler.set_timesteps(steps)
+    x = torch.randn(SHAPE)
+    ours, _ = DPMSolverSampler(model).sample(steps, 2, SHAPE[1:], x_T=x, ddim_discretize="trailing", verbose=False)
+    assert_close(ours, walk(scheduler, model, x), TOLERANCE)
+
+
+def test_ancestral_sampling_at_zero_terminal_snr_agrees(model):
+    short = make_zero_snr_model(model.model, timesteps=20)
+    scheduler = diffusers.DDPMScheduler(
+        **{**ZERO_SNR, "num_train_timesteps": 20}, rescale_betas_zero_snr=True, clip_sample=False
+    )
+    scheduler.set_timesteps(20)
+    betas = schedule.rescale_zero_terminal_snr(make_beta_schedule("linear", 20, 0.00085, 0.012))
+    scheduler.alphas_cumprod = torch.from_numpy(betas).neg().add(1).cumprod(0)
+    x = torch.randn(SHAPE)
+    torch.manual_seed(1)
+    ours, _ = AncestralSampler(short).run(SHAPE, torch.arange(20).numpy(), None, SamplingOptions(verbose=False), x)
+    torch.manual_seed(1)
+    assert_close(ours, walk(scheduler, short, x), TOLERANCE)

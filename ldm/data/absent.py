@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from torch.utils.data import Dataset
 
@@ -21,5 +21,5 @@ class AbsentDataset(Dataset):
     provided: ClassVar[str]
     instead: ClassVar[str]
 
-    def __init__(self, **params: Any) -> NoReturn:
+    def __init__(self, **params: Any) -> None:
         raise UserError(f"{type(self).__name__} is not included: it provided {self.provided}; {self.instead}")

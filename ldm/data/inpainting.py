@@ -63,7 +63,7 @@ def _stroke(draw: ImageDraw.ImageDraw, height: int, width: int, random: np.rando
 
 def _box(draw: ImageDraw.ImageDraw, height: int, width: int, random: np.random.Generator) -> None:
     w, h = (max(1, round(length * random.uniform(*BOX_SIDE))) for length in (width, height))
-    left, top = random.integers(0, width - w + 1), random.integers(0, height - h + 1)
+    left, top = int(random.integers(0, width - w + 1)), int(random.integers(0, height - h + 1))
     draw.rectangle((left, top, left + w - 1, top + h - 1), fill=1)
 
 
@@ -88,5 +88,6 @@ class MaskedPictures(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = plain_entries(self.dataset[index])
         seed = index if self.fixed else int(torch.randint(2**31, ()))
-        mask = random_mask(*item["image"].shape[:2], np.random.default_rng(seed))
+        height, width = item["image"].shape[:2]
+        mask = random_mask(height, width, np.random.default_rng(seed))
         return {**item, "mask": mask, "masked_image": masked(item["image"], mask)}

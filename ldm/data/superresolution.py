@@ -5,9 +5,10 @@ Shapes: pixels (H, W, 3) uint8; images float32 in [-1, 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from ldm.data.image_files import (
 )
 from ldm.errors import UserError, did_you_mean
 from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light
-from ldm.modules.image_degradation.ops import RESIZE_METHODS, from_pixels, resize, to_pixels
+from ldm.modules.image_degradation.ops import RESIZE_METHODS, resize, to_pixels
 
 BSR = {"bsrgan": degradation_fn_bsr, "bsrgan_light": degradation_fn_bsr_light}
 DEGRADATIONS = (
@@ -44,7 +45,7 @@ class SuperResolution(Dataset):
     float32 in [-1, 1]. All randomness comes from PyTorch's global generator.
 
     Args:
-        images: the image files.
+        images: the image files: `ImageFiles`, or a data set whose items have their `file_path_`.
         size: side of `image` in pixels.
         degradation: "bsrgan" or "bsrgan_light" (see `ldm.modules.image_degradation`), or a resampling filter of OpenCV
             ("cv_area", …) or Pillow ("pil_bicubic", …); see `DEGRADATIONS`.
@@ -58,7 +59,7 @@ class SuperResolution(Dataset):
 
     def __init__(
         self,
-        images: ImageFiles,
+        images: Dataset,
         /,
         size: int | None = None,
         degradation: str | None = None,
@@ -79,15 +80,21 @@ class SuperResolution(Dataset):
         self.degrade = find_degradation(degradation, size // downscale_f, downscale_f)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(cast(Sized, self.images))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pixels = read_pixels(self.images.paths[index])
+        entries = self._entries(index)
+        pixels = read_pixels(Path(entries["file_path_"]))
         fraction = self.min_crop_f + (self.max_crop_f - self.min_crop_f) * torch.rand(()).item()
         side = max(1, int(min(pixels.shape[:2]) * fraction))
         pixels = resize_smaller_side(crop_square(pixels, side, self.random_crop), self.size, "area")
         small = self.degrade(np.ascontiguousarray(pixels))
-        return {**self.images.entries(index), "image": to_image(pixels), "LR_image": to_image(small)}
+        return {**entries, "image": to_image(pixels), "LR_image": to_image(small)}
+
+    def _entries(self, index: int) -> dict[str, Any]:
+        """Return the entries of an image file except `image`."""
+        images = self.images
+        return images.entries(index) if isinstance(images, ImageFiles) else plain_entries(images[index])
 
 
 class SmallerPictures(Dataset):
@@ -144,4 +151,4 @@ def _pil(method: Image.Resampling, size: int, pixels: np.ndarray) -> np.ndarray:
 
 
 def _cv(method: str, size: int, pixels: np.ndarray) -> np.ndarray:
-    return to_pixels(resize(from_pixels(pixels), (size, size), method))
+    return resize(pixels, (size, size), method)

@@ -87,21 +87,21 @@ class Searcher:
         k = min(k, len(self.database))
         count = min(k + EXTRA_CANDIDATES, len(self.database))
         queries = F.normalize(queries.detach().float().cpu(), dim=1)
-        candidates = self._index_candidates(queries, count) if self.index is not None else None
+        candidates = self._index_candidates(self.index, queries, count) if self.index is not None else None
         if candidates is None:
             embeddings = self.database.embeddings
             candidates = exact_candidates(embeddings, queries.to(self.device), count, self.chunk_rows).cpu()
         return self._select(queries, candidates, k)
 
-    def _index_candidates(self, queries: Tensor, count: int) -> Tensor | None:
-        """Return (Q, count) candidates of the index, or None if it finds fewer for a query."""
-        indices, scores = self.index.candidates(queries.numpy(), count)
+    def _index_candidates(self, index: ScannIndex, queries: Tensor, count: int) -> Tensor | None:
+        """Return (Q, count) candidates of `index`, or None if it finds fewer for a query."""
+        indices, scores = index.candidates(queries.numpy(), count)
         if np.isnan(scores).any():
             return None
         candidates = torch.from_numpy(indices)
         error = (self._score(queries, candidates)[0] - torch.from_numpy(scores)).abs().max()
         if error > SCORE_TOLERANCE:
-            raise _mismatch(self.index, f"its scores are off by {error:.2f}")
+            raise _mismatch(index, f"its scores are off by {error:.2f}")
         return candidates
 
     def _select(self, queries: Tensor, candidates: Tensor, k: int) -> Neighbours:
@@ -133,12 +133,23 @@ def exact_candidates(embeddings: np.ndarray, queries: Tensor, count: int, chunk_
     best_indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for first, rows in chunks(embeddings, chunk_rows):
         scores = queries @ normalise(rows, queries.device, first).T
-        indices = torch.arange(first, first + len(rows), device=queries.device).expand(len(queries), -1)
-        # Earlier rows stand first, and a stable sort keeps equal scores in this order.
-        best_scores, order = torch.cat([best_scores, scores], dim=1).sort(dim=1, descending=True, stable=True)
-        best_scores = best_scores[:, :count]
-        best_indices = torch.cat([best_indices, indices], dim=1).gather(1, order[:, :count])
+        positions = highest(scores, min(count, len(rows)))
+        scores = torch.cat([best_scores, scores.gather(1, positions)], dim=1)
+        indices = torch.cat([best_indices, first + positions], dim=1)
+        # The indices ascend, and a stable sort keeps equal scores in this order.
+        best_scores, order = scores.sort(dim=1, descending=True, stable=True)
+        best_scores, best_indices = best_scores[:, :count], indices.gather(1, order[:, :count])
     return best_indices
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Return the ascending positions (Q, count) of the highest scores (Q, N); of equal scores, the first ones."""
+    values, positions = scores.topk(count, dim=1, sorted=False)
+    # `topk` selects any of the scores that equal the lowest selected one.
+    ambiguous = (scores >= values.amin(dim=1, keepdim=True)).sum(dim=1) > count
+    if ambiguous.any():
+        positions[ambiguous] = scores[ambiguous].sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return positions.sort(dim=1).values
 
 
 def open_searcher(name: str, device: torch.device | str = "cpu") -> Searcher:

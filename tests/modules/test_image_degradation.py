@@ -19,7 +19,6 @@ from ldm.modules.image_degradation.ops import (
     from_pixels,
     gaussian_noise,
     jpeg,
-    lanczos_weights,
     resize,
     to_pixels,
 )
@@ -109,16 +108,23 @@ def test_resize_preserves_the_range_and_constant_images(method):
     assert resize(np.full((20, 30, 3), 0.3, np.float32), (7, 50), method) == pytest.approx(0.3, abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["nearest", "bilinear", "bicubic", "area"])
-@pytest.mark.parametrize("size", [(13, 21), (70, 100)])
+@pytest.mark.parametrize(
+    ("method", "size"),
+    [
+        *((method, size) for method in ("nearest", "bilinear", "bicubic") for size in ((13, 21), (70, 100), (16, 32))),
+        ("area", (16, 32)),
+        ("area", (32, 64)),
+    ],
+)
 def test_resize_matches_kornia(method, size):
     import kornia
 
+    """In double precision: positions between pixels lose digits in single precision."""
     image = from_pixels(emoji_image(size=64))
     align_corners = False if method in ("bilinear", "bicubic") else None
-    x = torch.from_numpy(image).permute(2, 0, 1)
+    x = torch.from_numpy(image).permute(2, 0, 1).double()
     expected = kornia.geometry.resize(x, size, method, align_corners=align_corners).clamp(0, 1).permute(1, 2, 0)
-    assert resize(image, size, method) == pytest.approx(expected.numpy(), abs=1e-6)
+    assert resize(image, size, method) == pytest.approx(expected.numpy(), abs=5e-7)
 
 
 def test_area_averages_blocks_and_nearest_takes_their_first_pixel():
@@ -127,13 +133,38 @@ def test_area_averages_blocks_and_nearest_takes_their_first_pixel():
     assert np.array_equal(resize(image, (16, 16), "nearest"), image[::4, ::4])
 
 
+def weights_of(method, old, new):
+    """Return the weights (new, old) of a method along one axis, from impulses on grey, which are not clipped."""
+    rows = 0.25 + 0.5 * np.eye(old, dtype=np.float32)
+    columns = [resize(np.tile(row[:, None, None], (1, 3, 3)), (new, 3), method)[:, 0, 0] for row in rows]
+    return (np.stack(columns, axis=1) - 0.25) / 0.5
+
+
 def test_lanczos_weights_match_the_formula():
-    weights = lanczos_weights(40, 20)  # sampled between two pixels: distances 0.5 to 3.5 on both sides
+    weights = weights_of("lanczos", 40, 20)  # sampled between two pixels: distances 0.5 to 3.5 on both sides
     distances = np.arange(8) - 3.5
     formula = np.sinc(distances) * np.sinc(distances / 4)
-    assert weights[10, 17:25] == pytest.approx(formula / formula.sum())
-    assert weights.sum(axis=1) == pytest.approx(np.ones(20))
-    assert lanczos_weights(9, 9) == pytest.approx(np.eye(9), abs=1e-12)
+    assert weights[10, 17:25] == pytest.approx(formula / formula.sum(), abs=2e-6)
+    assert weights.sum(axis=1) == pytest.approx(np.ones(20), abs=1e-5)
+    assert weights_of("lanczos", 9, 9) == pytest.approx(np.eye(9), abs=2e-6)
+
+
+@pytest.mark.parametrize(("old", "new"), [(64, 13), (100, 21), (30, 20), (9, 8), (40, 20)])
+def test_area_weights_are_the_shares_of_pixels(old, new):
+    """A new pixel covers old / new pixels; one that it covers in part counts in part, as published."""
+    edges = np.arange(new + 1) * old / new
+    covered = np.minimum(edges[1:, None], np.arange(1, old + 1)) - np.maximum(edges[:-1, None], np.arange(old))
+    assert weights_of("area", old, new) == pytest.approx(covered.clip(0) * new / old, abs=5e-6)
+
+
+@pytest.mark.parametrize("method", RESIZE_METHODS)
+def test_pixels_are_resized_as_floats_are(method):
+    """OpenCV computes with pixels in fixed-point numbers, whose results are at most one level away."""
+    image = emoji_image(size=64)
+    resized = resize(image, (13, 21), method)
+    assert resized.dtype == np.uint8
+    floats = resize(from_pixels(image), (13, 21), method) * 255
+    assert np.abs(resized - floats).max() < 1
 
 
 @pytest.mark.parametrize("kind", NOISE_KINDS)

@@ -10,7 +10,6 @@ import torch
 from ldm.errors import UserError
 from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.sampler import GridSampler
-from ldm.modules.diffusionmodules.schedule import make_ddim_sampling_parameters
 
 LOWER_ORDER_FINAL_BELOW = 15  # runs of fewer steps end with a first-order step, for stability
 
@@ -45,13 +44,10 @@ class DPMSolverSampler(GridSampler):
         """
         if ddim_eta != 0:
             raise UserError(f"DPM-Solver++ is deterministic: eta must be 0, got {ddim_eta}")
-        self.ddim_timesteps = self.grid(ddim_num_steps, ddim_discretize)
-        _, alphas_cumprod, alphas_cumprod_prev = make_ddim_sampling_parameters(
-            self.alphas_cumprod, self.ddim_timesteps, 0.0
-        )
+        self.ddim_timesteps, _, alphas_cumprod, alphas_cumprod_prev = self.grid(ddim_num_steps, ddim_discretize)
         alphas_cumprod = np.append(alphas_cumprod_prev[:1], alphas_cumprod)
         self.alphas, self.sigmas = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
-        with np.errstate(divide="ignore"):  # λ of the data is infinite
+        with np.errstate(divide="ignore"):  # λ is ∞ at the data, and -∞ where ᾱ = 0
             self.lambdas = np.log(self.alphas / self.sigmas)
 
     def begin(self) -> None:
@@ -61,16 +57,22 @@ class DPMSolverSampler(GridSampler):
     def step(self, x: torch.Tensor, index: int, cond: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one step, of first order if there is no earlier estimate."""
         x_start = self.quantized(self.predict(x, index, cond).x_start)
-        h = float(self.lambdas[index] - self.lambdas[index + 1])
+        end, now = float(self.lambdas[index]), float(self.lambdas[index + 1])
+        h = math.inf if math.isinf(now) else end - now
         estimate = x_start
-        if self.previous is not None and not self.is_first_order_final(index):
+        if self.previous is not None and not self.is_first_order(index):
             h_before = float(self.lambdas[index + 1] - self.lambdas[index + 2])
             estimate = x_start + h / (2 * h_before) * (x_start - self.previous)
         self.previous = x_start
         shrink = float(self.sigmas[index] / self.sigmas[index + 1])
         return shrink * x - float(self.alphas[index]) * math.expm1(-h) * estimate, x_start
 
-    def is_first_order_final(self, index: int) -> bool:
-        """Return whether the step is the last and of first order: in a short run, or to the data at infinite λ."""
-        short = len(self.ddim_timesteps) < LOWER_ORDER_FINAL_BELOW
-        return index == 0 and (short or math.isinf(self.lambdas[0]))
+    def is_first_order(self, index: int) -> bool:
+        """Return whether the step ignores the earlier estimate.
+
+        This is the last step of a short run, a step to infinite λ, and the step after one from λ = -∞, over which the
+        estimate has no slope.
+        """
+        if index == 0 and (len(self.ddim_timesteps) < LOWER_ORDER_FINAL_BELOW or math.isinf(self.lambdas[0])):
+            return True
+        return math.isinf(self.lambdas[index + 2])

@@ -19,10 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
+from ldm.config.values import TIMESTEP_SPACINGS
 from ldm.errors import UserError, did_you_mean
 
 BETA_SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt")
-GRIDS = ("exact", "logsnr", "uniform", "quad")
+GRIDS = TIMESTEP_SPACINGS
+# Lower end of the "logsnr" grid if ᾱ ends at 0, where λ is -∞. The schedules of published models end at -2.7.
+LOWEST_LAMBDA = -3.0
 
 
 def make_beta_schedule(
@@ -61,16 +64,46 @@ def betas_for_alpha_bar(
     return np.clip(1 - values[1:] / values[:-1], 0, max_beta)
 
 
+def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Return betas (T,) whose ᾱ ends at exactly 0 (zero terminal SNR, arXiv:2305.08891, algorithm 1).
+
+    √ᾱ is shifted and scaled: its last value becomes 0 and its first value stays. A schedule that ends at 0 stays.
+
+    Raises:
+        UserError: the schedule has a single timestep.
+    """
+    if len(betas) < 2:
+        raise UserError("rescale_betas_zero_snr needs a schedule of at least 2 timesteps")
+    roots = np.sqrt(np.cumprod(1.0 - betas))
+    if roots[-1] == 0:
+        return betas
+    roots = (roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))
+    alphas_cumprod = roots**2
+    return 1.0 - np.append(alphas_cumprod[0], alphas_cumprod[1:] / alphas_cumprod[:-1])
+
+
+def check_betas(betas: np.ndarray) -> None:
+    """Raise an error if betas do not define a noise schedule.
+
+    Raises:
+        UserError: the betas are not a list of numbers above 0 and at most 1.
+    """
+    if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
+        raise UserError("the betas of the noise schedule must be a list of numbers above 0 and at most 1")
+
+
 def diffusion_tables(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, np.ndarray]:
     """Return every table that a model registers as a buffer, by its published name.
 
     Equation 7 of arXiv:2006.11239 defines the posterior q(x_{t-1} | x_t, x_0). With v = `v_posterior` its variance
-    is (1 - v) β̃_t + v β_t.
+    is (1 - v) β̃_t + v β_t. Where ᾱ is 0, x_t is noise alone; the two tables that divide by √ᾱ are 0 there.
     """
     alphas = 1.0 - betas
     alphas_cumprod = np.cumprod(alphas)
     alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
     variance = (1 - v_posterior) * betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod) + v_posterior * betas
+    has_signal = alphas_cumprod > 0
+    reciprocal = 1 / np.where(has_signal, alphas_cumprod, 1.0)
     return {
         "betas": betas,
         "alphas_cumprod": alphas_cumprod,
@@ -78,8 +111,8 @@ def diffusion_tables(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, n
         "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
         "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
         "log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod),
-        "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_cumprod),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_cumprod - 1),
+        "sqrt_recip_alphas_cumprod": np.where(has_signal, np.sqrt(reciprocal), 0.0),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(reciprocal - 1),
         "posterior_variance": variance,
         # The variance at t = 0 is zero; its logarithm is clipped.
         "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
@@ -96,15 +129,18 @@ def lvlb_weights(tables: Mapping[str, np.ndarray], parameterization: str) -> np.
 
     The weights for "eps" are those of equation 12, arXiv:2006.11239. The weights for "x0" follow the published code,
     with the denominator 2 - ᾱ_t. The weights for "v" are those for "eps" times ᾱ_t, because an error δ of v is an
-    error √ᾱ_t δ of the noise. The published code computes in float32, where 1 - ᾱ_0 loses precision; so does this one.
+    error √ᾱ_t δ of the noise; ᾱ_t / α_t = ᾱ_{t-1} keeps them finite at ᾱ_t = 0. The published code computes in
+    float32, where 1 - ᾱ_0 loses precision; so does this one.
     """
     single = {name: table.astype(np.float32) for name, table in tables.items()}
     betas, alphas_cumprod, variance = (single[name] for name in ("betas", "alphas_cumprod", "posterior_variance"))
     if parameterization in ("eps", "v"):
         alphas = (1 - tables["betas"]).astype(np.float32)
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             weights = betas**2 / (2 * variance * alphas * (1 - alphas_cumprod))
-        weights = weights * alphas_cumprod if parameterization == "v" else weights
+            if parameterization == "v":
+                at_zero = betas**2 * single["alphas_cumprod_prev"] / (2 * variance * (1 - alphas_cumprod))
+                weights = np.where(alphas_cumprod > 0, weights * alphas_cumprod, at_zero)
     else:
         weights = 0.5 * np.sqrt(alphas_cumprod) / (2.0 - alphas_cumprod)
     weights[0] = weights[min(1, len(weights) - 1)]
@@ -115,7 +151,7 @@ def min_snr_weights(alphas_cumprod: np.ndarray, gamma: float, parameterization: 
     """Return the min-SNR-γ weights (T,) of the simple loss (arXiv:2303.09556, section 3.4).
 
     The weight of a squared error of x_start is min(SNR_t, γ), with SNR_t = ᾱ_t / (1 - ᾱ_t). An error δ of x_start is
-    an error √SNR_t δ of the noise and an error √(SNR_t + 1) δ of v.
+    an error √SNR_t δ of the noise and an error √(SNR_t + 1) δ of v. The weight is 0 at a timestep with ᾱ_t = 0.
 
     Raises:
         UserError: `gamma` is not above 0.
@@ -144,6 +180,7 @@ def make_ddim_timesteps(
               S timesteps, and for some S it exceeds T - 1.
             - "quad": quadratic in t over the first 80 % of the timesteps.
             - "logsnr": S timesteps from T-1 to 0, evenly spaced in log √(ᾱ / (1 - ᾱ)).
+            - "trailing": S evenly spaced timesteps that end at T-1 (arXiv:2305.08891, table 2).
         num_ddim_timesteps: S.
         num_ddpm_timesteps: T.
         verbose: not used, part of the published signature.
@@ -157,6 +194,8 @@ def make_ddim_timesteps(
         raise UserError(f"the number of sampling steps is {S}; choose between 1 and the model's {T}")
     if ddim_discr_method == "exact":
         return np.arange(T) if S == T else np.arange(S) * T // S + 1
+    if ddim_discr_method == "trailing":
+        return np.rint(np.arange(1, S + 1) * T / S).astype(np.int64) - 1
     if ddim_discr_method == "logsnr":
         if alphas_cumprod is None:
             raise ValueError('the "logsnr" grid depends on the noise schedule; pass alphas_cumprod')
@@ -177,9 +216,15 @@ def make_ddim_timesteps(
 
 
 def _logsnr_timesteps(S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
-    """Return the timesteps nearest to an even grid of λ = log √(ᾱ / (1 - ᾱ)), without repetition, from 0 to T - 1."""
+    """Return the timesteps nearest to an even grid of λ = log √(ᾱ / (1 - ᾱ)), without repetition, from 0 to T - 1.
+
+    If ᾱ ends at 0, the grid is even from `LOWEST_LAMBDA` on. Its last timestep is T - 1 all the same.
+    """
     T = len(alphas_cumprod)
-    half_logsnr = 0.5 * np.log(alphas_cumprod / (1 - alphas_cumprod))
+    with np.errstate(divide="ignore"):
+        half_logsnr = 0.5 * np.log(alphas_cumprod / (1 - alphas_cumprod))
+    if np.isneginf(half_logsnr[-1]):
+        half_logsnr = np.maximum(half_logsnr, LOWEST_LAMBDA)
     targets = np.linspace(half_logsnr[-1], half_logsnr[0], S)[::-1]
     steps = np.rint(np.interp(-targets, -half_logsnr, np.arange(T))).astype(np.int64)
     # λ falls fastest near t = 0, where neighbouring targets may round to the same timestep: shift them up by one each.
@@ -189,17 +234,24 @@ def _logsnr_timesteps(S: int, alphas_cumprod: np.ndarray) -> np.ndarray:
 
 
 def make_ddim_sampling_parameters(
-    alphacums: np.ndarray | torch.Tensor, ddim_timesteps: np.ndarray, eta: float, verbose: bool = False
+    alphacums: np.ndarray | torch.Tensor,
+    ddim_timesteps: np.ndarray,
+    eta: float,
+    verbose: bool = False,
+    ends_at_data: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (sigmas, alphas, alphas_prev), each (S,), of equation 16, arXiv:2010.02502.
 
-    As published, the last sampling step ends at ᾱ_0. If the grid contains timestep 0, it ends at the data, ᾱ = 1.
+    As published, the last sampling step ends at ᾱ_0. If the grid contains timestep 0, or with `ends_at_data`, it ends
+    at the data, ᾱ = 1.
     """
     alphacums = np.asarray(alphacums, dtype=np.float64)
     alphas = alphacums[ddim_timesteps]
-    final = 1.0 if ddim_timesteps[0] == 0 else alphacums[0]
+    final = 1.0 if ends_at_data or ddim_timesteps[0] == 0 else alphacums[0]
     alphas_prev = np.append(final, alphacums[ddim_timesteps[:-1]])
-    sigmas = eta * np.sqrt((1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev))
+    # A step between two timesteps with ᾱ = 0 changes nothing.
+    ratio = np.divide(alphas, alphas_prev, out=np.ones_like(alphas), where=alphas_prev > 0)
+    sigmas = eta * np.sqrt((1 - alphas_prev) / (1 - alphas) * (1 - ratio))
     return sigmas, alphas, alphas_prev
 
 

@@ -83,7 +83,7 @@ def degrade(image: np.ndarray, recipe: Recipe, sf: int = 4, rng: np.random.Gener
         raise ValueError(
             f"an image of {image.shape[1]} × {image.shape[0]} pixels cannot be reduced by a factor of {sf}"
         )
-    rng = np.random.default_rng(torch.randint(2**62, ()).item()) if rng is None else rng
+    rng = np.random.default_rng(int(torch.randint(2**62, ()))) if rng is None else rng
     x = from_pixels(image[: height * sf, : width * sf])
     if sf == 4 and rng.random() < recipe.first_halved:
         x = resize(x, (2 * height, 2 * width), rng.choice(["bilinear", "bicubic", "area"]))

@@ -6,9 +6,6 @@ Shapes: kernels (K, K) float64; images (H, W, C) float32. Axes are in the order 
 from __future__ import annotations
 
 import numpy as np
-import torch
-from einops import rearrange
-from torch.nn.functional import conv2d
 
 
 def gaussian_kernel(size: int, covariance: np.ndarray, shift: float = 0.0) -> np.ndarray:
@@ -47,8 +44,6 @@ def blur(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
     The result equals that of `kornia.filters.filter2d`, which rejects images smaller than half the kernel.
     """
-    half = len(kernel) // 2
-    padded = np.pad(image, ((half, half), (half, half), (0, 0)), mode="reflect")
-    channels = rearrange(torch.from_numpy(padded), "h w c -> c 1 h w")
-    blurred = conv2d(channels, rearrange(torch.from_numpy(kernel).to(channels), "h w -> 1 1 h w"))
-    return np.ascontiguousarray(rearrange(blurred, "c 1 h w -> h w c").numpy())
+    import cv2
+
+    return cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101)

@@ -8,37 +8,33 @@ from __future__ import annotations
 import io
 
 import numpy as np
-import torch
-from einops import rearrange
 from PIL import Image
-from torch.nn.functional import interpolate
 
-# Names and definitions of OpenCV's resizing methods. Only "area" averages all pixels; the others have no antialiasing.
-RESIZE_METHODS = ("nearest", "bilinear", "bicubic", "area", "lanczos")
+# Flags of OpenCV by the name of the method. Only "area" averages all pixels; the others have no antialiasing.
+RESIZE_FLAGS = {
+    "nearest": "INTER_NEAREST",
+    "bilinear": "INTER_LINEAR",
+    "bicubic": "INTER_CUBIC",
+    "area": "INTER_AREA",
+    "lanczos": "INTER_LANCZOS4",
+}
+RESIZE_METHODS = tuple(RESIZE_FLAGS)
 NOISE_KINDS = ("colour", "gray", "correlated")
 
 
 def resize(image: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:
-    """Resize `image` to `size` (height, width) with one of `RESIZE_METHODS` and clip it to [0, 1]."""
-    if method == "lanczos":
-        vertical, horizontal = (lanczos_weights(old, new) for old, new in zip(image.shape[:2], size, strict=True))
-        resized = np.einsum("ih,hwc,jw->ijc", vertical, image, horizontal, optimize=True)
-    else:
-        options = {"align_corners": False} if method in ("bilinear", "bicubic") else {}
-        x = rearrange(torch.from_numpy(np.ascontiguousarray(image)), "h w c -> 1 c h w")
-        resized = rearrange(interpolate(x, size=size, mode=method, **options), "1 c h w -> h w c").numpy()
-    return np.ascontiguousarray(resized.clip(0, 1), dtype=np.float32)
+    """Resize `image` to `size` (height, width) with OpenCV, and clip it to its range.
 
+    Args:
+        image: float32 in [0, 1], or uint8.
+        size: (height, width).
+        method: one of `RESIZE_METHODS`.
+    """
+    import cv2
 
-def lanczos_weights(old: int, new: int) -> np.ndarray:
-    """Return the Lanczos-4 interpolation weights (new, old) on the eight nearest pixels; every row has sum 1."""
-    centres = (np.arange(new) + 0.5) * old / new - 0.5
-    taps = np.floor(centres)[:, None].astype(int) + np.arange(-3, 5)
-    distance = centres[:, None] - taps
-    values = np.sinc(distance) * np.sinc(distance / 4)
-    weights = np.zeros((new, old))
-    np.add.at(weights, (np.arange(new)[:, None], taps.clip(0, old - 1)), values)
-    return weights / weights.sum(axis=1, keepdims=True)
+    height, width = size
+    resized = cv2.resize(image, (width, height), interpolation=getattr(cv2, RESIZE_FLAGS[method]))
+    return resized if resized.dtype == np.uint8 else resized.clip(0, 1)
 
 
 def gaussian_noise(image: np.ndarray, level: float, kind: str, rng: np.random.Generator) -> np.ndarray:
