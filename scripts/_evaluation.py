@@ -13,6 +13,7 @@ from ldm.cli.command import Parser
 from ldm.cli.options import positive_int, seed
 from ldm.config.model_files import ModelFiles, find_model, named_model
 from ldm.config.model_info import ModelInfo
+from ldm.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,22 @@ def choose(count: int, args: argparse.Namespace) -> list[int]:
     import numpy as np
 
     return [int(i) for i in np.random.RandomState(args.seed % 2**32).permutation(count)[: args.n]]
+
+
+def check_finite(images: torch.Tensor) -> torch.Tensor:
+    """Return images (B, C, H, W) whose values are all finite.
+
+    Raises:
+        UserError: A value is not finite; scores would have no meaning.
+    """
+    from ldm.modules.precision import finite_items
+
+    failed = int((~finite_items(images)).sum())
+    if failed:
+        raise UserError(
+            f"{failed} of {len(images)} images of a batch are not finite; use --precision float32, or check the weights"
+        )
+    return images
 
 
 def table(heads: Mapping[str, str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import _checkout  # noqa: F401 (imports the code beside this script)
-from _evaluation import EvaluatedModel, add_options, choose, table, write_scores
+from _evaluation import EvaluatedModel, add_options, check_finite, choose, table, write_scores
 
 from ldm.cli.command import Parser, command, example
 from ldm.cli.options import finite_float, model_options
@@ -130,7 +130,7 @@ def reconstruct(model: Any, dataset: EmojiValidation, batch_size: int) -> np.nda
     scores = []
     for start in tqdm(range(0, len(dataset), batch_size), desc="first stage", unit="batch"):
         images = [dataset[i]["image"] for i in range(start, min(start + batch_size, len(dataset)))]
-        outputs = decode(model, encode(model, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)))
+        outputs = check_finite(decode(model, encode(model, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))))
         pairs = zip(images, outputs.permute(0, 2, 3, 1).numpy(), strict=True)
         scores += [psnr(image, output, data_range=2.0, limit=LIMIT) for image, output in pairs]
     return np.array(scores)
@@ -152,7 +152,7 @@ def sample(model: Any, dataset: EmojiValidation, pipeline: TextToImage, args: ar
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
     options = {"latents": noise, "seed": args.seed, "batch_size": args.batch_size, "output_type": "latent"}
     latents = torch.stack(run(pipeline, model, captions, **options))
-    images = torch.cat([decode(model, batch) for batch in latents.split(args.batch_size)])
+    images = torch.cat([check_finite(decode(model, batch)) for batch in latents.split(args.batch_size)])
     return Samples([dataset.pairs[i] for i in chosen], captions, images.permute(0, 2, 3, 1).numpy())
 
 

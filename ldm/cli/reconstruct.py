@@ -6,11 +6,11 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ldm.cli.command import Parser, say
 from ldm.cli.input_files import file_input, unchanged
@@ -22,7 +22,9 @@ from ldm.config.assets import locate
 from ldm.config.model_files import FIRST_STAGES, MODELS, ModelFiles, find_model, named_model
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
-from ldm.io.files import check_writable
+from ldm.io.files import check_writable, folded_name, variants
+from ldm.io.folders import list_files_below
+from ldm.io.image_formats import image_suffixes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +44,7 @@ DRAWINGS, DRAWING_SIZE = 8, 128  # images without other input, and their largest
 SMALLEST = 16  # side in pixels, which LPIPS needs
 
 
-class Reconstruct(Task):
+class Reconstruct(Task["Reconstruction"]):
     """Encode and decode images with a first stage, and measure the difference."""
 
     name = "reconstruct"
@@ -128,9 +130,13 @@ class Reconstruct(Task):
         """Return the original."""
         return [sample.item.request]
 
-    def grid_path(self, outdir: Path, args: argparse.Namespace, inputs: Sequence[Inputs]) -> Path:
-        """Return the path of the grid, which replaces an earlier one."""
-        return outdir / "grid.png"
+    def new_paths(self, outdir: Path, inputs: Inputs, number: int) -> Iterator[Path]:
+        """Yield the name of the image, then `name-1.png` and so on."""
+        return variants(self.path(outdir, inputs, number))
+
+    def grid_paths(self, outdir: Path, args: argparse.Namespace, inputs: Sequence[Inputs]) -> Iterator[Path]:
+        """Yield paths for the grid."""
+        return variants(outdir / "grid.png")
 
 
 def find_files(files: Sequence[str], indir: str | None) -> list[tuple[Path, str]]:
@@ -139,17 +145,16 @@ def find_files(files: Sequence[str], indir: str | None) -> list[tuple[Path, str]
     Raises:
         UserError: The folder is missing or holds no image.
     """
-    from ldm.data.image_files import images_below
-
     found = [(locate(file), Path(file).name) for file in files]
     if indir is not None:
         indir = str(locate(indir))
         if not Path(indir).is_dir():
             raise UserError(f'there is no folder "{indir}"; check --indir')
-        inside = [name for name in images_below(Path(indir)) if not name.endswith(".npy")]
-        if not inside:
+        listing = list_files_below(indir, image_suffixes())
+        if not listing.files:
             raise UserError(f'there is no image in "{indir}"; give --indir a folder with PNG, JPEG or WebP files')
-        found += [(Path(indir, name), name) for name in inside]
+        listing.log_others("images")
+        found += zip(listing.paths, listing.files, strict=True)
     return found
 
 
@@ -160,8 +165,8 @@ def unique(names: Sequence[str]) -> list[str]:
     for name in names:
         candidates = [f"{Path(name).with_suffix('')}.png", f"{name}.png"]
         candidates += [f"{name}-{number}.png" for number in range(2, len(names) + 2)]
-        made.append(next(each for each in candidates if each.lower() not in taken))
-        taken.add(made[-1].lower())
+        made.append(next(each for each in candidates if folded_name(each) not in taken))
+        taken.add(folded_name(made[-1]))
     return made
 
 
@@ -245,11 +250,11 @@ class ReconstructionFolder(ImageFolder):
         """Write one reconstruction, and measure it."""
         from ldm.io.pixels import to_uint8
 
-        name = self.task.path(self.outdir, self.inputs[sample.item.index], 0).relative_to(self.outdir / "images")
+        super().save(replace(sample, pixels=to_uint8(sample.image)))
+        name = self.paths[-1].relative_to(self.outdir / "images")
         if self.lpips is not None:
             self.lpips.to(sample.latents.device)
-        self.scores.append(measure(str(name), sample.item.request, sample.pixels, self.lpips))
-        super().save(type(sample)(sample.item, sample.position, to_uint8(sample.pixels), sample.latents))
+        self.scores.append(measure(str(name), sample.item.request, sample.image, self.lpips))
 
     def close(self, seconds: float, finished: bool) -> None:
         """Write the grid and the scores."""
@@ -283,7 +288,7 @@ def measure(name: str, original: np.ndarray, output: np.ndarray, lpips: LPIPS | 
         device = lpips.scaling_layer.shift.device
         with torch.inference_mode():
             psim = float(lpips(wanted.to(device), got.to(device)))
-    ssim = structural_similarity_index_measure(got, wanted, data_range=2.0)
+    ssim = cast(torch.Tensor, structural_similarity_index_measure(got, wanted, data_range=2.0))
     return Score(name, original.shape[1], original.shape[0], psnr(*pair, data_range=2.0), float(ssim), psim)
 
 

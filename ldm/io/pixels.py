@@ -20,11 +20,11 @@ _ROUNDING = 1 / 1024
 
 def chosen_size(size: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
     """Return the requested (height, width): one of them keeps the proportions of `size`, and none means `size`."""
-    if height is None and width is None:
-        return size
-    if height is None:
+    if height is not None:
+        return height, width or max(1, round(height * size[1] / size[0]))
+    if width is not None:
         return max(1, round(width * size[0] / size[1])), width
-    return height, width or max(1, round(height * size[1] / size[0]))
+    return size
 
 
 def pad_to_multiple(x: np.ndarray, multiple: int) -> np.ndarray:
@@ -47,18 +47,35 @@ def batch_entry(batch: Mapping[str, Any], key: str) -> Any:
     Raises:
         UserError: the batch has no such entry.
     """
+    if not isinstance(batch, Mapping):
+        raise UserError(f'the dataset returns a {type(batch).__name__}; return {{"{key}": …}} for each item')
     if key not in batch:
-        raise UserError(f'the dataset returns no "{key}"{did_you_mean(key, batch)}; it returns {", ".join(batch)}')
+        names = [name for name in batch if isinstance(name, str)]
+        raise UserError(f'the dataset returns no "{key}"{did_you_mean(key, names)}; it returns {", ".join(names)}')
     return batch[key]
+
+
+def batch_integers(batch: Mapping[str, Any], key: str) -> Tensor:
+    """Return the integers of a batch, such as labels or tokens, as int64; floats of a tensor are returned unchanged.
+
+    Raises:
+        UserError: the batch has no such entry, or it is not a tensor.
+    """
+    x = batch_entry(batch, key)
+    if not isinstance(x, Tensor):
+        raise UserError(f'the dataset returns a {type(x).__name__} as "{key}"; return integers')
+    return x if x.is_floating_point() else x.to(torch.int64)
 
 
 def batch_images(batch: Mapping[str, Any], key: str) -> Tensor:
     """Return the images of a batch, `(B, H, W, C)` or `(B, H, W)`, as contiguous float32 `(B, C, H, W)`.
 
     Raises:
-        UserError: the batch has no such entry.
+        UserError: the batch has no such entry, or it is not a tensor.
     """
     x = batch_entry(batch, key)
+    if not isinstance(x, Tensor):
+        raise UserError(f'the dataset returns a {type(x).__name__} as "{key}"; return an array (H, W, C) for each item')
     x = x[..., None] if x.dim() == 3 else x
     return x.movedim(-1, 1).to(torch.float32, memory_format=torch.contiguous_format)
 
@@ -85,6 +102,9 @@ def to_uint8(x: Tensor | np.ndarray) -> np.ndarray:
 
     Returns:
         `(..., H, W, C)` uint8. Levels are rounded down, as in the published implementation.
+
+    Raises:
+        ValueError: the shape is not that of images, or a value is not finite.
     """
     array = x.detach().float().cpu().numpy() if isinstance(x, Tensor) and x.dtype != torch.uint8 else np.asarray(x)
     if array.ndim < 3 or not {array.shape[-1], array.shape[-3]} & {1, 3, 4}:
@@ -92,6 +112,8 @@ def to_uint8(x: Tensor | np.ndarray) -> np.ndarray:
     if array.shape[-3] in (1, 3, 4):
         array = np.moveaxis(array, -3, -1)
     if array.dtype != np.uint8:
+        if not np.isfinite(array).all():
+            raise ValueError("the image has values that are not finite, which are no pixels")
         levels = (array.astype(np.float32) + 1.0) * 127.5 + _ROUNDING
-        array = np.nan_to_num(levels).clip(0, 255).astype(np.uint8)
+        array = levels.clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(array)

@@ -55,6 +55,26 @@ def packed_weights(*modules: nn.Module, keep_originals: bool = False) -> Iterato
             replacement.remove()
 
 
+@contextmanager
+def plain_weights(*modules: nn.Module) -> Iterator[None]:
+    """Compute with plain weights while the context manager is active, inside `packed_weights` too.
+
+    Inside, the weights may be cast if the cast is undone. Afterwards the packed weights are the same objects.
+    """
+    parts = dict.fromkeys(part for module in modules for part in module.modules())
+    forwards = (vars(part).get("forward") for part in parts)
+    replacements = [forward for forward in forwards if isinstance(forward, _Replacement)]
+    weights = [(each.layer, each.layer._parameters.get("weight")) for each in replacements]
+    try:
+        for replacement in replacements:
+            replacement.suspend()
+        yield
+    finally:
+        for replacement, (layer, weight) in zip(replacements, weights, strict=True):
+            layer._parameters["weight"] = weight
+            layer.forward = replacement
+
+
 def has_packed_weights(module: nn.Module) -> bool:
     """Return whether `packed_weights` is active for a layer of `module`."""
     return any(isinstance(vars(part).get("forward"), _Replacement) for part in module.modules())
@@ -104,6 +124,10 @@ class _Replacement:
         self.layer: Any = layer
         layer.forward = self  # type: ignore[assignment]
 
+    def suspend(self) -> None:
+        """Let the layer compute with its plain weight until its `forward` is this object again."""
+        del self.layer.forward
+
     def remove(self) -> None:
         del self.layer.forward
 
@@ -138,6 +162,11 @@ class _PackedLayer(_Replacement):
         if dense.stride() == self.strides:
             return dense
         return torch.empty_strided(dense.shape, self.strides, dtype=self.dtype).copy_(dense)
+
+    def suspend(self) -> None:
+        super().suspend()
+        if self.packed is not None:
+            self.layer._parameters["weight"] = nn.Parameter(self.unpacked(), requires_grad=False)
 
     def remove(self) -> None:
         super().remove()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from ldm.errors import UserError
 from ldm.models.diffusion.noise import SeededNoise
-from ldm.pipelines.pipeline import Pipeline
+from ldm.modules.precision import HALF_PRECISIONS, finite_items
+from ldm.pipelines.pipeline import Pipeline, SamplerPipeline
 from ldm.pipelines.preparation import packing_pays, prepared
 
 if TYPE_CHECKING:
@@ -21,11 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Item:
-    """One image to sample: its index in the run, its seed, and the request of the task."""
+    """One image to sample: its index in the run, its seed, the request of the task, and the seed of its start noise.
+
+    A start seed of None is the seed.
+    """
 
     index: int
     seed: int
     request: Any
+    start_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,26 @@ class BatchPosition:
 class Sample:
     """A finished image: its item, its position, its pixels (H, W, 3) and its latents (C, h, w).
 
-    Pixels are uint8; those of a reconstruction are float32 in [-1, 1].
+    Pixels are uint8; those of a reconstruction are float32 in [-1, 1]. An image that could not be computed has no
+    pixels, and the `error` says why.
     """
 
     item: Item
     position: BatchPosition
     pixels: np.ndarray | None
     latents: Tensor
+    error: UserError | None = None
+
+    @property
+    def image(self) -> np.ndarray:
+        """Pixels of an image that was computed and decoded.
+
+        Raises:
+            ValueError: It has none.
+        """
+        if self.pixels is None:
+            raise ValueError(f"image {self.item.index} has no pixels")
+        return self.pixels
 
 
 def batches(pipeline: Pipeline, items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -82,7 +101,7 @@ def generate(
     progress: bool = True,
     callback: Callable[[int, int], object] | None = None,
     description: str = "sampling",
-) -> Iterator[Sample]:
+) -> Generator[Sample, None, None]:
     """Sample every item and yield it as soon as its batch is finished.
 
     Args:
@@ -109,13 +128,33 @@ def generate(
             planned += per_batch
             finished += len(batch)
             preparation.prepare((len(batch), pipeline.batch_key(requests[0])), remaining)
-            noise = SeededNoise([item.seed for item in batch], model.device)
+            seeds, start_seeds = [item.seed for item in batch], [item.start_seed for item in batch]
+            noise = SeededNoise(seeds, model.device, start_seeds)
             x_T = None if latents is None else latents[[item.index for item in batch]].to(model.device)
             with torch.no_grad():
                 sampled = pipeline.sample(model, requests, noise, x_T, steps)
                 images = pipeline.decode(model, requests, sampled) if decoded else [None] * len(batch)
+            finite = finite_items(sampled).tolist()
             for index, (item, image, latent) in enumerate(zip(batch, images, sampled, strict=True)):
-                yield Sample(item, BatchPosition(item.index, index, len(batch), preparation.packed), image, latent)
+                position = BatchPosition(item.index, index, len(batch), preparation.packed)
+                error = None
+                if not finite[index] or (decoded and image is None):
+                    error = _not_finite(item, "pixels" if finite[index] else "latents", pipeline, model)
+                yield Sample(item, position, image if error is None else None, latent, error)
+
+
+def _not_finite(item: Item, values: str, pipeline: Pipeline, model: Any) -> UserError:
+    """Return the error of an image whose latents or pixels are not finite."""
+    remedies = []
+    if values == "latents" and isinstance(pipeline, SamplerPipeline):  # the first stage repeats in float32 itself
+        if next((weight.dtype for weight in model.parameters()), None) in HALF_PRECISIONS:
+            remedies.append("use the precision float32")
+        if pipeline.scale != 1:
+            remedies.append("lower the guidance scale")
+        if pipeline.eta != 0:
+            remedies.append("lower eta")
+    remedy = " or ".join(remedies) or "check the weights of the model"
+    return UserError(f"the {values} of image {item.index} (seed {item.seed}) are not finite; {remedy}")
 
 
 class _Preparation(ExitStack):

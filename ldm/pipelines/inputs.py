@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import numpy as np
 
@@ -24,8 +24,9 @@ def as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
     if isinstance(images, str | PathLike):
         raise TypeError(f'images are PIL images, arrays or tensors, not paths; open "{images}" with PIL.Image.open')
     if hasattr(images, "ndim"):
-        return list(images) if images.ndim == 4 else [images]
-    return list(images)
+        array = cast("np.ndarray | Tensor", images)
+        return list(array) if array.ndim == 4 else [array]
+    return list(cast("Iterable[ImageLike]", images))
 
 
 def as_pixels(image: ImageLike) -> np.ndarray:
@@ -37,7 +38,7 @@ def as_pixels(image: ImageLike) -> np.ndarray:
             array come last, and those of a tensor first.
 
     Raises:
-        ValueError: The array has another shape or type.
+        ValueError: The array has another shape or type, or values that are not finite.
     """
     from ldm.io.pixels import to_uint8
 
@@ -77,18 +78,18 @@ def as_mask(mask: ImageLike) -> np.ndarray:
             or (H, W, 1).
 
     Raises:
-        ValueError: The array has another shape.
+        ValueError: The array has another shape, or values that are not finite.
     """
     if _is_pil(mask):
         from PIL import Image
 
         from ldm.io.images import in_8_bits
 
-        mask = in_8_bits(mask, mask.format)
-        if mask.has_transparency_data:
-            rgba = mask.convert("RGBA")
-            mask = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
-        return np.asarray(mask.convert("L")) >= 128
+        image = in_8_bits(mask, mask.format)
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
+        return np.asarray(image.convert("L")) >= 128
     array = _as_array(mask)
     if array.ndim == 3 and 1 in (array.shape[0], array.shape[-1]):
         array = array[0] if array.shape[0] == 1 else array[..., 0]
@@ -97,6 +98,8 @@ def as_mask(mask: ImageLike) -> np.ndarray:
     if array.dtype == bool:
         return array
     if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise ValueError("the mask has values that are not finite; give values in [0, 1]")
         return array >= 0.5
     return array >= (128 if array.max(initial=0) > 1 else 1)
 
@@ -110,9 +113,10 @@ def as_labels(label_map: ImageLike) -> np.ndarray:
     if _is_pil(label_map):
         from ldm.io.label_maps import LABEL_MODES, without_alpha
 
-        label_map = without_alpha(label_map)
-        if label_map.mode not in LABEL_MODES:
-            raise ValueError(f"a label map is a grey or palette image, got one of the mode {label_map.mode}")
+        image = without_alpha(label_map)
+        if image.mode not in LABEL_MODES:
+            raise ValueError(f"a label map is a grey or palette image, got one of the mode {image.mode}")
+        label_map = image
     array = _as_array(label_map)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
@@ -129,7 +133,7 @@ def _as_array(image: Any) -> np.ndarray:
     return np.asarray(image)
 
 
-def _is_pil(image: Any) -> bool:
+def _is_pil(image: Any) -> TypeGuard[Image]:
     return hasattr(image, "getbands")
 
 

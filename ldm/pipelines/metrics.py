@@ -22,11 +22,14 @@ def psnr(
         limit: largest result; equal images have no finite ratio.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: The shapes differ, or a value that counts is not finite.
     """
     if reference.shape != image.shape:
         raise ValueError(f"the images have different shapes, {reference.shape} and {image.shape}")
     difference = reference.astype(np.float64) - image
-    error = np.square(difference if where is None else difference[where]).mean()
+    difference = difference if where is None else difference[where]
+    if not np.isfinite(difference).all():
+        raise ValueError("the images have values that are not finite")
+    error = np.square(difference).mean()
     with np.errstate(divide="ignore"):
         return float(min(10.0 * np.log10(data_range**2 / error), limit))

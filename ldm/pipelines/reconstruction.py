@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -56,27 +57,43 @@ class Reconstruction(Pipeline):
             ValueError: Start noise is given.
         """
         from ldm.io.pixels import to_batch
-        from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+        from ldm.modules.precision import retry_in_float32
 
         if x_T is not None:
             raise ValueError("reconstruction starts from images; leave out `latents`")
         stage = first_stage(model)
         padded = [_padded(image, 2 ** (len(stage.encoder.down) - 1)) for image in requests]
-        encoded = stage.encode(to_batch(padded).to(stage.device, stage.get_last_layer().dtype))
-        if isinstance(encoded, tuple):  # quantized latents, codebook loss, indices
-            encoded = encoded[0]
+        latents = retry_in_float32(stage, partial(_encoded, stage), to_batch(padded).to(stage.device))
         if on_step is not None:
             on_step()
-        latents = encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
         return getattr(model, "scale_factor", 1.0) * latents.float()
 
-    def decode(self, model: Any, requests: Sequence[np.ndarray], latents: Tensor) -> Sequence[np.ndarray]:
-        """Return the reconstructed images, each (H, W, 3) float32 in [-1, 1], so that scores see no rounding."""
+    def decode(self, model: Any, requests: Sequence[np.ndarray], latents: Tensor) -> Sequence[np.ndarray | None]:
+        """Return the reconstructed images, each (H, W, 3) float32 in [-1, 1], so that scores see no rounding.
+
+        An image with values that are not finite is None.
+        """
+        from ldm.modules.precision import finite_items, retry_in_float32
+        from ldm.pipelines.sampling import clamped
+
         height, width, _ = requests[0].shape
         stage = first_stage(model)
-        latents = (latents / getattr(model, "scale_factor", 1.0)).to(stage.get_last_layer().dtype)
-        images = stage.decode(latents).float().clamp(-1.0, 1.0)
-        return images.permute(0, 2, 3, 1)[:, :height, :width].cpu().numpy()
+        latents = latents / getattr(model, "scale_factor", 1.0)
+        decoded = retry_in_float32(stage, lambda z: stage.decode(z.to(stage.get_last_layer().dtype)), latents)
+        images = clamped(decoded)[:, :, :height, :width]
+        finite = finite_items(images).tolist()
+        pixels = images.permute(0, 2, 3, 1).numpy()
+        return [image if is_valid else None for image, is_valid in zip(pixels, finite, strict=True)]
+
+
+def _encoded(stage: Any, images: Tensor) -> Tensor:
+    """Return the latents of images; of a posterior its mode."""
+    from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+
+    encoded = stage.encode(images.to(stage.get_last_layer().dtype))
+    if isinstance(encoded, tuple):  # quantized latents, codebook loss, indices
+        encoded = encoded[0]
+    return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
 
 def first_stage(model: Any) -> Autoencoder:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import operator
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from ldm.config.values import SEED_RANGE
-from ldm.pipelines.generation import Item, generate
+from ldm.errors import PartialResultError, UserError
+from ldm.pipelines.generation import Item, Sample, generate
 from ldm.pipelines.loading import move
 from ldm.pipelines.pipeline import Pipeline
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 OutputType = Literal["pil", "numpy", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "numpy", "pt", "latent")
+NAMED = 8  # failed images that an error names
 
 # A prepared model is used by one thread at a time. Threads that share a model wait for each other.
 _locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
@@ -67,22 +66,26 @@ class SamplerOptions(RunOptions, total=False):
     Attributes:
         sampler: "ddim" (default), "plms", "dpm" (DPM-Solver++ 2M) or "ddpm", which takes every timestep.
         eta: noise of a DDIM step: 0 is deterministic, 1 is as DDPM.
+        timestep_spacing: grid of the timesteps: "exact", "logsnr", "trailing", "uniform" or "quad". Default: that of
+            the model, or else of the sampler.
     """
 
     sampler: str
     eta: float
+    timestep_spacing: str | None
 
 
 RUN_OPTIONS = frozenset(RunOptions.__annotations__)
+SAMPLER_OPTIONS = frozenset(SamplerOptions.__annotations__) - RUN_OPTIONS
 
 
-def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split keyword options into those of the sampler and those of `run`.
 
     Raises:
         TypeError: An option is unknown.
     """
-    known = {*RUN_OPTIONS, "sampler", "eta"}
+    known = {*RUN_OPTIONS, *SAMPLER_OPTIONS}
     unknown = [name for name in options if name not in known]
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}; options are {', '.join(sorted(known))}")
@@ -103,7 +106,7 @@ def run(
     callback: Callable[[int, int], object] | None = None,
     device: str | torch.device | None = None,
     precision: str | None = None,
-) -> list[Image] | list[np.ndarray] | list[Tensor]:
+) -> list[Any]:
     """Sample an image for each request.
 
     Args:
@@ -114,10 +117,11 @@ def run(
     The other arguments are those of `RunOptions`.
 
     Returns:
-        One result for each request, in order, in the form that `output_type` names.
+        One result for each request, in order, in the form that `output_type` names; see `RunOptions`.
 
     Raises:
         UserError: The settings contradict each other, or the model cannot do the task.
+        PartialResultError: Some images could not be computed; it holds the others.
         ValueError: The number of seeds or latents differs from the number of requests, or an option is unknown.
     """
     if output_type not in OUTPUT_TYPES:
@@ -144,7 +148,28 @@ def run(
     )
     with _lock_of(model), closing(samples):
         move(model, device, precision)
-        return [_result(sample.pixels, sample.latents, output_type) for sample in samples]
+        errors: dict[int, UserError] = {}
+        results: list[Any] = []
+        for sample in samples:
+            if sample.error is not None:
+                errors[sample.item.index] = sample.error
+            results.append(None if sample.error else _result(sample, output_type))
+    if errors:
+        raise _partial(results, errors, seeds)
+    return results
+
+
+def _partial(results: list[Any], errors: dict[int, UserError], seeds: Sequence[int]) -> PartialResultError:
+    """Return the error of a run that could not compute the images whose indices are in `errors`."""
+    named = [f"{index} (seed {seeds[index]})" for index in errors]
+    rest = [f"{len(named) - NAMED} more"] if len(named) > NAMED else []
+    first = next(iter(errors.values()))
+    return PartialResultError(
+        f"{len(errors)} of {len(results)} images failed: {', '.join([*named[:NAMED], *rest])}; {first}; "
+        "the attribute `images` of this error holds the others",
+        results,
+        errors,
+    )
 
 
 def make_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
@@ -158,7 +183,7 @@ def make_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if isinstance(seed, str):
         raise ValueError(f"a seed is a whole number, got {seed!r}")
     if isinstance(seed, Sequence) or getattr(seed, "ndim", 0) == 1:
-        seeds = [_as_seed(each) for each in seed]
+        seeds = [_as_seed(each) for each in cast(Iterable[int], seed)]  # an array is not a Sequence
         if len(seeds) != count:
             raise ValueError(f"{count} images need {count} seeds, got {len(seeds)}")
         return seeds
@@ -176,12 +201,13 @@ def _as_seed(value: Any) -> int:
     return seed
 
 
-def _result(pixels: np.ndarray | None, latents: Tensor, output_type: OutputType) -> Any:
-    """Return one result in the form that `output_type` names; `pixels` are uint8, or float32 in [-1, 1]."""
+def _result(sample: Sample, output_type: OutputType) -> Any:
+    """Return one result in the form that `output_type` names; its pixels are uint8, or float32 in [-1, 1]."""
     from ldm.io.pixels import to_batch, to_uint8
 
     if output_type == "latent":
-        return latents
+        return sample.latents
+    pixels = sample.image
     if output_type == "pt" and pixels.dtype != np.uint8:
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     if output_type == "pt":

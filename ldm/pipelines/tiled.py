@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
 from ldm.pipelines.pipeline import SamplerPipeline, check_count
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
-    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +33,6 @@ class TiledPipeline(SamplerPipeline):
         """Return the side of a tile in latents."""
         return self.tile // model.downsampling or None
 
-    def decode(self, model: Any, requests: Sequence[Any], latents: Tensor) -> Sequence[np.ndarray]:
-        """See `Pipeline.decode`; decoding uses tiles of the same side unless the task has its own."""
-        from ldm.io.pixels import to_uint8
-        from ldm.pipelines.sampling import decode
-
-        tile = self.decoding_tile or self.latent_tile(model)
-        return self.finish(requests, to_uint8(decode(model, latents, tile)))
+    def side_of_decoding_tiles(self, model: Any) -> int | None:
+        """See `SamplerPipeline.side_of_decoding_tiles`; the side of the sampled tiles unless the task has its own."""
+        return self.decoding_tile or self.latent_tile(model)

@@ -251,3 +251,26 @@ def test_grid_shows_originals_beside_reconstructions(tiny, tmp_path):
     assert pixels[12, 12::44, 0].tolist() == [0, 40, 80, 120]
     with Image.open(out / "images" / "4.png") as last:
         assert np.array_equal(pixels[24:44, 24:44], np.asarray(last))
+
+
+def test_image_that_overflows_in_every_precision_is_an_error(tiny, tmp_path, image, capsys, caplog):
+    """The other images are reconstructed and scored; PSNR is never NaN."""
+    weights = torch.load(tiny("kl-f4") / "model.ckpt")["state_dict"]
+    # The normalisation squares the values; those of the white image alone leave the range of float32.
+    weights["encoder.conv_in.weight"].abs_().mul_(1e20)
+    weights["encoder.conv_in.bias"].zero_()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save({"state_dict": weights}, folder / "model.ckpt")
+    (folder / "config.yaml").write_bytes((tiny("kl-f4") / "config.yaml").read_bytes())
+    save_png(np.full((32, 32, 3), 255, np.uint8), tmp_path / "white.png")
+    save_png(np.full((32, 32, 3), 127, np.uint8), tmp_path / "grey.png")
+    files = [str(tmp_path / name) for name in ("white.png", "grey.png")]
+    options = ["--model", str(folder), "--outdir", str(tmp_path / "out"), "--no-psim"]
+    assert reconstruct.main([*files, *options, "--json", str(tmp_path / "a.json")]) == 2
+    printed = capsys.readouterr()
+    assert "| grey.png |" in printed.out and "white" not in printed.out and "nan" not in printed.out
+    assert printed.err.strip().endswith("error: 1 of 2 failed; see above")
+    assert f'"{files[0]}": the latents of image 0 (seed 0) are not finite; check the weights' in caplog.text
+    assert [path.name for path in (tmp_path / "out" / "images").iterdir()] == ["grey.png"]
+    assert [row["image"] for row in json.loads((tmp_path / "a.json").read_text())["images"]] == ["grey.png"]

@@ -150,3 +150,65 @@ def test_error_restores_the_model(model):
     with pytest.raises(RuntimeError, match="an input cannot be read"):
         list(generate(TextToImage(steps=12, scale=1.0), model, broken(), count=3, progress=False))
     assert not has_packed_weights(model)
+
+
+# -- values that are not finite --------------------------------------------------------------------------------
+
+
+def noise_with(value: float, *indices: int) -> torch.Tensor:
+    noise = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise[list(indices), 1, 2, 3] = value
+    return noise
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("decoded", [True, False])
+def test_latents_that_are_not_finite_are_an_error_of_their_image(model, value, decoded):
+    given = items(4, first=10)
+    given = [Item(index, item.seed, item.request) for index, item in enumerate(given)]
+    options = {"given": given, "batch_size": 2, "decoded": decoded}
+    expected = sample(model, latents=noise_with(0.0, 2), **options)
+    samples = sample(model, latents=noise_with(value, 2), **options)
+    assert [each.error is None for each in samples] == [True, True, False, True]
+    assert str(samples[2].error) == "the latents of image 2 (seed 12) are not finite; check the weights of the model"
+    assert samples[2].pixels is None and samples[2].position == expected[2].position
+    for index in (0, 1, 3):
+        assert torch.equal(samples[index].latents, expected[index].latents)
+        assert not decoded or (samples[index].pixels == expected[index].pixels).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "remedy"),
+    [
+        ({"scale": 1e30}, torch.float32, "lower the guidance scale"),
+        ({"scale": 1.0, "eta": 1.0}, torch.float32, "lower eta"),
+        (
+            {"scale": 1e30, "eta": 1.0},
+            torch.bfloat16,
+            "use the precision float32 or lower the guidance scale or lower eta",
+        ),
+    ],
+)
+def test_error_names_settings_that_help(settings, dtype, remedy):
+    model, noise = make_model(text_config()).to(dtype), noise_with(float("nan"), 0)[:1]
+    pipeline = TextToImage(steps=2, **settings)
+    (failed,) = generate(pipeline, model, items(1), count=1, latents=noise, progress=False)
+    assert str(failed.error) == f"the latents of image 0 (seed 0) are not finite; {remedy}"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_pixels_that_are_not_finite_are_an_error_of_their_image(model, monkeypatch, value):
+    decode = model.decode_first_stage
+
+    def decode_with_error(z):
+        images = decode(z)
+        images[1, 0, 3, 3] = value
+        return images
+
+    expected = sample(model, count=3, batch_size=3)
+    monkeypatch.setattr(model, "decode_first_stage", decode_with_error)
+    samples = sample(model, count=3, batch_size=3)
+    assert str(samples[1].error) == "the pixels of image 1 (seed 1) are not finite; check the weights of the model"
+    assert samples[1].pixels is None and samples[1].latents.isfinite().all()
+    for index in (0, 2):
+        assert samples[index].error is None and (samples[index].pixels == expected[index].pixels).all()

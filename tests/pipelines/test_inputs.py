@@ -146,6 +146,16 @@ def test_grey_values_of_a_mask_are_white_from_the_middle():
     assert not as_mask(np.zeros((2, 3), np.uint8)).any()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_raise_value_error(value):
+    image = np.zeros((4, 6, 3), np.float32)
+    image[1, 2, 0] = value
+    with pytest.raises(ValueError, match="the image has values that are not finite"):
+        as_pixels(image)
+    with pytest.raises(ValueError, match="the mask has values that are not finite"):
+        as_mask(torch.from_numpy(image[..., 0]))
+
+
 def test_masks_of_other_shapes_raise_value_error():
     with pytest.raises(ValueError, match=r"a mask has the shape \(H, W\), .*, got \(6, 10, 3\)"):
         as_mask(PIXELS)

@@ -50,3 +50,14 @@ def test_psnr_of_equal_images_is_the_limit():
 def test_psnr_of_different_shapes_raises_value_error():
     with pytest.raises(ValueError, match="different shapes"):
         psnr(np.zeros((2, 2, 3)), np.zeros((2, 2, 1)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_psnr_of_values_that_are_not_finite_raises_value_error(value):
+    image = np.zeros((4, 4, 3))
+    image[3] = value
+    with pytest.raises(ValueError, match="not finite"):
+        psnr(np.zeros((4, 4, 3)), image)
+    where = np.zeros((4, 4), bool)
+    where[0] = True
+    assert psnr(np.ones((4, 4, 3)), image, data_range=1.0, where=where) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -252,3 +253,36 @@ def test_options_are_split_between_the_sampler_and_the_run():
     assert split_options({"sampler": "dpm", "eta": 0.0, "seed": 1}) == ({"sampler": "dpm", "eta": 0.0}, {"seed": 1})
     with pytest.raises(TypeError, match="unknown option 'stepz'; options are batch_size, callback, device, eta"):
         split_options({"stepz": 1})
+
+
+# -- images that could not be computed -------------------------------------------------------------------------
+
+
+@every_task
+@pytest.mark.parametrize("kind", ["pil", "latent"])
+def test_good_images_are_in_the_error(tasks, name, kind):
+    noise = SeededNoise([5, 6, 7])((3, *CALLS[name].latents))
+    options = {"output_type": kind, "seed": 40, "batch_size": 3}
+    expected = tasks(name, latents=noise, **options)
+    noise[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ldm.PartialResultError, match=r"1 of 3 images failed: 1 \(seed 41\); the latents") as caught:
+        tasks(name, latents=noise, **options)
+    images = caught.value.images
+    assert isinstance(caught.value, ldm.UserError) and len(images) == 3 and images[1] is None
+    assert list(caught.value.errors) == [1] and "(seed 41) are not finite" in str(caught.value.errors[1])
+    if kind == "latent":
+        assert all(torch.equal(images[i], expected[i]) for i in (0, 2))
+    else:
+        assert all((np.asarray(images[i]) == np.asarray(expected[i])).all() for i in (0, 2))
+
+
+def test_error_names_eight_images_at_most(tasks):
+    model = tasks.model("text_to_image")
+    noise = torch.full((11, *CALLS["text_to_image"].latents), torch.nan)
+    with pytest.raises(ldm.PartialResultError) as caught:
+        ldm.text_to_image(model, 11 * ["fox"], steps=1, latents=noise, seed=1, batch_size=11, progress=False)
+    named = ", ".join(f"{i} (seed {i + 1})" for i in range(8))
+    assert str(caught.value).startswith(f"11 of 11 images failed: {named}, 3 more; the latents of image 0 (seed 1)")
+    assert caught.value.images == [None] * 11 and "\n" not in str(caught.value)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert str(copy) == str(caught.value) and copy.images == caught.value.images and len(copy.errors) == 11

@@ -18,15 +18,17 @@ def test_the_chosen_cases_are_reported_one_by_one(main, tmp_path, capsys):
     assert main(["--filter", "*_embedder", "--json", str(tmp_path / "report.json")]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [row.split()[:3] for row in printed[:-1]] == [
-        ["1/3", "bert_embedder", "passed"],
-        ["2/3", "transformer_embedder", "passed"],
-        ["3/3", "class_embedder", "passed"],
+        ["1/5", "bert_embedder", "passed"],
+        ["2/5", "transformer_embedder", "passed"],
+        ["3/5", "class_embedder", "passed"],
+        ["4/5", "frozen_clip_embedder", "passed"],
+        ["5/5", "frozen_open_clip_embedder", "passed"],
     ]
-    assert all("(allowed 1e-05)" in row for row in printed[:2]) and "(allowed 1e-06)" in printed[2]
-    assert printed[-1].startswith("3 cases, 3 outputs in ") and printed[-1].endswith("all as recorded")
+    assert ["(allowed 1e-06)" in row for row in printed[:5]] == [False, False, True, False, False]
+    assert printed[-1].startswith("5 cases, 5 outputs in ") and printed[-1].endswith("all as recorded")
     report = json.loads((tmp_path / "report.json").read_text())
     rows = {row["case"]: row for row in report["results"]}
-    assert set(rows) == {"bert_embedder", "transformer_embedder", "class_embedder"}
+    assert {"bert_embedder", "transformer_embedder", "class_embedder"} < set(rows) and len(rows) == 5
     assert all(row["passed"] and 0 <= row["error"] < row["tolerance"] for row in rows.values())
 
 
@@ -51,7 +53,7 @@ def test_differences_and_errors_fail_and_hide_no_other_case(main, tmp_path, monk
 
 def test_a_filter_without_matches_is_one_line(main, capsys):
     assert main(["--filter", "vq_modl"]) == 2
-    assert 'matches none of the 50 cases (did you mean "vq_model"?)' in capsys.readouterr().err
+    assert 'matches none of the 62 cases (did you mean "vq_model"?)' in capsys.readouterr().err
 
 
 def test_it_runs_from_a_bare_clone_and_help_needs_no_torch(repo_root, tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_models import write_model
 
 from ldm.data.emoji import BACKGROUNDS, EmojiValidation, compose
+from ldm.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +124,19 @@ def test_the_first_stage_is_scored(script, folder):
 def test_a_missing_model_is_one_line(script, options, capsys):
     assert script.main(options) == 2
     assert "error: there is no" in capsys.readouterr().err
+
+
+def test_images_that_are_not_finite_are_not_scored(script, folder, capsys, monkeypatch):
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.pipelines.loading import load_model
+
+    model = load_model(folder / "config.yaml", folder / "model.ckpt")
+    dataset = EmojiValidation(16, split="held_out")
+    dataset.pairs = dataset.pairs[:3]
+    decode = LatentDiffusion.decode_first_stage
+    monkeypatch.setattr(LatentDiffusion, "decode_first_stage", lambda self, z: decode(self, z) * float("nan"))
+    with pytest.raises(UserError, match="2 of 2 images of a batch are not finite; use --precision float32, or check"):
+        script.reconstruct(model, dataset, 2)
+    monkeypatch.setattr(script, "reconstruct", lambda *args: np.array([20.0, 30.0]))
+    assert script.main(["--model", str(folder), "--n", "2", "--steps", "2"]) == 2
+    assert "2 of 2 images of a batch are not finite" in capsys.readouterr().err
