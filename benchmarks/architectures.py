@@ -32,9 +32,14 @@ class Sizes:
 TINY = Sizes(width=32, context=(7, 24), latent=8, decoder_width=32, unconditional_width=32, unconditional_size=16)
 
 
-def sizes(tiny: bool) -> Sizes:
-    """Return the published sizes, or tiny ones."""
-    return TINY if tiny else Sizes()
+STABLE_DIFFUSION = Sizes(context=(77, 768), latent=64)  # version 1, 512 × 512 pixels
+
+
+def sizes(tiny: bool, stable_diffusion: bool = False) -> Sizes:
+    """Return the published sizes, those of Stable Diffusion 1, or tiny ones."""
+    if tiny:
+        return TINY
+    return STABLE_DIFFUSION if stable_diffusion else Sizes()
 
 
 def text_unet_params(size: Sizes) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def text_unet(size: Sizes) -> UNetModel:
     return random_weights(UNetModel(**text_unet_params(size)))
 
 
-def diffusers_text_unet(size: Sizes) -> nn.Module:
+def diffusers_text_unet(size: Sizes) -> Any:
     """Return the text-conditional U-Net of diffusers."""
     kinds = ["CrossAttn" if attends else "" for attends in TEXT_LEVELS]
     return diffusers.UNet2DConditionModel(
@@ -98,7 +103,7 @@ def autoencoder(size: Sizes) -> AutoencoderKL:
     return random_weights(AutoencoderKL(**autoencoder_params(size)))
 
 
-def diffusers_autoencoder(size: Sizes) -> nn.Module:
+def diffusers_autoencoder(size: Sizes) -> Any:
     """Return the autoencoder with factor 8 of diffusers."""
     return diffusers.AutoencoderKL(
         block_out_channels=[factor * size.decoder_width for factor in (1, 2, 4, 4)],
@@ -123,7 +128,7 @@ def unconditional_params(size: Sizes) -> dict[str, Any]:
     }
 
 
-def diffusers_unconditional_unet(size: Sizes) -> nn.Module:
+def diffusers_unconditional_unet(size: Sizes) -> Any:
     """Return the unconditional U-Net of diffusers."""
     return diffusers.UNet2DModel(
         sample_size=size.unconditional_size,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 from benchmarks.options import make_parser
@@ -38,7 +39,7 @@ def contestants(
     networks = networks_to_compare(ours, theirs)
     preparation.enter_context(packed_weights(*networks[AS_SAMPLED].children()))
     z = torch.randn(1, nets.LATENT_CHANNELS, size.latent, size.latent, device=device).to(dtype)
-    return {name: lambda network=network: network.decode(z) for name, network in networks.items()}
+    return {name: partial(network.decode, z) for name, network in networks.items()}
 
 
 @command

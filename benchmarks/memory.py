@@ -131,9 +131,7 @@ def _count(config: dict[str, Any], height: int, width: int, images: int, dtype: 
         memory.add(tensor)
     peaks["weights"] = memory.live
     with memory.watching():
-        transformer = model.cond_stage_model.transformer
-        tokens = torch.zeros(images, transformer.max_seq_len, dtype=torch.int64)
-        cond, uncond = (transformer(tokens, return_embeddings=True) for _ in range(2))
+        cond, uncond = (encoded_prompts(model.cond_stage_model, images) for _ in range(2))
     peaks["text encoder"] = memory.peak
     with memory.watching(), cached_contexts(model.model):
         x = torch.empty(images, model.channels, height // model.downsampling, width // model.downsampling)
@@ -141,9 +139,23 @@ def _count(config: dict[str, Any], height: int, width: int, images: int, dtype: 
             x = guided_step(model, x, cond, uncond)
     peaks["guided step"] = memory.peak
     with memory.watching():
-        model.decode_first_stage(x).float()
+        # `decode_first_stage` also looks at the values, of which fake tensors have none.
+        model.differentiable_decode_first_stage(x).float()
     peaks["decoder"] = memory.peak
     return peaks
+
+
+def encoded_prompts(stage: Any, count: int) -> torch.Tensor:
+    """Return the features of `count` prompts of full length."""
+    import torch
+
+    from ldm.modules.encoders.text import TextEncoder
+
+    if isinstance(stage, TextEncoder):
+        stage.has_weights = True  # there are none to download
+        return stage(torch.zeros(count, stage.max_length, dtype=torch.int64))
+    tokens = torch.zeros(count, stage.transformer.max_seq_len, dtype=torch.int64)
+    return stage.transformer(tokens, return_embeddings=True)
 
 
 def guided_step(model: Any, x: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
@@ -156,7 +168,8 @@ def guided_step(model: Any, x: torch.Tensor, cond: torch.Tensor, uncond: torch.T
     sampler = DDIMSampler(model)
     sampler.options = SamplingOptions(unconditional_guidance_scale=5.0, unconditional_conditioning=uncond)
     sampler.timesteps = np.array([model.num_timesteps // 2])
-    sampler.ddim_sigmas, sampler.ddim_alphas_prev = [0.0], [0.5]  # fake tables have no values
+    # Fake tables have no values.
+    sampler.ddim_sigmas, sampler.ddim_alphas, sampler.ddim_alphas_prev = [0.0], [0.25], [0.5]
     return sampler.step(x, 0, cond)[0]
 
 

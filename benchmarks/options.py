@@ -28,3 +28,13 @@ def make_parser(name: str, description: str, rounds: int = 5) -> Parser:
     )
     parser.add_argument("--json", metavar="FILE", help="write all measured times to this file too")
     return parser
+
+
+def add_stable_diffusion(parser: Parser) -> None:
+    """Add the choice of the networks of Stable Diffusion."""
+    parser.add_argument(
+        "--stable_diffusion",
+        action="store_true",
+        help="measure the networks of Stable Diffusion 1 at 512 × 512 pixels (default: those of the published "
+        "text-to-image model of 1.45 billion parameters at 256 × 256)",
+    )

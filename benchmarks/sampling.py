@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.options import make_parser
+from benchmarks.options import add_stable_diffusion, make_parser
 from ldm.cli.command import command
 from ldm.cli.options import positive_int
 
@@ -58,7 +58,7 @@ def theirs(
         unet, decoder = nets.diffusers_text_unet(size), nets.diffusers_autoencoder(size)
     for part in (unet, decoder):
         part.eval().requires_grad_(False)
-    scheduler = diffusers.DDIMScheduler(
+    scheduler: Any = diffusers.DDIMScheduler(  # for a type checker, diffusers declares an empty class
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("sampling", "Time sampling runs, here and in diffusers.", rounds=3)
     parser.add_argument("--steps", type=positive_int, default=10, metavar="N", help="default: %(default)s")
     parser.add_argument("--images", type=positive_int, default=1, metavar="N", help="batch size (default: %(default)s)")
+    add_stable_diffusion(parser)
     args = parser.parse_args(argv)
 
     import torch
@@ -106,12 +107,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from benchmarks import architectures as nets
     from benchmarks.timing import Report, begin, compare
 
-    device, size, report = begin(args), nets.sizes(args.tiny), Report("sampling", args)
+    device, size, report = begin(args), nets.sizes(args.tiny, args.stable_diffusion), Report("sampling", args)
     flops = flops_of_run(size, args.steps, args.images)
     for name in args.precision:
         dtype = getattr(torch, name)
-        contexts = tuple(torch.randn(args.images, *size.context, device=device).to(dtype) for _ in range(2))
-        setting = (size, dtype, device, args.steps, contexts)
+        uncond, cond = (torch.randn(args.images, *size.context, device=device).to(dtype) for _ in range(2))
+        setting = (size, dtype, device, args.steps, (uncond, cond))
         with torch.no_grad():
             runs = {"diffusers": theirs(*setting), "ldm": ours(*setting)}
             compare(report, runs, device, dtype, flops, args.images)

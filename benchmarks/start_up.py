@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,13 +63,13 @@ def commands() -> list[str]:
 
 def runs(tiny: bool) -> dict[str, Callable[[], object]]:
     """Return the programs to time, by name; each starts a fresh interpreter."""
-    help_texts = {"ldm --help": ("-m", "ldm.cli.main", "--help")}
+    help_texts: dict[str, tuple[str, ...]] = {"ldm --help": ("-m", "ldm.cli.main", "--help")}
     help_texts |= {f"{path} --help": (path, "--help") for path in commands()}
-    imports = {f"import {name}": ("-c", code) for name, code in IMPORTS.items()}
+    imports: dict[str, tuple[str, ...]] = {f"import {name}": ("-c", code) for name, code in IMPORTS.items()}
     chosen = {**imports, **help_texts}
     if tiny:
         chosen = {name: chosen[name] for name in ("import nothing", "scripts/txt2img.py --help")}
-    return {name: lambda words=words: python(*words) for name, words in chosen.items()}
+    return {name: partial(python, *words) for name, words in chosen.items()}
 
 
 def import_times(log: str) -> dict[str, float]:

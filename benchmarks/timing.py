@@ -91,7 +91,7 @@ def contest(
             run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
-        for name in runs if number % 2 == 0 else reversed(runs):
+        for name in runs if number % 2 == 0 else reversed(list(runs)):
             seconds[name].append(timed(runs[name], device))
     return seconds
 
@@ -173,7 +173,7 @@ def same_size(ours: nn.Module, theirs: nn.Module) -> None:
         raise AssertionError(f"{counts[0]} parameters here, {counts[1]} there: not the same architecture")
 
 
-def networks_to_compare(ours: nn.Module, theirs: nn.Module) -> dict[str, nn.Module]:
+def networks_to_compare(ours: nn.Module, theirs: nn.Module) -> dict[str, Any]:
     """Return the networks by name, frozen: that of diffusers in both layouts, ours, and a copy of ours to prepare."""
     same_size(ours, theirs)
     networks = {

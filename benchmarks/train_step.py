@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.options import make_parser
 from ldm.cli.command import command
@@ -61,7 +61,8 @@ def theirs(
 
     unet = nets.diffusers_unconditional_unet(size).to(device)
     optimizer = AdamW(unet.parameters(), lr=RATE, fused=is_fused)
-    average, scheduler = EMAModel(unet.parameters()), diffusers.DDPMScheduler()
+    average = EMAModel(unet.parameters())
+    scheduler: Any = diffusers.DDPMScheduler()  # for a type checker, diffusers declares an empty class
 
     def step() -> None:
         noise = torch.randn_like(x)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
-from benchmarks.options import make_parser
+from benchmarks.options import add_stable_diffusion, make_parser
 from ldm.cli.command import command
 
 if TYPE_CHECKING:
@@ -43,20 +44,22 @@ def contestants(
     preparation.enter_context(cached_contexts(networks[AS_SAMPLED]))
     x = torch.randn(BATCH, nets.LATENT_CHANNELS, size.latent, size.latent, device=device).to(dtype)
     t, context = torch.tensor([500] * BATCH, device=device), torch.randn(BATCH, *size.context, device=device).to(dtype)
-    return {name: lambda network=network: network(x, t, context) for name, network in networks.items()}
+    return {name: partial(network, x, t, context) for name, network in networks.items()}
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    args = make_parser("unet_forward", "Time the text-conditional U-Net, here and in diffusers.").parse_args(argv)
+    parser = make_parser("unet_forward", "Time the text-conditional U-Net, here and in diffusers.")
+    add_stable_diffusion(parser)
+    args = parser.parse_args(argv)
 
     import torch
 
     from benchmarks import architectures as nets
     from benchmarks.timing import Report, begin, compare, flops_of
 
-    device, size, report = begin(args), nets.sizes(args.tiny), Report("unet_forward", args)
+    device, size, report = begin(args), nets.sizes(args.tiny, args.stable_diffusion), Report("unet_forward", args)
     with torch.device("meta"):
         unet = nets.text_unet(size)
     latents = (BATCH, nets.LATENT_CHANNELS, size.latent, size.latent)

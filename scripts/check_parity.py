@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f'there are no recorded outputs in "{TESTS}"; run this in a clone of the repository')
     sys.path.append(str(TESTS))
 
-    from parity_replay import names
+    from parity_cases import names
 
     results: list[Result] = []
     failed: list[str] = []

@@ -1,11 +1,13 @@
-"""Recorded outputs of the published implementation, and how to replay them.
+"""Recorded outputs of the published implementations, and how to replay them.
 
-`tests/parity/cases/cases.json` lists the cases; each has a configuration, a seed for
-`deterministic_weights.fill`, a sentence that describes the computation, and its arrays in `NAME.npz`.
+`cases.json` of each folder in `CASES` lists the cases; each has a configuration, a seed for
+`deterministic_weights.fill`, a sentence that describes the computation, and its arrays in `NAME.npz`. Cases of Stable
+Diffusion have a small text encoder, whose settings they state beside the configuration.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -17,8 +19,10 @@ import numpy as np
 import torch
 
 from ldm.config.instantiate import instantiate_from_config
+from ldm.modules.encoders.text import TextEncoder
 
 PARITY = Path(__file__).parent / "parity"
+CASES = (PARITY / "cases", PARITY / "stable_diffusion" / "cases")
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,18 @@ class Case:
 
 
 @cache
-def _cases() -> dict[str, Any]:
-    return json.loads((PARITY / "cases" / "cases.json").read_text())
+def _cases() -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Return the folder and the entry of each case, by name."""
+    found = {}
+    for folder in CASES:
+        entries = json.loads((folder / "cases.json").read_text())
+        found |= {name: (folder, entry) for name, entry in entries.items()}
+    return found
+
+
+def names() -> list[str]:
+    """Return the names of the recorded cases."""
+    return list(_cases())
 
 
 @cache
@@ -49,17 +63,36 @@ def weights_module() -> Any:
 
 def load_case(name: str) -> Case:
     """Load the case `name` with its arrays as tensors."""
-    entry = _cases()[name]
-    with np.load(PARITY / "cases" / f"{name}.npz") as arrays:
+    folder, entry = _cases()[name]
+    with np.load(folder / f"{name}.npz") as arrays:
         inputs = {key[3:]: torch.from_numpy(arrays[key]) for key in arrays if key.startswith("in_")}
         outputs = {key[4:]: torch.from_numpy(arrays[key]) for key in arrays if key.startswith("out_")}
-    return Case(name, entry["config"], entry["weights_seed"], entry["what"], inputs, outputs)
+    config = _with_text_encoder(entry["config"], entry.get("text_encoder"))
+    return Case(name, config, entry["weights_seed"], entry["what"], inputs, outputs)
+
+
+def _with_text_encoder(config: Any, settings: dict[str, Any] | None) -> Any:
+    """Return the configuration of a case with the settings of its text encoder."""
+    if settings is None:
+        return config
+    if "OpenCLIP" in settings:
+        clip = settings["OpenCLIP"]
+        text_config = {**clip["text_cfg"], "embed_dim": clip["embed_dim"]}
+    else:
+        text_config = settings["CLIPTextConfig"]
+    config = copy.deepcopy(config)
+    encoder = config.get("params", {}).get("cond_stage_config", config)
+    encoder.setdefault("params", {})["text_config"] = text_config
+    return config
 
 
 def build(case: Case) -> torch.nn.Module:
     """Build the module of a case with its deterministic weights, in evaluation mode."""
-    module = instantiate_from_config(case.config)
-    return weights_module().fill(module, case.weights_seed).eval()
+    module = weights_module().fill(instantiate_from_config(case.config), case.weights_seed).eval()
+    for part in module.modules():
+        if isinstance(part, TextEncoder):
+            part.has_weights = True
+    return module
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

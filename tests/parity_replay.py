@@ -6,14 +6,13 @@ that a case covers call `assert_replayed`, and `scripts/check_parity.py` reports
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from parity_cases import PARITY, Case, build, load_case, relative_error, weights_module
+from parity_cases import Case, build, load_case, relative_error, weights_module
 from torch import Tensor, nn
 
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -83,11 +82,6 @@ class Result:
     def passed(self) -> bool:
         """True if the error is within the tolerance; NaN is not."""
         return self.error <= self.tolerance
-
-
-def names() -> list[str]:
-    """Return the names of the recorded cases."""
-    return list(json.loads((PARITY / "cases" / "cases.json").read_text()))
 
 
 def replay(case: Case) -> Outputs:
@@ -434,3 +428,100 @@ def _text_train_loss(case: Case) -> Outputs:
     loss.backward()
     norms = {"grad_norm_unet": grad_norm(model.model), "grad_norm_cond": grad_norm(model.cond_stage_model)}
     return {"loss": loss, **norms}
+
+
+# -- Stable Diffusion ------------------------------------------------------------------------------------------
+
+LATENT = (4, 16, 16)
+
+
+def _texts(case: Case, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the context of the prompts and of the negative prompts."""
+    tokens = next(case.inputs[key] for key in ("tokens", "caption", "txt") if key in case.inputs)
+    return model.get_learned_conditioning(tokens), model.get_learned_conditioning(case.inputs["uncond_tokens"])
+
+
+def _guided(model: nn.Module, cond: Any, uncond: Any, scale: float, **options: Any) -> Outputs:
+    latent, _ = DDIMSampler(model).sample(
+        10,
+        2,
+        LATENT,
+        cond,
+        unconditional_guidance_scale=scale,
+        unconditional_conditioning=uncond,
+        **options,
+        **PUBLISHED,
+    )
+    return {"latent": latent, "decoded": model.decode_first_stage(latent)}
+
+
+@_replays("sd1_ddim_text_to_image", "sd2_ddim_v")
+@torch.no_grad()
+def _text_to_image(case: Case) -> Outputs:
+    model = build(case)
+    context, uncond = _texts(case, model)
+    torch.manual_seed(42)
+    scale = 7.5 if case.name.startswith("sd1") else 9.0
+    return {"context": context, **_guided(model, context, uncond, scale, eta=0.0)}
+
+
+@_replays("sd1_img2img")
+@torch.no_grad()
+def _image_to_image(case: Case) -> Outputs:
+    model = build(case)
+    context, uncond = _texts(case, model)
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(10, "uniform", 0.0, verbose=False)
+    torch.manual_seed(42)
+    z0 = model.get_first_stage_encoding(model.encode_first_stage(case.inputs["image"]))
+    z_enc = sampler.stochastic_encode(z0, torch.tensor([7, 7]))
+    latent = sampler.decode(z_enc, context, 7, unconditional_guidance_scale=5.0, unconditional_conditioning=uncond)
+    return {"z0": z0, "z_enc": z_enc, "latent": latent, "decoded": model.decode_first_stage(latent)}
+
+
+@_replays("sd1_train_loss", "sd2_train_loss_v")
+def _sd_train_loss(case: Case) -> Outputs:
+    model = build(case).train()
+    context = model.get_learned_conditioning(case.inputs["tokens"])
+    return {"loss": model.p_losses(case.inputs["z"], context, case.inputs["timesteps"], case.inputs["noise"])[0]}
+
+
+@_replays("sd2_ddim_inversion")
+@torch.no_grad()
+def _inversion(case: Case) -> Outputs:
+    model = build(case)
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(10, "uniform", 0.0, verbose=False)
+    context = model.get_learned_conditioning(case.inputs["tokens"])
+    return {"latent": sampler.encode(case.inputs["z0"], context, 5)[0]}
+
+
+@_replays("sd_inpainting_conditioning")
+@torch.no_grad()
+def _inpainting_conditioning(case: Case) -> Outputs:
+    model = build(case)
+    torch.manual_seed(42)
+    z, cond = model.get_input(case.inputs, "jpg")
+    return {"z": z, "c_concat": cond["c_concat"][0], "c_crossattn": cond["c_crossattn"][0]}
+
+
+@_replays("sd_inpainting_sample")
+@torch.no_grad()
+def _inpainting_sample(case: Case) -> Outputs:
+    model = build(case)
+    torch.manual_seed(42)
+    _, cond = model.get_input(case.inputs, "jpg")
+    uncond = {"c_concat": cond["c_concat"], "c_crossattn": [_texts(case, model)[1]]}
+    torch.manual_seed(42)
+    return _guided(model, cond, uncond, 7.5, eta=1.0, x_T=case.inputs["x_T"])
+
+
+@_replays("sd_upscaler")
+@torch.no_grad()
+def _upscaler(case: Case) -> Outputs:
+    model = build(case)
+    torch.manual_seed(42)
+    z, cond = model.get_input(case.inputs, "jpg")
+    uncond = {**cond, "c_crossattn": [_texts(case, model)[1]]}
+    sampled = _guided(model, cond, uncond, 9.0, eta=0.0, x_T=case.inputs["x_T"])
+    return {"z": z, "c_concat": cond["c_concat"][0], "c_adm": cond["c_adm"], **sampled}

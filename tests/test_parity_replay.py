@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
-from parity_cases import PARITY, load_case
-from parity_replay import assert_replayed, compare, names, replay
+from parity_cases import CASES, load_case, names
+from parity_replay import assert_replayed, compare, replay
 
 
 def test_every_recorded_case_is_known_and_used_by_a_test(repo_root):
-    files = {path.stem for path in (PARITY / "cases").glob("*.npz")}
-    assert len(files) == 50 and set(names()) == files
+    files = {path.stem for folder in CASES for path in folder.glob("*.npz")}
+    assert len(files) == 62 and set(names()) == files
     sources = [path for path in repo_root.glob("tests/**/test_*.py") if "parity" not in path.name]
     calling = "\n".join(text for path in sources if "assert_replayed(" in (text := path.read_text()))
     prefixes = set(re.findall(r'assert_replayed\(f"(\w+_)\{', calling))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ldm.cli.command import Parser
 from ldm.cli.task import Inputs, Task
 
 if TYPE_CHECKING:
     from ldm.pipelines.class_names import Classes
-    from ldm.pipelines.classes import ClassRequest
+    from ldm.pipelines.classes import ClassRequest, ClassToImage
 
 
-class ClassTask(Task):
+class ClassTask(Task["ClassToImage"]):
     """Sample images of classes."""
 
     pipeline_path = "ldm.pipelines.classes.ClassToImage"
@@ -30,7 +30,7 @@ class ClassTask(Task):
         """Return the inputs of an image of a class."""
         return {"class_label": label, "class": classes.name(label)}
 
-    def read(self, inputs: Inputs, pipeline: Any) -> ClassRequest | None:
+    def read(self, inputs: Inputs, pipeline: ClassToImage) -> ClassRequest | None:
         """Return the class; None for an unconditional model."""
         from ldm.pipelines.classes import ClassRequest
 

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from ldm.config import targets
 from ldm.errors import UserError, did_you_mean, is_out_of_memory
@@ -40,7 +40,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
+class Main(Protocol):
+    """`main` of a command."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """Run the command line, by default that of the process, and return the exit status."""
+
+
+def command(main: Callable[[Sequence[str] | None], int | None]) -> Main:
     """Make `main(argv)` return an exit status: its own if it has one, else 0.
 
     A mistake of the user returns 2, with one line on stderr. An interruption returns 130.

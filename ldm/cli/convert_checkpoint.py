@@ -1,14 +1,17 @@
-"""The command `convert_checkpoint`: write the weights of a checkpoint in another format."""
+"""The command `convert_checkpoint`: write the weights of a checkpoint in another format, or in that of diffusers."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import Parser, command, example, say
+from ldm.cli.diffusers_folder import check_folder, compare_with_source, find_source, write_folder
+from ldm.config.model_files import HUB_NAME
 from ldm.errors import UserError
-from ldm.io.files import sha256
+from ldm.io.diffusers import files as diffusers_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,12 +22,26 @@ SUFFIXES = (".safetensors", ".ckpt")
 def make_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
-        description="Convert the weights of a checkpoint: from .ckpt to .safetensors, or back.",
+        description="Convert the weights of a checkpoint: from .ckpt to .safetensors, or back; or a model to a folder "
+        "in the form of diffusers, or back.",
         epilog=example("convert_checkpoint", "last.ckpt model.safetensors --weights ema --half"),
     )
-    parser.add_argument("source", metavar="SRC", help="a checkpoint or a safetensors file; its name does not matter")
     parser.add_argument(
-        "target", metavar="DST", help=f"file to write; its suffix, {' or '.join(SUFFIXES)}, determines the format"
+        "source",
+        metavar="SRC",
+        help="a checkpoint or a safetensors file, whose name does not matter; or a folder in the form of diffusers; "
+        "for a folder DST also the name or folder of a model",
+    )
+    parser.add_argument(
+        "target",
+        metavar="DST",
+        help=f"file to write; its suffix, {' or '.join(SUFFIXES)}, determines the format; without a suffix, or with a "
+        "slash at the end, a folder in the form of diffusers",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="YAML",
+        help="for a folder DST: configuration of the model in SRC (default: beside it, or recognised from its weights)",
     )
     parser.add_argument(
         "--weights",
@@ -38,6 +55,30 @@ def make_parser() -> Parser:
     return parser
 
 
+def is_folder_name(target: str) -> bool:
+    """Return whether DST is a folder: its name has no suffix, or ends in a slash."""
+    return target.endswith(("/", os.sep)) or not Path(target).suffix
+
+
+def is_folder_source(source: str) -> bool:
+    """Return whether SRC is a folder in the form of diffusers, or the name of one on the Hugging Face hub."""
+    path = Path(source)
+    if path.exists() or path.suffix in SUFFIXES:
+        return diffusers_files.is_folder(path)
+    return HUB_NAME.fullmatch(source) is not None and not path.parent.exists()
+
+
+def write_config(config: Mapping[str, Any], path: Path, overwrite: bool) -> None:
+    """Write the configuration of a model beside its weights."""
+    from omegaconf import OmegaConf
+
+    from ldm.io.files import atomic_path
+
+    with atomic_path(path, replace=overwrite) as temporary:
+        OmegaConf.save(OmegaConf.create({"model": dict(config)}), temporary)
+    say(f"{path}: its configuration")
+
+
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
     """Raise an error if `target` is not a file to write to.
 
@@ -45,7 +86,10 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         UserError: Its suffix is unknown, it is the source, or it exists.
     """
     if target.suffix not in SUFFIXES:
-        raise UserError(f'"{target}" has no known format; end its name in {" or ".join(SUFFIXES)}')
+        suffixes = " or ".join(SUFFIXES)
+        raise UserError(
+            f'"{target}" has no known format; end its name in {suffixes}, or in / for a folder of diffusers'
+        )
     if target.exists() and source.exists() and target.samefile(source):
         raise UserError(f'"{target}" is the source itself; choose another DST')
     if target.exists() and not overwrite:
@@ -101,13 +145,15 @@ def in_half(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def describe(checkpoint: Mapping[str, Any], source: Path, kind: str, half: bool) -> dict[str, Any]:
     """Return metadata about the origin of the weights."""
+    from ldm.cli.diffusers_folder import origin
+
     known = checkpoint.get("metadata")
     known = known if isinstance(known, Mapping) else {}
     step = checkpoint.get("global_step", known.get("step"))
     if kind == "live" and known.get("weights") == "ema":  # averages under the live names
         kind = "ema"
     return {
-        "source_sha256": sha256(source),
+        **origin(source),
         "weights": kind,
         **({"step": int(step)} if str(step).isdecimal() else {}),
         **({"dtype": "float16"} if half else {}),
@@ -118,7 +164,17 @@ def describe(checkpoint: Mapping[str, Any], source: Path, kind: str, half: bool)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = make_parser().parse_args(argv)
-    source, target = Path(args.source), Path(args.target)
+    target = Path(args.target)
+    if is_folder_name(args.target):
+        files = find_source(args.source, args.config)
+        check_folder(target, files, args.overwrite)
+        write_folder(files, target, lambda weights: choose(weights, args.weights, files.checkpoint), args.half)
+        return
+    if args.config is not None:
+        raise UserError("--config is for a folder of diffusers; leave it out, or end DST in /")
+    source = Path(args.source)
+    theirs = find_source(args.source, None) if is_folder_source(args.source) else None
+    source = source if theirs is None else theirs.checkpoint
     check_target(source, target, args.overwrite)
 
     from ldm.io.checkpoint.reading import read_checkpoint, read_state_dict
@@ -126,11 +182,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     weights, kind = choose(read_state_dict(source), args.weights, source)
     weights = without_unused(weights)
+    metadata = describe({} if theirs else read_checkpoint(source), source, kind, args.half)
+    if theirs is not None:
+        config, compared = compare_with_source(weights, theirs)
+        metadata |= compared
     if args.half:
         weights = in_half(weights)
-    metadata = describe(read_checkpoint(source), source, kind, args.half)
-    if target.suffix == ".safetensors":
-        save_safetensors(weights, target, metadata)
-    else:
-        save_checkpoint(weights, target, metadata)
+    save = save_safetensors if target.suffix == ".safetensors" else save_checkpoint
+    save(weights, target, metadata, replace=args.overwrite)
+    if theirs is not None:
+        write_config(config, target.with_suffix(".yaml"), args.overwrite)
     say(f"{target}: {target.stat().st_size / 1e6:.1f} MB, {len(weights)} entries, {metadata['weights']} weights")

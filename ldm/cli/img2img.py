@@ -6,12 +6,13 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ldm.cli.command import Parser
-from ldm.cli.input_files import IMAGE_SUFFIXES, file_input, named_files, unchanged
+from ldm.cli.input_files import file_input, named_files, unchanged
 from ldm.cli.options import add_sampler, add_size, share
 from ldm.cli.run import command_of
 from ldm.cli.task import Inputs
 from ldm.cli.text_task import TextTask
 from ldm.config.model_info import ModelInfo
+from ldm.io.image_formats import image_suffixes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from ldm.pipelines.image import ImagePrompt, ImageToImage
 
 
-class Img2Img(TextTask):
+class Img2Img(TextTask["ImageToImage"]):
     """Sample images from an image and a prompt: add noise to the image, and denoise it (SDEdit, arXiv:2108.01073)."""
 
     name = "img2img"
@@ -50,21 +51,30 @@ class Img2Img(TextTask):
             "(default: %(default)s)",
         )
         self.add_prompt_options(parser)
-        add_sampler(parser, 50, scale=5.0, steps_flags=("--steps", "--ddim_steps"), eta_flags=("--eta", "--ddim_eta"))
+        add_sampler(
+            parser,
+            50,
+            scale=5.0,
+            steps_flags=("--steps", "--ddim_steps"),
+            eta_flags=("--eta", "--ddim_eta"),
+            by_model={"scale": "9 for Stable Diffusion 2"},
+        )
         add_size(parser, "that of the image")
 
     def pipeline(self, args: argparse.Namespace, info: ModelInfo) -> ImageToImage:
         """See `Task.pipeline`."""
-        from ldm.pipelines.image import ImageToImage
+        from ldm.pipelines.image import ImageToImage, published_settings, start_settings
 
-        settings = self.prompt_settings(args, info)
+        settings = self.prompt_settings(args, info, published_settings(info))
+        settings |= start_settings(info, settings)
         return ImageToImage(**settings, strength=args.strength, height=args.H, width=args.W)
 
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:
         """Return each image with each prompt, as often as the options ask for."""
-        images = [file_input("image", path) for path in named_files("--image", args.image, IMAGE_SUFFIXES)]
+        images = [file_input("image", path) for path in named_files("--image", args.image, image_suffixes(), "images")]
         prompts, times = self.read_prompts(args, info), range(args.n_iter * args.n_samples)
-        return [{"prompt": prompt, **image} for image in images for prompt in prompts for _ in times]
+        inputs = [{"prompt": prompt, **image} for image in images for prompt in prompts for _ in times]
+        return self.with_start_seeds(args, inputs)
 
     def read(self, inputs: Inputs, pipeline: ImageToImage) -> ImagePrompt:
         """Return the image, in the size of the settings, with its prompt."""

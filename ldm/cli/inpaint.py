@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import Parser
-from ldm.cli.input_files import IMAGE_SUFFIXES, check_apart, file_input, images_in, result_names, unchanged
+from ldm.cli.input_files import check_apart, file_input, images_in, result_names, unchanged
 from ldm.cli.options import add_count, add_sampler, non_negative_int, sampler_settings
 from ldm.cli.restoration_task import RestorationTask
 from ldm.cli.run import command_of
 from ldm.cli.task import Inputs
 from ldm.config.assets import locate
 from ldm.config.model_info import ModelInfo
+from ldm.config.values import MASK_MODES
 from ldm.errors import UserError
+from ldm.io.folders import list_files
+from ldm.io.image_formats import image_suffixes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +33,7 @@ logger = logging.getLogger(__name__)
 SUFFIX = "_mask"  # of the name of a mask, after that of its image
 
 
-class Inpaint(RestorationTask):
+class Inpaint(RestorationTask["Inpainting"]):
     """Fill the masked parts of images; all other pixels stay as they are, bit for bit."""
 
     name = "inpaint"
@@ -37,6 +41,11 @@ class Inpaint(RestorationTask):
     outdir = "outputs/inpainting_results"
     pipeline_path = "ldm.pipelines.inpainting.Inpainting"
     published, bundled = "inpainting_big", "emoji64-inpaint"
+    replaces = True  # as published
+
+    def __init__(self) -> None:
+        self._factor = 1  # pixels of a latent, a side; of 1 × 1 pixels no mask loses anything
+        self._reported: set[str] = set()  # files whose masks were checked
 
     def add_options(self, parser: Parser) -> None:
         """Add the options of the published script, with its names and defaults, and a few more."""
@@ -59,28 +68,46 @@ class Inpaint(RestorationTask):
             help="fade from the image to the filling over so many pixels inside the edge of the mask "
             "(default: %(default)s)",
         )
+        parser.add_argument(
+            "--mask_mode",
+            choices=MASK_MODES,
+            default="nearest",
+            help="reduction of the mask to the size of the latents: nearest, as published, can lose thin strokes; "
+            "max keeps them (default: %(default)s)",
+        )
         self.add_tile_option(
             parser, 0, "sample larger images in overlapping tiles of this side, with little memory (default: whole)"
         )
         add_sampler(parser, 50)
+        self.add_text_options(parser, 7.5)
 
     def pipeline(self, args: argparse.Namespace, info: ModelInfo) -> Inpainting:
         """See `Task.pipeline`."""
-        from ldm.pipelines.inpainting import Inpainting
+        from ldm.pipelines.inpainting import inpainting_pipeline
 
-        return Inpainting(**sampler_settings(args), feather=args.feather, tile=args.tile)
+        settings = sampler_settings(args) | {"feather": args.feather, "mask_mode": args.mask_mode, "tile": args.tile}
+        return inpainting_pipeline(info, settings, *self.text(args))
+
+    def replayed(self, settings: Mapping[str, Any]) -> Inpainting:
+        """See `Task.replayed`."""
+        from ldm.pipelines.text_inpainting import TextInpainting
+
+        return TextInpainting.from_settings(settings) if "negative_prompt" in settings else super().replayed(settings)
 
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:
         """Return each image with its mask, as often as the options ask for."""
         pairs = find_pairs(args)
         check_apart(args.outdir, [path for pair in pairs for path in pair if path is not None])
-        names = result_names([image or mask for image, mask in pairs])
+        names = result_names([next(path for path in pair if path is not None) for pair in pairs])
         return [
-            {
-                **file_input("image", image),
-                **file_input("mask", mask),
-                "name": name if args.n_samples == 1 else f"{name}-{sample}",
-            }
+            self.with_prompt(
+                args,
+                {
+                    **file_input("image", image),
+                    **file_input("mask", mask),
+                    "name": name if args.n_samples == 1 else f"{name}-{sample}",
+                },
+            )
             for name, (image, mask) in zip(names, pairs, strict=True)
             for sample in range(args.n_samples)
         ]
@@ -94,7 +121,27 @@ class Inpaint(RestorationTask):
         if inputs["image"] is None:
             raise UserError(f'the mask "{inputs["mask"]}" has no image beside it; add the image or remove the mask')
         mask = None if inputs["mask"] is None else unchanged("mask", inputs)
-        return read_masked_image(unchanged("image", inputs), mask)
+        request = replace(read_masked_image(unchanged("image", inputs), mask), prompt=inputs.get("prompt", ""))
+        self._warn_if_lost(request, inputs, pipeline)
+        return request
+
+    def before_sampling(self, model: Any, pipeline: Any, inputs: Sequence[Inputs]) -> None:
+        """Log what the model does not read of the prompt; prepare warnings about thin masks, one for each file."""
+        self.warn_prompt(model, pipeline, inputs)
+        self._factor = model.downsampling
+        self._reported.clear()
+
+    def _warn_if_lost(self, request: MaskedImage, inputs: Inputs, pipeline: Inpainting) -> None:
+        from ldm.pipelines.inpainting import loss_warning
+
+        path = inputs["mask"] or inputs["image"]
+        if pipeline.mask_mode != "nearest" or path in self._reported:
+            return
+        self._reported.add(path)
+        name = f'the mask "{path}"' if inputs["mask"] else f'the transparent part of "{path}"'
+        warning = loss_warning(name, request.mask, self._factor, "--mask_mode max")
+        if warning is not None:
+            logger.warning("%s", warning)
 
     def panels(self, sample: Sample, pipeline: Any) -> list[np.ndarray]:
         """Return the image with white in its masked part."""
@@ -119,8 +166,8 @@ def find_pairs(args: argparse.Namespace) -> list[tuple[Path | None, Path | None]
     image = locate(args.image)
     if args.mask is not None:
         return [(image, locate(args.mask))]
-    beside = sorted(image.parent.iterdir()) if image.is_file() else []
-    return [(image, mask_of(image, [path for path in beside if path.suffix.lower() in IMAGE_SUFFIXES]))]
+    beside = list_files(image.parent, image_suffixes()).paths if image.is_file() else []
+    return [(image, mask_of(image, beside))]
 
 
 def mask_of(image: Path, masks: Sequence[Path]) -> Path | None:

@@ -23,10 +23,11 @@ COMMANDS = {
     "replay": "sample images again from the settings in their files",
     "train": "train a model from YAML configurations",
     "export_model": "export a training checkpoint as a model folder",
-    "convert_checkpoint": "convert a checkpoint to safetensors, or back",
+    "convert_checkpoint": "convert a checkpoint to safetensors or to the form of diffusers, or back (also: convert)",
     "download_weights": "download published weights",
     "train_searcher": "build the search index of a retrieval database",
 }
+ALIASES = {"convert": "convert_checkpoint"}
 
 
 def usage() -> str:
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"ldm {version()}\n")
         return 0
     name = first.replace("-", "_")
+    name = ALIASES.get(name, name)
     if name not in COMMANDS:
         sys.stderr.write(f'error: there is no command "{first}"{did_you_mean(name, COMMANDS)}; see ldm --help\n')
         return 2

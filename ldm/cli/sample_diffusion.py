@@ -23,9 +23,9 @@ from ldm.cli.run import command_of
 from ldm.cli.sample_folder import FIXED, SampleFolder, read_options
 from ldm.cli.task import Inputs
 from ldm.config.assets import locate
-from ldm.config.model_files import ModelFiles, available_models, find_model
+from ldm.config.model_files import ModelFiles, available_models, find_model, named_model
 from ldm.config.model_info import ModelInfo
-from ldm.config.overrides import split_overrides
+from ldm.config.overrides import options_with_value, split_overrides
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class SampleDiffusion(ClassTask):
         add("overrides", nargs="*", metavar="key=value", help="a value of the configuration, as model.key.sub=value")
         add("-r", "--resume", metavar="PATH", help="the model: its folder, a training run, or a checkpoint in either")
         add("-n", "--n_samples", type=positive_int, default=50_000, metavar="N", help="default: %(default)s")
-        add("-l", "--logdir", default=OWN_FOLDER, metavar="DIR", help="default: the folder of the model")
+        add("-l", "--logdir", default=OWN_FOLDER, metavar="DIR", help="default: the folder of the model, or outputs")
         add(
             "--continue",
             dest="run",
@@ -122,7 +122,7 @@ class SampleDiffusion(ClassTask):
             raise UserError("-r names the model; leave out --model and --ckpt")
         if locate(args.resume).is_file():
             return find_model(None, args.config, args.resume)
-        files = find_model(args.resume)
+        files = named_model(args.resume)
         return files if args.config is None else find_model(None, args.config, str(files.checkpoint))
 
     def _recorded_model(self, args: argparse.Namespace) -> ModelFiles:
@@ -136,7 +136,7 @@ class SampleDiffusion(ClassTask):
                     f'--continue: the run uses the model "{checkpoint}"; leave out the model, or start a new run'
                 )
         for path in (config, checkpoint):
-            if not path.is_file():
+            if not path.exists():
                 raise UserError(f'--continue: the run used "{path}", which is missing; restore it')
         return ModelFiles(str(recorded.get("model", checkpoint.parent.name)), config, checkpoint)
 
@@ -179,13 +179,15 @@ class SampleDiffusion(ClassTask):
         """Return the folder of all samples of the model: in its own folder, or in one of its name in `--logdir`."""
         if args.logdir != OWN_FOLDER:
             return Path(args.logdir) / files.name / "samples"
+        if files.checkpoint.is_dir():  # in the form of diffusers, maybe in the cache of downloads
+            return Path("outputs") / files.name / "samples"
         folder = files.checkpoint.parent
         return (folder.parent if folder.name == "checkpoints" else folder) / "samples"
 
 
 def _parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     """Parse the words; values of the configuration may stand anywhere, also after `--classes`, which takes many."""
-    overrides, others = split_overrides(words)
+    overrides, others = split_overrides(words, options_with_value(parser))
     args: Any = parser.parse_args(others)
     args.overrides = [*overrides, *args.overrides]
     return args

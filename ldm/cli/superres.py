@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import Parser
 from ldm.cli.input_files import check_apart, file_input, images_in, result_names, unchanged
-from ldm.cli.options import add_sampler, sampler_settings
+from ldm.cli.options import add_sampler, non_negative_int, sampler_settings
 from ldm.cli.restoration_task import RestorationTask
 from ldm.cli.run import command_of
 from ldm.cli.task import Inputs
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ldm.pipelines.generation import Sample
+    from ldm.pipelines.image import ImagePrompt
     from ldm.pipelines.super_resolution import SuperResolution
 
 
-class Superres(RestorationTask):
+class Superres(RestorationTask["SuperResolution"]):
     """Enlarge images, and sample the details that they lack; the model determines the factor."""
 
     name = "superres"
@@ -42,34 +44,65 @@ class Superres(RestorationTask):
             "side, in the result, of the overlapping tiles that larger images are sampled in; 0 samples them whole "
             "(default: the size that the model was trained on)",
         )
-        add_sampler(parser, 100, eta=1.0)
+        add_sampler(
+            parser, 100, eta=1.0, by_model={"steps": "50 for Stable Diffusion", "eta": "0 for Stable Diffusion"}
+        )
+        self.add_text_options(parser, 9.0).add_argument(
+            "--noise_level",
+            type=non_negative_int,
+            metavar="T",
+            help="noise that is added to the small image, as a timestep (default: 20)",
+        )
 
     def pipeline(self, args: argparse.Namespace, info: ModelInfo) -> SuperResolution:
         """See `Task.pipeline`."""
-        from ldm.pipelines.super_resolution import SuperResolution, default_tile, upscaling_factor
+        from ldm.pipelines.super_resolution import (
+            default_tile,
+            published_settings,
+            super_resolution_pipeline,
+            upscaling_factor,
+        )
 
         tile = default_tile(info) if args.tile is None else args.tile
-        return SuperResolution(**sampler_settings(args), factor=upscaling_factor(info), tile=tile)
+        settings = sampler_settings(args, published_settings(info))
+        settings |= {"factor": upscaling_factor(info), "tile": tile}
+        return super_resolution_pipeline(info, settings, *self.text(args), args.noise_level)
+
+    def replayed(self, settings: Mapping[str, Any]) -> SuperResolution:
+        """See `Task.replayed`."""
+        from ldm.pipelines.text_super_resolution import TextSuperResolution
+
+        is_text = "noise_level" in settings
+        return TextSuperResolution.from_settings(settings) if is_text else super().replayed(settings)
 
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:
         """Return each image."""
         images = images_in(Path(args.indir)) if args.image is None else [locate(args.image)]
         check_apart(args.outdir, images)
         return [
-            {**file_input("image", path), "name": name} for path, name in zip(images, result_names(images), strict=True)
+            self.with_prompt(args, {**file_input("image", path), "name": name})
+            for path, name in zip(images, result_names(images), strict=True)
         ]
 
-    def read(self, inputs: Inputs, pipeline: Any) -> np.ndarray:
-        """Return the image."""
+    def read(self, inputs: Inputs, pipeline: Any) -> np.ndarray | ImagePrompt:
+        """Return the image, for a model that reads a text with its prompt."""
         import numpy as np
 
         from ldm.io.images import open_image
+        from ldm.pipelines.image import ImagePrompt
+        from ldm.pipelines.text_super_resolution import TextSuperResolution
 
-        return np.asarray(open_image(unchanged("image", inputs)))
+        image = np.asarray(open_image(unchanged("image", inputs)))
+        return ImagePrompt(image, inputs.get("prompt", "")) if isinstance(pipeline, TextSuperResolution) else image
+
+    def before_sampling(self, model: Any, pipeline: Any, inputs: Sequence[Inputs]) -> None:
+        """See `Task.before_sampling`."""
+        self.warn_prompt(model, pipeline, inputs)
 
     def panels(self, sample: Sample, pipeline: SuperResolution) -> list[np.ndarray]:
         """Return the image, enlarged by bicubic interpolation."""
-        return [bicubic(sample.item.request, pipeline.factor)]
+        request = sample.item.request
+        return [bicubic(getattr(request, "image", request), pipeline.factor)]
 
 
 def bicubic(image: np.ndarray, factor: int) -> np.ndarray:
@@ -78,8 +111,7 @@ def bicubic(image: np.ndarray, factor: int) -> np.ndarray:
     from PIL import Image
 
     small = Image.fromarray(image)
-    size = tuple(factor * side for side in small.size)
-    return np.asarray(small.resize(size, Image.Resampling.BICUBIC))
+    return np.asarray(small.resize((factor * small.width, factor * small.height), Image.Resampling.BICUBIC))
 
 
 main = command_of(Superres())

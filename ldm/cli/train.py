@@ -9,21 +9,26 @@ from typing import Any
 
 from ldm.cli.command import Parser, command
 from ldm.cli.options import seed, target_options
-from ldm.config.overrides import split_overrides
+from ldm.config.overrides import options_with_value, split_overrides
 from ldm.errors import UserError, did_you_mean
-from ldm.training.options import CONFIGURED_ELSEWHERE, trainer_arguments
+from ldm.training.options import BOOLEAN_OPTIONS, TRAINER_OPTIONS, check_lightning
 
 
-def make_parser() -> Parser:
-    """Return the parser of the command, with every argument of Lightning's Trainer as an option."""
-    parser = Parser(
-        description="Train a model from YAML configurations.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_epilog(),
-        allow_abbrev=False,
-        parents=[target_options()],
-    )
-    flag = {"nargs": "?", "const": True, "type": boolean, "metavar": "BOOL"}
+def make_parser(**parser_kwargs: Any) -> Parser:
+    """Return the parser of the command, with the arguments of Lightning's Trainer as options.
+
+    Args:
+        **parser_kwargs: arguments of the parser to replace.
+    """
+    defaults: dict[str, Any] = {
+        "description": "Train a model from YAML configurations.",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "epilog": _epilog(),
+        "allow_abbrev": False,
+        "parents": [target_options()],
+    }
+    parser = Parser(**{**defaults, **parser_kwargs})
+    flag: dict[str, Any] = {"nargs": "?", "const": True, "type": boolean, "metavar": "BOOL"}
     add = parser.add_argument
     add("-n", "--name", nargs="?", const="", default="", help="name of the run (default: that of the first --base)")
     add("-r", "--resume", default="", metavar="PATH", help="log folder or checkpoint to resume from")
@@ -32,26 +37,26 @@ def make_parser() -> Parser:
     add("--no-test", default=False, help="skip the test after training", **flag)
     add("-p", "--project", help="accepted for compatibility; has no effect")
     add("-d", "--debug", default=False, help="debug after an error; move the log folder to debug_runs/", **flag)
-    add("-s", "--seed", type=seed, default=23, help="seed of all random numbers (default: 23)")
+    add("-s", "--seed", type=seed, help="seed of all random numbers (default: 23, or that of the resumed run)")
     add("-f", "--postfix", default="", help="text to append to the log folder's name")
     add("-l", "--logdir", default="logs", help="parent of the log folders (default: logs)")
-    add("--scale_lr", default=True, help="multiply base_learning_rate by the items of a step (default: true)", **flag)
+    scaling = "multiply base_learning_rate by the items of a step (default: true, or as in the resumed run)"
+    add("--scale_lr", default=None, help=scaling, **flag)
     add("--gpus", default=argparse.SUPPRESS, metavar="0,1", help='devices "0," or "0,1", or a count (default: CPU)')
-    for name, is_boolean in trainer_arguments().items():
-        if name not in CONFIGURED_ELSEWHERE:
-            extra: dict[str, Any] = {"nargs": "?", "const": True} if is_boolean else {}
-            add(f"--{name}", type=scalar, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **extra)
+    for name in TRAINER_OPTIONS:
+        extra: dict[str, Any] = {"nargs": "?", "const": True} if name in BOOLEAN_OPTIONS else {}
+        add(f"--{name}", type=scalar, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **extra)
     return parser
 
 
 def _epilog() -> str:
     import textwrap
 
-    names = " ".join(f"--{name}" for name in trainer_arguments() if name not in CONFIGURED_ELSEWHERE)
+    names = " ".join(f"--{name}" for name in TRAINER_OPTIONS)
     wrapped = textwrap.fill(names, 96, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     return (
         "Override any configuration value with key.sub=value, e.g. data.params.batch_size=8.\n"
-        f"Every argument of Lightning's Trainer is an option, e.g. --max_steps 1000:\n{wrapped}"
+        f"Arguments of Lightning's Trainer are options, e.g. --max_steps 1000:\n{wrapped}"
     )
 
 
@@ -90,8 +95,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: a word is neither an option nor an override, or options contradict each other.
     """
-    overrides, words = split_overrides(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
+    value_options = {*options_with_value(parser), "-n", "--name"}
+    overrides, words = split_overrides(sys.argv[1:] if argv is None else argv, value_options)
     args, unknown = parser.parse_known_args(words)
     for word in unknown:
         if word.startswith("-"):
@@ -101,7 +107,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if "=" not in word:
             raise UserError(f'"{word}" is neither an option nor key.sub=value; give configurations after --base')
     args.overrides = [*overrides, *unknown]
-    names = trainer_arguments().keys() | {"gpus"}
+    names = (*TRAINER_OPTIONS, "gpus")
     args.trainer = {name: value for name, value in vars(args).items() if name in names}
     if args.name and args.resume:
         raise UserError("-n/--name and -r/--resume cannot be combined; rename a resumed run with -f/--postfix")
@@ -116,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: an option or the configuration is wrong; nothing has been written.
     """
     args = parse(argv)
+    check_lightning()
     from ldm.training.configuration import make_plan
 
     plan = make_plan(args)

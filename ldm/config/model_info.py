@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from ldm.config.model_config import TEXT_KEYS, ImageSize, read_config
 from ldm.config.model_files import ModelFiles
 from ldm.errors import UserError
+
+# Versions of Stable Diffusion by the class of their text encoder.
+STABLE_DIFFUSION = {"FrozenCLIPEmbedder": 1, "FrozenOpenCLIPEmbedder": 2}
+# Size that the published configuration states for the models of 768 × 768 pixels, which predict v.
+STATED_SIZE_OF_768 = (512, 512)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,11 @@ class ModelInfo:
     @cached_property
     def size(self) -> ImageSize:
         """Image size of the model, in pixels."""
-        return ImageSize.of(self.config)
+        size = ImageSize.of(self.config)
+        predicts_v = self.stable_diffusion == 2 and self.params.get("parameterization") == "v" and not self.needs_image
+        if predicts_v and (size.height, size.width) == STATED_SIZE_OF_768:
+            return replace(size, height=768, width=768)
+        return size
 
     @property
     def cond_stage_key(self) -> str:
@@ -74,6 +83,28 @@ class ModelInfo:
     def reads_text(self) -> bool:
         """True if the model is conditioned on text."""
         return self.cond_stage_key in TEXT_KEYS and not self.is_unconditional
+
+    @cached_property
+    def stable_diffusion(self) -> int | None:
+        """Version of Stable Diffusion whose text encoder the model has: 1, 2, or None for other models."""
+        stage = self.params.get("cond_stage_config")
+        target = stage.get("target") if isinstance(stage, Mapping) else None
+        return STABLE_DIFFUSION.get(str(target).rpartition(".")[2])
+
+    @property
+    def fills_by_text(self) -> bool:
+        """True if the model fills the masked part of an image by a text."""
+        return self.reads_text and self.params.get("conditioning_key") == "hybrid"
+
+    @property
+    def enlarges_by_text(self) -> bool:
+        """True if the model enlarges an image by a text."""
+        return self.reads_text and "low_scale_config" in self.params
+
+    @property
+    def needs_image(self) -> bool:
+        """True if the model is conditioned on a text and an image."""
+        return self.fills_by_text or self.enlarges_by_text
 
     @cached_property
     def cond_stage_params(self) -> Mapping[str, Any]:
@@ -104,16 +135,40 @@ class ModelInfo:
             raise UserError(f"{steps} steps are more than the model's {self.timesteps}; give {self.timesteps} or fewer")
 
     def check_reads_text(self) -> None:
-        """Raise an error if the model is not conditioned on text.
+        """Raise an error if the model is not conditioned on text alone.
 
         Raises:
-            UserError: It is conditioned on something else.
+            UserError: It is conditioned on something else, or on an image as well.
         """
+        if self.needs_image:
+            needed, command = ("masked", "inpaint") if self.fills_by_text else ("small", "superres")
+            raise UserError(
+                f'the model "{self.name}" is conditioned on a {needed} image beside its text; use ldm {command}, or '
+                "choose a text-to-image model"
+            )
         if not self.reads_text:
             raise UserError(
                 f'the model "{self.name}" is conditioned on {self.describe_conditioning()}, not on text; '
                 "choose a text-to-image model"
             )
+
+    def check_fills_by_text(self) -> None:
+        """Raise an error if the model does not fill masked images by a text.
+
+        Raises:
+            UserError: It is another model.
+        """
+        if not self.fills_by_text:
+            raise UserError(f'the model "{self.name}" does not fill images by a text; choose an in-painting model')
+
+    def check_enlarges_by_text(self) -> None:
+        """Raise an error if the model does not enlarge images by a text.
+
+        Raises:
+            UserError: It is another model.
+        """
+        if not self.enlarges_by_text:
+            raise UserError(f'the model "{self.name}" does not enlarge images by a text; choose an upscaler')
 
     def check_condition(self, key: str, wanted: str) -> None:
         """Raise an error if the model is not conditioned on the entry `key` of a batch.

@@ -22,9 +22,11 @@ from ldm.errors import UserError, did_you_mean
 from ldm.io.checkpoint.loading import EMA_PREFIX, LoadReport, load_weights, part_of
 from ldm.io.checkpoint.reading import read_state_dict
 from ldm.io.pixels import batch_images, in_random_colours
+from ldm.models.shapes import check_channels, check_sides
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import EmaMixin, LitEma
+from ldm.modules.losses.adversarial import AdversarialLoss
 from ldm.modules.losses.contperceptual import DummyLoss
 from ldm.modules.quantize import VectorQuantizer2 as VectorQuantizer
 
@@ -60,6 +62,9 @@ class Autoencoder(nn.Module):
         UserError: `ddconfig` has a key that is not a parameter of `Encoder` or `Decoder`.
     """
 
+    quant_conv: nn.Conv2d
+    post_quant_conv: nn.Conv2d
+
     # Base learning rate of the published first stages; a trainer may set another.
     learning_rate: float = 4.5e-6
     # Factor of the learning rate of the autoencoder; the discriminator does not use it.
@@ -79,6 +84,7 @@ class Autoencoder(nn.Module):
         self.monitor = monitor
         _check_ddconfig(ddconfig)
         self.encoder = Encoder(**ddconfig)
+        self.in_channels = self.encoder.conv_in.in_channels
         self.decoder = Decoder(**ddconfig)
         self.loss = instantiate_from_config(lossconfig)
         if colorize_nlabels is not None:
@@ -127,19 +133,36 @@ class Autoencoder(nn.Module):
     def _as_rgb(self, x: Tensor) -> Tensor:
         return self.to_rgb(x) if x.shape[1] > 3 else x
 
+    def check_channels(self, x: Tensor) -> None:
+        """Raise UserError if images (B, C, H, W) have another number of channels than the encoder takes."""
+        check_channels(x, self.in_channels, "the first stage", "ddconfig.in_channels")
+
+    def training_input(self, batch: Mapping[str, Any], k: str) -> Tensor:
+        """Return the images of `get_input` if the model can reconstruct them in their size.
+
+        Raises:
+            UserError: the model takes other channels, or cannot halve the sides at each of its levels.
+        """
+        x = self.get_input(batch, k)
+        self.check_channels(x)
+        check_sides(x, 2 ** (len(self.encoder.down) - 1), "the first stage")
+        return x
+
     def adversarial_loss(
         self, rec: Reconstruction, optimizer_idx: int, global_step: int, split: str = "train"
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of the autoencoder (`optimizer_idx` 0) or of the discriminator (1), and the values to log.
 
         Raises:
-            UserError: the model has no loss.
+            UserError: the model has no loss, or one for other images.
         """
         if isinstance(self.loss, nn.Identity | DummyLoss):
             raise UserError(
                 f"this {type(self).__name__} has the loss {type(self.loss).__name__} and cannot be trained; "
                 'give "lossconfig" a training loss such as ldm.modules.losses.LPIPSWithDiscriminator'
             )
+        if isinstance(self.loss, AdversarialLoss):
+            self.loss.check_images(rec.inputs, rec.outputs)
         return self._loss(rec, optimizer_idx=optimizer_idx, global_step=global_step, split=split)
 
     def _loss(self, rec: Reconstruction, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -177,6 +200,8 @@ class VQModel(EmaMixin, Autoencoder):
         remap, sane_index_shape: see `VectorQuantizer2`.
         use_ema: keep a moving average of the weights.
     """
+
+    quantize: Any  # a quantizer; subclasses choose another class
 
     def __init__(
         self,
@@ -226,6 +251,10 @@ class VQModel(EmaMixin, Autoencoder):
         """Encode an image to (quantized latent, codebook loss, (None, None, indices))."""
         return self.quantize(self.encode_to_prequant(x))
 
+    def decode(self, quant: Tensor) -> Tensor:
+        """Decode a quantized latent to an image."""
+        return super().decode(quant)
+
     def decode_code(self, code_b: Tensor) -> Tensor:
         """Decode codebook indices (B, h, w) to an image.
 
@@ -235,13 +264,20 @@ class VQModel(EmaMixin, Autoencoder):
         if code_b.dim() != 3:
             raise ValueError(f"indices need the shape (B, h, w), got {tuple(code_b.shape)}")
         quant = self.quantize.get_codebook_entry(code_b, shape=(*code_b.shape, self.embed_dim))
-        return Autoencoder.decode(self, quant)
+        return self._decode_quantized(quant)
+
+    def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Any, Any, Tensor]]:
+        """Return the result of the quantizer for an image."""
+        return self.encode(x)
+
+    def _decode_quantized(self, quant: Tensor) -> Tensor:
+        """Decode a latent that is quantized already."""
+        return self.decode(quant)
 
     def forward(self, input: Tensor, return_pred_indices: bool = False) -> tuple[Tensor, ...]:
         """Return the reconstruction of an image, the codebook loss, and with `return_pred_indices` the indices."""
-        quant, codebook_loss, (_, _, indices) = self.quantize(self.encode_to_prequant(input))
-        # `VQModelInterface.decode` would quantize the latent again.
-        reconstruction = Autoencoder.decode(self, quant)
+        quant, codebook_loss, (_, _, indices) = self._quantized(input)
+        reconstruction = self._decode_quantized(quant)
         if return_pred_indices:
             return reconstruction, codebook_loss, indices
         return reconstruction, codebook_loss
@@ -260,7 +296,7 @@ class VQModel(EmaMixin, Autoencoder):
 
     def reconstruct(self, batch: Mapping[str, Any]) -> Reconstruction:
         """Run the model on a batch, for `adversarial_loss`."""
-        x = self.get_input(batch, self.image_key)
+        x = self.training_input(batch, self.image_key)
         outputs, codebook_loss, indices = self(x, return_pred_indices=True)
         return Reconstruction(x, outputs, codebook_loss, {"predicted_indices": indices})
 
@@ -291,15 +327,21 @@ class VQModelInterface(VQModel):
     """`VQModel` for diffusion models, which work on the latent before quantization."""
 
     def __init__(self, embed_dim: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, embed_dim=embed_dim, **kwargs)
+        super().__init__(*args, **{**kwargs, "embed_dim": embed_dim})
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Encode an image to the latent before quantization."""
         return self.encode_to_prequant(x)
 
     def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
         """Decode a latent to an image, after quantization unless `force_not_quantize` is set."""
         return super().decode(h if force_not_quantize else self.quantize(h)[0])
+
+    def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Any, Any, Tensor]]:
+        return self.quantize(self.encode(x))
+
+    def _decode_quantized(self, quant: Tensor) -> Tensor:
+        return self.decode(quant, force_not_quantize=True)
 
 
 class AutoencoderKL(Autoencoder):
@@ -354,8 +396,9 @@ class AutoencoderKL(Autoencoder):
 
     def reconstruct(self, batch: Mapping[str, Any]) -> Reconstruction:
         """Run the model on a batch, for `adversarial_loss`."""
-        x = self.get_input(batch, self.image_key)
-        return Reconstruction(x, *self(x), extra={})
+        x = self.training_input(batch, self.image_key)
+        outputs, posterior = self(x)
+        return Reconstruction(x, outputs, posterior, extra={})
 
     def _loss(self, rec: Reconstruction, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return self.loss(rec.inputs, rec.outputs, rec.regularizer, last_layer=self.get_last_layer(), **options)

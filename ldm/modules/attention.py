@@ -14,11 +14,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from ldm.compat import published_names
 from ldm.errors import UserError
 from ldm.modules.attend import attend
 from ldm.modules.cached import ResultCache
 from ldm.modules.diffusionmodules.util import checkpoint as run_checkpointed
 from ldm.modules.diffusionmodules.util import zero_module
+
+__getattr__ = published_names(__name__)
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
@@ -66,6 +69,10 @@ class CrossAttention(nn.Module):
     """Multi-head attention of `x` to `context`, or to itself (arXiv:1706.03762; arXiv:2112.10752, section 3.3).
 
     The keys and values depend only on the context. Inside `cached_contexts` they are computed once per context.
+
+    Attributes:
+        heads: number of heads.
+        scale: factor of the scores, 1 / √dim_head.
     """
 
     def __init__(
@@ -75,6 +82,7 @@ class CrossAttention(nn.Module):
         inner_dim = dim_head * heads
         context_dim = context_dim or query_dim
         self.heads = heads
+        self.scale = dim_head**-0.5
         self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
         self.to_k = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
@@ -101,7 +109,8 @@ class CrossAttention(nn.Module):
             k, v = self.cache(lambda: self._keys_and_values(context), context)
         if mask is not None:
             mask = rearrange(mask, "b ... -> b 1 1 (...)")
-        out = attend(q, k, v, attn_mask=mask)
+        scale = None if self.scale == q.shape[-1] ** -0.5 else self.scale
+        out = attend(q, k, v, attn_mask=mask, scale=scale)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
     def _split_heads(self, tokens: Tensor) -> Tensor:
@@ -134,7 +143,11 @@ def has_cached_contexts(module: nn.Module) -> bool:
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention and a perceptron, each with a layer norm before it and a residual connection."""
+    """Self-attention, cross-attention and a perceptron, each with a layer norm before it and a residual connection.
+
+    Args:
+        disable_self_attn: attend to the context in both attention layers.
+    """
 
     def __init__(
         self,
@@ -145,9 +158,12 @@ class BasicTransformerBlock(nn.Module):
         context_dim: int | None = None,
         gated_ff: bool = True,
         checkpoint: bool = True,
+        disable_self_attn: bool = False,
     ) -> None:
         super().__init__()
-        self.attn1 = CrossAttention(dim, heads=n_heads, dim_head=d_head, dropout=dropout)
+        self.disable_self_attn = disable_self_attn
+        first_dim = context_dim if disable_self_attn else None
+        self.attn1 = CrossAttention(dim, first_dim, heads=n_heads, dim_head=d_head, dropout=dropout)
         self.ff = FeedForward(dim, dropout=dropout, glu=gated_ff)
         self.attn2 = CrossAttention(dim, context_dim, heads=n_heads, dim_head=d_head, dropout=dropout)
         self.norm1 = nn.LayerNorm(dim)
@@ -163,7 +179,7 @@ class BasicTransformerBlock(nn.Module):
         return run_checkpointed(self._forward, (x, context), self.parameters(), self.checkpoint)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -175,7 +191,9 @@ class SpatialTransformer(nn.Module):
 
     Args:
         context_dim: channels of the context: one number, or one for each of the `depth` blocks.
-        checkpoint: recompute the blocks in the backward pass (as published): less memory, slower training.
+        disable_self_attn: attend to the context instead of the feature map.
+        use_linear: project tokens with linear layers instead of the feature map with 1-wide convolutions.
+        use_checkpoint: recompute the blocks in the backward pass (as published): less memory, slower training.
     """
 
     def __init__(
@@ -186,7 +204,9 @@ class SpatialTransformer(nn.Module):
         depth: int = 1,
         dropout: float = 0.0,
         context_dim: int | Sequence[int] | None = None,
-        checkpoint: bool = True,
+        disable_self_attn: bool = False,
+        use_linear: bool = False,
+        use_checkpoint: bool = True,
     ) -> None:
         super().__init__()
         inner_dim = n_heads * d_head
@@ -197,22 +217,41 @@ class SpatialTransformer(nn.Module):
             raise ValueError(f"context_dim has {len(context_dims)} values for {depth} transformer blocks")
         self.in_channels = in_channels
         self.norm = Normalize(in_channels)
-        self.proj_in = nn.Conv2d(in_channels, inner_dim, kernel_size=1)
+        self.use_linear = use_linear
+        self.proj_in = _projection(in_channels, inner_dim, use_linear)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(inner_dim, n_heads, d_head, dropout, context_dim=dim, checkpoint=checkpoint)
+            BasicTransformerBlock(
+                inner_dim,
+                n_heads,
+                d_head,
+                dropout,
+                context_dim=dim,
+                checkpoint=use_checkpoint,
+                disable_self_attn=disable_self_attn,
+            )
             for dim in context_dims
         )
-        self.proj_out = zero_module(nn.Conv2d(inner_dim, in_channels, kernel_size=1))
+        self.proj_out = zero_module(_projection(inner_dim, in_channels, use_linear))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return (B, C, H, W) from `x` (B, C, H, W) and `context` (B, M, D)."""
         height, width = x.shape[-2:]
-        h = self.proj_in(self.norm(x))
+        h = self.norm(x)
+        if not self.use_linear:
+            h = self.proj_in(h)
         h = rearrange(h, "b c h w -> b (h w) c")
+        if self.use_linear:
+            h = self.proj_in(h)
         for block in self.transformer_blocks:
             h = block(h, context)
+        if self.use_linear:
+            h = self.proj_out(h)
         h = rearrange(h, "b (h w) c -> b c h w", h=height, w=width)
-        return x + self.proj_out(h)
+        return x + (h if self.use_linear else self.proj_out(h))
+
+
+def _projection(channels: int, out_channels: int, linear: bool) -> nn.Module:
+    return nn.Linear(channels, out_channels) if linear else nn.Conv2d(channels, out_channels, kernel_size=1)
 
 
 class LinearAttention(nn.Module):

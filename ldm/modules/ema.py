@@ -27,6 +27,9 @@ class LitEma(nn.Module):
         use_num_upates: warm up, with decay min(decay, (1 + n) / (10 + n)) at update n (published spelling).
     """
 
+    decay: torch.Tensor
+    num_updates: torch.Tensor
+
     def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True) -> None:
         super().__init__()
         if not 0.0 <= decay <= 1.0:
@@ -43,7 +46,7 @@ class LitEma(nn.Module):
 
     def _pairs(self, model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         parameters = dict(model.named_parameters())
-        live = [parameters[name] for name in self.m_name2s_name]
+        live: list[torch.Tensor] = [parameters[name] for name in self.m_name2s_name]
         return live, [getattr(self, buffer_name) for buffer_name in self.m_name2s_name.values()]
 
     @torch.no_grad()
@@ -109,7 +112,7 @@ class LitEma(nn.Module):
             parameter.data, shadow.data = shadow.data, parameter.data
 
 
-class EmaMixin:
+class EmaMixin(nn.Module):
     """Mixin for a model that keeps a moving average of its weights in `model_ema` if `use_ema` is set.
 
     The average covers the whole model. A subclass that averages a part of it overrides `averaged_module`.

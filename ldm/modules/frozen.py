@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 
@@ -13,5 +14,5 @@ def disabled_train(self: Any, mode: bool = True) -> Any:
 def freeze(module: Any) -> Any:
     """Put `module` in evaluation mode permanently and disable the gradients of its parameters."""
     module.eval().requires_grad_(False)
-    module.train = disabled_train.__get__(module)
+    module.train = partial(disabled_train, module)  # unlike a bound method, it can be sent to a new process
     return module

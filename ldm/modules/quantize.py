@@ -16,7 +16,53 @@ from ldm.errors import UserError
 MAX_DISTANCES = 2**24
 
 
-class VectorQuantizer2(nn.Module):
+class Remapping(nn.Module):
+    """Mixin of quantizers: the indices of a codebook as positions in the list of the used ones.
+
+    Attributes:
+        remap: NumPy file with the used indices; None returns the indices of the codebook.
+        re_embed: number of distinct indices that are returned.
+        used: the used indices, with `remap`.
+        unknown_index: see `VectorQuantizer2`, with `remap`.
+    """
+
+    used: Tensor  # only with `remap`
+
+    def init_remap(self, n_e: int, remap: str | Path | None, unknown_index: str | int) -> None:
+        """Read the used indices of a codebook of `n_e` entries, if `remap` names them."""
+        self.codebook_size = n_e
+        self.remap = remap
+        self.re_embed = n_e
+        if remap is None:
+            return
+        self.register_buffer("used", _read_used(remap, n_e))
+        self.re_embed = len(self.used)
+        if unknown_index == "extra":
+            unknown_index = self.re_embed
+            self.re_embed += 1
+        elif isinstance(unknown_index, str) and unknown_index != "random":
+            raise UserError(f'unknown_index "{unknown_index}" is neither "random", "extra" nor a number')
+        self.unknown_index: str | int = unknown_index
+
+    def remap_to_used(self, inds: Tensor) -> Tensor:
+        """Map codebook indices of any shape to positions in the list of used indices."""
+        positions = self.used.new_full((self.codebook_size,), -1)
+        positions[self.used] = torch.arange(len(self.used), device=inds.device)
+        new = positions[inds]
+        unknown = new < 0
+        if isinstance(self.unknown_index, int):
+            new[unknown] = self.unknown_index
+        else:
+            random_positions = torch.randint(0, self.re_embed, size=(int(unknown.sum()),))
+            new[unknown] = random_positions.to(new)
+        return new
+
+    def unmap_to_all(self, inds: Tensor) -> Tensor:
+        """Map positions in the list of used indices to codebook indices; the extra index maps to the first entry."""
+        return self.used[inds.where(inds < len(self.used), 0)]
+
+
+class VectorQuantizer2(Remapping):
     """Nearest-entry quantizer with straight-through gradients (VQ-VAE, arXiv:1711.00937).
 
     Args:
@@ -32,8 +78,6 @@ class VectorQuantizer2(nn.Module):
     Raises:
         UserError: `remap` cannot be read, its indices are invalid, or `unknown_index` is unknown.
     """
-
-    used: Tensor  # only with `remap`
 
     def __init__(
         self,
@@ -53,35 +97,7 @@ class VectorQuantizer2(nn.Module):
         self.sane_index_shape = sane_index_shape
         self.embedding = nn.Embedding(n_e, e_dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / n_e, 1.0 / n_e)
-
-        self.remap = remap
-        self.re_embed = n_e
-        if remap is not None:
-            self.register_buffer("used", _read_used(remap, n_e))
-            self.re_embed = len(self.used)
-            if unknown_index == "extra":
-                unknown_index = self.re_embed
-                self.re_embed += 1
-            elif isinstance(unknown_index, str) and unknown_index != "random":
-                raise UserError(f'unknown_index "{unknown_index}" is neither "random", "extra" nor a number')
-            self.unknown_index: str | int = unknown_index
-
-    def remap_to_used(self, inds: Tensor) -> Tensor:
-        """Map codebook indices of any shape to positions in the list of used indices."""
-        positions = self.used.new_full((self.n_e,), -1)
-        positions[self.used] = torch.arange(len(self.used), device=inds.device)
-        new = positions[inds]
-        unknown = new < 0
-        if isinstance(self.unknown_index, int):
-            new[unknown] = self.unknown_index
-        else:
-            random_positions = torch.randint(0, self.re_embed, size=(int(unknown.sum()),))
-            new[unknown] = random_positions.to(new)
-        return new
-
-    def unmap_to_all(self, inds: Tensor) -> Tensor:
-        """Map positions in the list of used indices to codebook indices; the extra index maps to the first entry."""
-        return self.used[inds.where(inds < len(self.used), 0)]
+        self.init_remap(n_e, remap, unknown_index)
 
     def nearest(self, z: Tensor) -> Tensor:
         """Return the indices (N,) of the entries nearest to the rows of `z` (N, e_dim)."""

@@ -5,7 +5,7 @@ The module `ldm.models.diffusion.tiling` implements the published option `split_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class TiledDenoiser:
     MultiDiffusion, arXiv:2302.08113). All other attributes are those of the model.
 
     Args:
-        model: model with `apply_model`, conditioned on a map that is concatenated to its input.
+        model: model with `apply_model`, conditioned on maps that are concatenated to its input.
         tile, overlap: as for `in_tiles`.
     """
 
@@ -84,11 +84,20 @@ class TiledDenoiser:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """Return the prediction (B, C, H, W) for `x_noisy` (B, C, H, W), timesteps `t` (B,) and `cond` (B, c, H, W)."""
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Tensor | Mapping[str, Any]) -> Tensor:
+        """Return the prediction (B, C, H, W).
+
+        Args:
+            x_noisy: (B, C, H, W).
+            t: timesteps (B,).
+            cond: maps (B, c, H, W); or a dict with such maps under `c_concat`, and with entries that all tiles share.
+        """
         channels = x_noisy.shape[1]
+        maps = cond["c_concat"] if isinstance(cond, Mapping) else [cond]
 
         def predict(region: Tensor) -> Tensor:
-            return self._model.apply_model(region[:, :channels], t, region[:, channels:])
+            own = region[:, channels:]
+            tile_cond = {**cond, "c_concat": [own]} if isinstance(cond, Mapping) else own
+            return self._model.apply_model(region[:, :channels], t, tile_cond)
 
-        return in_tiles(predict, torch.cat([x_noisy, cond], dim=1), self._tile, self._overlap)
+        return in_tiles(predict, torch.cat([x_noisy, *maps], dim=1), self._tile, self._overlap)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ldm.config.model_info import ModelInfo
-from ldm.config.values import SAMPLERS
+from ldm.config.values import SAMPLERS, TIMESTEP_SPACINGS
 from ldm.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.models.diffusion.conditioning import Conditioning
-    from ldm.models.diffusion.noise import SeededNoise
+
+    NoiseSource = Callable[[Sequence[int]], Tensor]  # returns noise of a shape, such as a `SeededNoise`
 
 
 DETERMINISTIC = ("plms", "dpm")
@@ -36,8 +37,10 @@ class Conditioned:
         size: (h, w) of the latents.
         cond: conditioning of the batch.
         uncond: unconditional conditioning; None without guidance.
-        x0: (B, C, h, w) latents to start from, noised by `strength`.
+        x0: (B, C, h, w) latents to start from, noised by `strength` or to `t_enc`.
         strength: share of the grid that is sampled, in (0, 1].
+        t_enc: number of timesteps of the grid that are sampled, from `x0` noised to the next one; instead of
+            `strength`.
         tile: side, in latents, of the overlapping tiles that the network sees; None for the whole map.
     """
 
@@ -46,6 +49,7 @@ class Conditioned:
     uncond: Conditioning = None
     x0: Tensor | None = None
     strength: float | None = None
+    t_enc: int | None = None
     tile: int | None = None
 
 
@@ -92,7 +96,7 @@ class Pipeline(ABC):
         self,
         model: Any,
         requests: Sequence[Any],
-        noise: SeededNoise,
+        noise: NoiseSource,
         x_T: Tensor | None = None,
         on_step: Callable[[], object] | None = None,
     ) -> Tensor:
@@ -107,8 +111,11 @@ class Pipeline(ABC):
         """
 
     @abstractmethod
-    def decode(self, model: Any, requests: Sequence[Any], latents: Tensor) -> Sequence[np.ndarray]:
-        """Return the finished images, each (H, W, 3) uint8, of the latents of a batch."""
+    def decode(self, model: Any, requests: Sequence[Any], latents: Tensor) -> Sequence[np.ndarray | None]:
+        """Return the finished images, each (H, W, 3) uint8, of the latents of a batch.
+
+        An image with values that are not finite is None.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +127,15 @@ class SamplerPipeline(Pipeline):
         steps: number of sampler steps.
         eta: noise of a DDIM step: 0 is deterministic, 1 is as DDPM. PLMS and DPM-Solver++ have none.
         scale: guidance scale (arXiv:2207.12598); 1 samples without guidance.
+        timestep_spacing: grid of the timesteps: "exact", "logsnr", "trailing", "uniform" or "quad", see
+            `schedule.make_ddim_timesteps`; None for that of the model, or else of the sampler.
     """
 
     sampler: str = "ddim"
     steps: int = 50
     eta: float = 0.0
     scale: float = 1.0
+    timestep_spacing: str | None = None
 
     decoding_tile: ClassVar[int | None] = None  # side, in latents, from which on maps are decoded in tiles
 
@@ -137,7 +147,8 @@ class SamplerPipeline(Pipeline):
             KeyError: A setting of the sampler is missing.
         """
         for field in fields(SamplerPipeline):
-            if field.name not in settings:
+            # Settings with the default None are newer than some records.
+            if field.name not in settings and field.default is not None:
                 raise KeyError(field.name)
         return super().from_settings(settings)
 
@@ -155,16 +166,35 @@ class SamplerPipeline(Pipeline):
             raise UserError(f"eta must be at least 0, got {self.eta:g}")
         if self.eta and self.sampler in DETERMINISTIC:
             raise UserError(f'the sampler "{self.sampler}" is deterministic; eta must be 0, got {self.eta:g}')
+        self._check_spacing()
+
+    def _check_spacing(self) -> None:
+        spacing = self.timestep_spacing
+        if spacing is None:
+            return
+        if spacing not in TIMESTEP_SPACINGS:
+            near, known = did_you_mean(str(spacing), TIMESTEP_SPACINGS), ", ".join(TIMESTEP_SPACINGS)
+            raise UserError(f'there is no timestep_spacing "{spacing}"{near}; choose {known}')
+        if self.sampler == "ddpm":
+            raise UserError(f'the sampler "ddpm" takes every timestep; leave out timestep_spacing "{spacing}"')
 
     def count_steps(self, request: Any, timesteps: int) -> int:
         """See `Pipeline.count_steps`."""
-        return timesteps if self.sampler == "ddpm" else self.steps
+        if self.sampler == "ddpm":
+            return timesteps
+        if self.timestep_spacing == "uniform":  # the published grid has its own number of timesteps
+            return math.ceil(timesteps / (timesteps // self.steps))
+        return self.steps
 
     @abstractmethod
     def condition(self, model: Any, requests: Sequence[Any]) -> Conditioned:
         """Return the conditioning of a batch of requests."""
 
-    def finish(self, requests: Sequence[Any], images: np.ndarray) -> Sequence[np.ndarray]:
+    def condition_with_noise(self, model: Any, requests: Sequence[Any], noise: NoiseSource) -> Conditioned:
+        """Return the conditioning of a batch, for tasks that add noise to it before the start noise is sampled."""
+        return self.condition(model, requests)
+
+    def finish(self, requests: Sequence[Any], images: np.ndarray) -> Iterable[np.ndarray]:
         """Return the finished images of a batch from decoded images (B, H, W, 3) uint8."""
         return images
 
@@ -172,7 +202,7 @@ class SamplerPipeline(Pipeline):
         self,
         model: Any,
         requests: Sequence[Any],
-        noise: SeededNoise,
+        noise: NoiseSource,
         x_T: Tensor | None = None,
         on_step: Callable[[], object] | None = None,
     ) -> Tensor:
@@ -184,14 +214,15 @@ class SamplerPipeline(Pipeline):
         from ldm.modules.tiles import TiledDenoiser
         from ldm.pipelines.sampling import sample_latents
 
-        batch = self.condition(model, requests)
+        batch = self.condition_with_noise(model, requests, noise)
         shape = (len(requests), model.channels, *batch.size)
         if x_T is not None and tuple(x_T.shape) != shape:
             raise ValueError(
                 f"latents must have the shape (N, {', '.join(map(str, shape[1:]))}), got {tuple(x_T.shape)}"
             )
         denoiser = TiledDenoiser(model, batch.tile, batch.tile // 4) if batch.tile else model
-        start = {} if batch.strength is None else {"x0": batch.x0, "strength": batch.strength}
+        settings: dict[str, Any] = {"x0": batch.x0, "strength": batch.strength, "t_enc": batch.t_enc}
+        start = {name: value for name, value in settings.items() if value is not None}
         if start and x_T is not None:  # the noise of x0, not the start itself
             noise, x_T = _starting_with(x_T, noise), None
         return sample_latents(
@@ -201,6 +232,7 @@ class SamplerPipeline(Pipeline):
             steps=self.steps,
             eta=self.eta,
             scale=self.scale,
+            timestep_spacing=self.timestep_spacing,
             cond=batch.cond,
             uncond=batch.uncond,
             x_T=x_T,
@@ -209,15 +241,26 @@ class SamplerPipeline(Pipeline):
             **start,
         )
 
-    def decode(self, model: Any, requests: Sequence[Any], latents: Tensor) -> Sequence[np.ndarray]:
+    def decode(self, model: Any, requests: Sequence[Any], latents: Tensor) -> Sequence[np.ndarray | None]:
         """See `Pipeline.decode`."""
         from ldm.io.pixels import to_uint8
+        from ldm.modules.precision import finite_items
         from ldm.pipelines.sampling import decode
 
-        return self.finish(requests, to_uint8(decode(model, latents, self.decoding_tile)))
+        images = decode(model, latents, self.side_of_decoding_tiles(model))
+        finite = finite_items(images)
+        if not finite.any():
+            return [None] * len(requests)
+        valid = [request for request, is_valid in zip(requests, finite.tolist(), strict=True) if is_valid]
+        finished = iter(self.finish(valid, to_uint8(images[finite])))
+        return [next(finished) if is_valid else None for is_valid in finite.tolist()]
+
+    def side_of_decoding_tiles(self, model: Any) -> int | None:
+        """Return the side, in latents, from which on maps are decoded in tiles; None for no tiles."""
+        return self.decoding_tile
 
 
-def _starting_with(first: Tensor, noise: SeededNoise) -> Callable[[Sequence[int]], Tensor]:
+def _starting_with(first: Tensor, noise: NoiseSource) -> NoiseSource:
     """Return a noise source that returns `first` once, then noise from `noise`."""
     pending = [first]
     return lambda shape: pending.pop() if pending else noise(shape)
@@ -247,7 +290,9 @@ def check_sides(info: ModelInfo, height: int | None, width: int | None) -> None:
 
 def image_size(model: Any, height: int | None, width: int | None) -> tuple[int, int]:
     """Return (height, width) in pixels; None is replaced by the size of the model."""
-    size = ModelInfo.of(model).size if height is None or width is None else None
+    if height is not None and width is not None:
+        return height, width
+    size = ModelInfo.of(model).size
     return size.height if height is None else height, size.width if width is None else width
 
 

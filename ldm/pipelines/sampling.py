@@ -18,7 +18,6 @@ from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.noise import SeededNoise
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import SamplingOptions
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -52,11 +51,13 @@ def sample_latents(
     steps: int = 50,
     eta: float = 0.0,
     scale: float = 1.0,
+    timestep_spacing: str | None = None,
     cond: Conditioning = None,
     uncond: Conditioning = None,
     x_T: Tensor | None = None,
-    noise: SeededNoise | None = None,
+    noise: Callable[[Sequence[int]], Tensor] | None = None,
     on_step: Callable[[], object] | None = None,
+    t_enc: int | None = None,
     **options: Any,
 ) -> Tensor:
     """Sample one batch of latents.
@@ -68,11 +69,14 @@ def sample_latents(
         steps: number of steps; "ddpm" ignores it.
         eta: noise of a DDIM step; 0 is deterministic.
         scale: guidance scale; at 1, or without `uncond`, sampling is not guided.
+        timestep_spacing: name of the grid, see `schedule.make_ddim_timesteps`; None for that of the model, or else of
+            the sampler.
         cond: conditioning of batch size B; see `ldm.models.diffusion.conditioning`.
         uncond: unconditional conditioning of the same form.
         x_T: (B, C, h, w) start noise, instead of sampled noise.
-        noise: the source of all noise; by default the global generator.
+        noise: the source of all noise, such as a `SeededNoise`; by default the global generator.
         on_step: called after every step.
+        t_enc: number of timesteps of the grid to sample, from the option `x0` noised to the next one.
         **options: `strength`, and fields of `SamplingOptions`, such as `mask` and `x0`.
 
     Returns:
@@ -89,18 +93,33 @@ def sample_latents(
         # Not `model.p_sample_loop`: a wrapper such as `TiledDenoiser` must see every evaluation.
         grid = np.arange(model.num_timesteps)
         ancestral = AncestralSampler(model, getattr(model, "clip_denoised", False))
-        latents = ancestral.run(shape, grid, cond, SamplingOptions(**options), x_T)[0]
-    else:
-        count, *size = shape
-        latents = make_sampler(sampler, model).sample(steps, count, size, cond, eta, x_T=x_T, **options)[0]
-    if not torch.isfinite(latents).all():
-        logger.warning("the latents are not finite; lower the guidance scale or eta, or compute in float32")
-    return latents
+        return ancestral.run(shape, grid, cond, SamplingOptions(**options), x_T)[0]
+    solver = make_sampler(sampler, model)
+    if t_enc is not None:
+        solver.make_schedule(steps, timestep_spacing, eta)
+        return _sample_from(solver, shape, t_enc, cond, SamplingOptions(**options))
+    count, *size = shape
+    options |= {"ddim_discretize": timestep_spacing}
+    return solver.sample(steps, count, size, cond, eta=eta, x_T=x_T, **options)[0]
+
+
+def _sample_from(
+    sampler: DDIMSampler, shape: Sequence[int], t_enc: int, cond: Conditioning, options: SamplingOptions
+) -> Tensor:
+    """Return samples (B, C, h, w) from `options.x0`, noised to index `t_enc` of the grid, in `t_enc` steps."""
+    sampler.options = options  # the source of the noise
+    noise = sampler.sample_noise(shape)
+    indices = torch.full((shape[0],), t_enc, device=noise.device)
+    start = sampler.stochastic_encode(options.known_latent.to(noise), indices, noise=noise)
+    return sampler.run(shape, sampler.ddim_timesteps, cond, options, start, t_enc - 1)[0]
 
 
 @torch.no_grad()
 def encode(model: Any, images: Tensor) -> Tensor:
-    """Return scaled latents (B, C, h, w) float32 of images (B, 3, H, W) in [-1, 1]: the mode of the posterior."""
+    """Return scaled latents (B, C, h, w) float32 of images (B, 3, H, W) in [-1, 1]: the mode of the posterior.
+
+    Images that overflow in half precision are encoded again in float32; a log line says so.
+    """
     weights = next(model.first_stage_model.parameters(), images)
     encoded = model.encode_first_stage(images.to(model.device, weights.dtype))
     if isinstance(encoded, DiagonalGaussianDistribution):
@@ -113,7 +132,9 @@ def decode(model: Any, latents: Tensor, tile: int | None = None) -> Tensor:
     """Return images (B, 3, H, W) float32 in [-1, 1] on the CPU from scaled latents (B, C, h, w).
 
     Samples of a pixel-space model are images already. A batch that does not fit into memory is decoded image by image,
-    and an image that does not fit in overlapping tiles; a log line says so.
+    and an image that does not fit in overlapping tiles; a log line says so. Images that overflow in half precision are
+    decoded again in float32; a log line says so too. Values that are still not finite are NaN in the result, which
+    `ldm.modules.precision.finite_items` finds.
 
     Args:
         model: a diffusion model.
@@ -123,11 +144,11 @@ def decode(model: Any, latents: Tensor, tile: int | None = None) -> Tensor:
     if latents.dim() == 3:
         return decode(model, latents[None], tile)[0]
     if not hasattr(model, "decode_first_stage"):
-        return _clamped(latents)
+        return clamped(latents)
     if tile is not None and max(latents.shape[-2:]) > tile:
         return _decoded_in_tiles(model, latents, tile)
     try:
-        return _clamped(model.decode_first_stage(latents))
+        return clamped(model.decode_first_stage(latents))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -148,8 +169,10 @@ def _decoded_in_smaller_tiles(model: Any, latents: Tensor) -> Tensor:
 
 
 def _decoded_in_tiles(model: Any, latents: Tensor, side: int) -> Tensor:
-    return in_tiles(lambda tile: _clamped(model.decode_first_stage(tile)), latents, side, side // 4, model.downsampling)
+    return in_tiles(lambda tile: clamped(model.decode_first_stage(tile)), latents, side, side // 4, model.downsampling)
 
 
-def _clamped(images: Tensor) -> Tensor:
-    return images.float().clamp(-1.0, 1.0).cpu()
+def clamped(images: Tensor) -> Tensor:
+    """Return images as float32 in [-1, 1] on the CPU; infinite values become NaN, not black or white."""
+    images = images.float()
+    return torch.where(images.isfinite(), images.clamp(-1.0, 1.0), torch.nan).cpu()

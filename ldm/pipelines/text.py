@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 from ldm.config.model_info import ModelInfo
+from ldm.errors import UserError
 from ldm.pipelines.pipeline import Conditioned, SamplerPipeline, check_guidance, check_sides, image_size, latent_size
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from ldm.pipelines.run import SamplerOptions
 
 logger = logging.getLogger(__name__)
+
+STEPS = 50  # of Stable Diffusion, as published
+SCALES = {1: 7.5, 2: 9.0}  # by the version of Stable Diffusion, as published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,7 @@ def text_to_image(
     height: int | None = None,
     width: int | None = None,
     steps: int = 50,
-    scale: float = 5.0,
+    scale: float | None = None,
     **options: Unpack[SamplerOptions],
 ) -> list[Any]:
     """Sample an image for each prompt, with classifier-free guidance (arXiv:2207.12598).
@@ -63,9 +67,10 @@ def text_to_image(
         negative_prompt: text whose content guidance suppresses.
         height, width: image size in pixels, multiples of what the model needs; default: the size of the model.
         steps: number of sampler steps.
-        scale: guidance scale; 1 samples without guidance. The bundled model works best with 2 or 3.
-        **options: `seed`, `sampler`, `eta`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device`,
-            `precision`; see `ldm.pipelines.run.SamplerOptions`.
+        scale: guidance scale; 1 samples without guidance. Default: 7.5 for Stable Diffusion 1, 9 for Stable Diffusion
+            2, 5 for other models. The bundled model works best with 2 or 3.
+        **options: `seed`, `sampler`, `eta`, `timestep_spacing`, `batch_size`, `latents`, `output_type`, `progress`,
+            `callback`, `device`, `precision`; see `ldm.pipelines.run.SamplerOptions`.
 
     Returns:
         PIL images, or what `output_type` names.
@@ -84,11 +89,19 @@ def text_to_image(
 
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     sampler, rest = split_options(options)
+    if scale is None:
+        scale = published_settings(ModelInfo.of(model)).get("scale", TextToImage.scale)
     pipeline = TextToImage(
         negative_prompt=negative_prompt, height=height, width=width, steps=steps, scale=scale, **sampler
     )
-    warn_unknown_words(model, [*prompts, negative_prompt])
+    warn_prompts(model, prompts, negative_prompt)
     return run(pipeline, model, prompts, **rest)
+
+
+def published_settings(info: ModelInfo) -> dict[str, Any]:
+    """Return the steps and the guidance scale of the published script for Stable Diffusion; nothing for others."""
+    version = info.stable_diffusion
+    return {} if version is None else {"steps": STEPS, "scale": SCALES[version]}
 
 
 def text_conditioning(
@@ -98,6 +111,48 @@ def text_conditioning(
     negative = len(prompts) * [negative_prompt]
     uncond = model.get_learned_conditioning(negative) if scale != 1.0 else None
     return model.get_learned_conditioning(list(prompts)), uncond
+
+
+def text_and_image_conditioning(
+    model: Any, prompts: Sequence[str], scale: float, negative_prompt: str, maps: Mapping[str, Any]
+) -> tuple[Conditioning, Conditioning]:
+    """Return both for a model that is conditioned on images too; `maps` are the entries of the images."""
+    cond, uncond = text_conditioning(model, prompts, scale, negative_prompt)
+    return {**maps, "c_crossattn": [cond]}, None if uncond is None else {**maps, "c_crossattn": [uncond]}
+
+
+def text_settings(
+    info: ModelInfo, reads_text: bool, prompts: Sequence[str], negative_prompt: str, scale: float | None
+) -> dict[str, Any]:
+    """Return the settings of guidance by a text for a task that has models with and without one.
+
+    Args:
+        info: facts about the model.
+        reads_text: True if the model does the task by a text.
+        prompts: the prompts.
+        negative_prompt: text to avoid.
+        scale: guidance scale; None for that of the task.
+
+    Raises:
+        UserError: The model reads no text, and one is given.
+    """
+    if reads_text:
+        return {"negative_prompt": negative_prompt} | ({} if scale is None else {"scale": scale})
+    if any(prompts) or negative_prompt or scale is not None:
+        raise UserError(
+            f'the model "{info.name}" reads no text; leave out the prompt, the negative prompt and the guidance scale'
+        )
+    return {}
+
+
+def warn_prompts(model: Any, prompts: Sequence[str], negative_prompt: str = "") -> None:
+    """Log what the model does not read of the prompts and the negative prompt: unknown words, and ends that are cut."""
+    from ldm.modules.encoders.truncation import warn_truncations
+
+    warn_unknown_words(model, [*prompts, negative_prompt])
+    stage = getattr(model, "cond_stage_model", None)
+    warn_truncations(stage, prompts)
+    warn_truncations(stage, [negative_prompt], "negative prompt")
 
 
 def unknown_words(model: Any, texts: Sequence[str]) -> list[str]:

@@ -14,6 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.config.instantiate import instantiate_from_config
+from ldm.config.model_config import read_config
+
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="diffusers needs Python 3.11")
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -81,6 +84,18 @@ def test_operations_are_counted_on_the_meta_device():
 def test_different_architectures_raise_assertion_error():
     with pytest.raises(AssertionError, match="not the same architecture"):
         load("timing").same_size(nn.Linear(1, 1), nn.Linear(1, 2))
+
+
+def test_networks_of_stable_diffusion_are_those_of_its_configuration():
+    nets = load("architectures")
+    config = read_config(FOLDER.parent / "configs/stable-diffusion/v1-inference.yaml")["params"]
+    with torch.device("meta"):
+        size = nets.sizes(tiny=False, stable_diffusion=True)
+        unet = instantiate_from_config(config["unet_config"])
+        for theirs in (nets.text_unet(size), nets.diffusers_text_unet(size)):
+            load("timing").same_size(unet, theirs)
+        load("timing").same_size(instantiate_from_config(config["first_stage_config"]), nets.autoencoder(size))
+    assert size.latent == config["image_size"]
 
 
 def test_readme_states_the_published_sizes():

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny_models import text_config
+from tiny_models import stable_diffusion_config, text_config
 from torch import nn
 
 from benchmarks.memory import LiveBytes, count, main
@@ -80,6 +80,20 @@ def test_table_and_file_agree(tmp_path, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [row.split("|")[1].strip() for row in rows] == list(peaks)
     assert main(["--config", str(tmp_path / "tiny.yaml"), "--H", "17"]) == 2
+
+
+def test_text_encoder_of_stable_diffusion_is_counted():
+    counted = count(stable_diffusion_config(1), 16, 16, 1, torch.bfloat16)
+    assert counted["weights"] < counted["text encoder"] < 1.2 * counted["weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_stable_diffusion_1_samples_512_x_512_in_4_gb(repo_root, precision):
+    from ldm.config.model_config import read_config
+
+    peaks = count(read_config(repo_root / "configs/stable-diffusion/v1-inference.yaml"), 512, 512, 1, precision)
+    assert 2.1e9 < peaks["weights"] < 2.2e9 and max(peaks.values()) < 4e9
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from hostile_files import damaged, hostile
 from torch import nn
 
 from ldm.cli.convert_checkpoint import main as convert
+from ldm.io.checkpoint import reading
 from ldm.io.checkpoint.loading import load_weights
 from ldm.io.checkpoint.reading import read_checkpoint, read_state_dict
 from ldm.modules.ema import LitEma
@@ -200,6 +201,19 @@ def test_a_full_disk_keeps_the_old_file(checkpoint, tmp_path, monkeypatch, capsy
     assert convert([str(checkpoint), str(target), "--weights", "live", "--overwrite"]) == 2
     assert "cannot write" in capsys.readouterr().err
     assert target.read_text() == "precious" and sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_file_that_appears_meanwhile_is_kept(checkpoint, tmp_path, monkeypatch, capsys, suffix):
+    read, target = reading.read_state_dict, tmp_path / f"model{suffix}"
+
+    def slow(path):
+        target.write_text("of another process")
+        return read(path)
+
+    monkeypatch.setattr(reading, "read_state_dict", slow)
+    assert convert([str(checkpoint), str(target), "--weights", "live"]) == 2
+    assert "File exists" in capsys.readouterr().err and target.read_text() == "of another process"
 
 
 def test_help_has_an_example_and_imports_nothing_heavy(repo_root):

@@ -128,7 +128,7 @@ def test_first_stage_with_a_codebook_encodes():
 BAD = {
     "no file": (["--image", "none.png"], 'there is no image "none.png"'),
     "no image": (["--image", "{base}/tiny/config.yaml"], "cannot read the image"),
-    "empty folder": (["--image", "{base}/tiny"], "holds no .png"),
+    "empty folder": (["--image", "{base}/tiny"], "holds no images"),
     "too many steps": (["--image", "x.png", "--steps", "101"], "100 or fewer"),
     "noisy plms": (["--image", "x.png", "--plms", "--eta", "0.5"], "deterministic"),
 }

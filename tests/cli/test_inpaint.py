@@ -26,6 +26,7 @@ from ldm.config.instantiate import instantiate_from_config
 from ldm.config.model_config import read_config
 from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
+from ldm.io.images import save_png
 from ldm.pipelines import loading, sampling
 from ldm.pipelines.inpainting import edge_weights
 from ldm.pipelines.loading import for_inference
@@ -259,7 +260,7 @@ OPTIONS = {
     "both": (["--indir", "{in}", "--image", "x.png"], "give either --indir"),
     "mask without image": (["--indir", "{in}", "--mask", "m.png"], "--mask belongs to --image"),
     "no folder": (["--indir", "nowhere"], "there is no such folder"),
-    "empty folder": (["--indir", "{tmp}"], "holds no .png, .jpg"),
+    "empty folder": (["--indir", "{tmp}"], "holds no images"),
     "outdir": (["--indir", "{in}", "--outdir", "{in}"], "is the folder of the input"),
     "tile": (["--indir", "{in}", "--tile", "9"], "tile 9 is not a multiple of 4"),
     "small tile": (["--indir", "{in}", "--tile", "4"], "tile 4 is too small for this model; give 8 or more"),
@@ -412,3 +413,56 @@ def test_training_batch_has_the_mask_in_its_conditioning():
     _, conditioning = model.get_input(batch, "image")
     assert conditioning.shape == (2, 4, 8, 8) and (conditioning[:, 3] == 1).all()
     assert model.shared_step(batch)[0].isfinite()
+
+
+# -- masks at the size of the latents --------------------------------------------------------------------------
+
+
+def thin(height: int = 12, width: int = 10) -> Image.Image:
+    """Return a mask of one row, which no latent of 2 × 2 pixels takes."""
+    mask = np.zeros((height, width), np.uint8)
+    mask[5, 1:9] = 255
+    return Image.fromarray(mask)
+
+
+def lost_masks(caplog) -> list[str]:
+    return [record.message.partition(" loses ")[0] for record in caplog.records if " loses " in record.message]
+
+
+def test_mask_that_is_lost_is_reported_once_with_its_file(fill, folder, caplog):
+    for name, mask in (("a", thin()), ("b", half()), ("c", thin())):
+        make_image().save(folder / f"{name}.png")
+        mask.save(folder / f"{name}_mask.png")
+    rgba = np.dstack([np.asarray(make_image()), 255 - np.asarray(thin())])
+    Image.fromarray(rgba).save(folder / "d.png")
+    assert fill("--n_samples", 2) == 0
+    names = [f'the mask "{folder / name}_mask.png"' for name in "ac"]
+    assert lost_masks(caplog) == [*names, f'the transparent part of "{folder / "d.png"}"']
+    assert any(record.message.endswith("--mask_mode max keeps it") for record in caplog.records)
+    caplog.clear()
+    assert fill("--mask_mode", "max", outdir="largest") == 0
+    assert not lost_masks(caplog)
+
+
+def test_mask_mode_is_recorded_and_replayed(fill, folder, tmp_path):
+    make_image().save(folder / "x.png")
+    thin().save(folder / "x_mask.png")
+    for mode in ("nearest", "max"):
+        assert fill("--mask_mode", mode, outdir=mode) == 0
+        with Image.open(tmp_path / mode / "x.png") as file:
+            assert file.text["mask_mode"] == mode
+        assert replay.main([str(tmp_path / mode / "x.png")]) == 0
+    nearest, largest = (pixels(tmp_path / mode / "x.png") for mode in ("nearest", "max"))
+    assert (nearest != largest).any()
+
+
+def test_record_without_a_mask_mode_is_replayed_with_nearest(fill, folder, tmp_path):
+    make_image().save(folder / "x.png")
+    thin().save(folder / "x_mask.png")
+    assert fill() == 0
+    path = tmp_path / "out" / "x.png"
+    with Image.open(path) as file:
+        record, image = json.loads(file.text["ldm"]), np.asarray(file)
+    del record["settings"]["mask_mode"]
+    save_png(image, path, {"ldm": json.dumps(record)})
+    assert replay.main([str(path)]) == 0

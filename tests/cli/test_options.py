@@ -52,3 +52,12 @@ def test_guidance_scale_is_a_setting_of_guided_tasks():
     parser = argparse.ArgumentParser()
     add_sampler(parser, 50, scale=5.0)
     assert sampler_settings(parser.parse_args(["--scale", "2"]))["scale"] == 2.0
+
+
+def test_timestep_spacing_is_a_setting_if_it_is_given():
+    parser = argparse.ArgumentParser()
+    add_sampler(parser, 50)
+    assert "timestep_spacing" not in sampler_settings(parser.parse_args([]))
+    assert sampler_settings(parser.parse_args(["--timestep_spacing", "trailing"]))["timestep_spacing"] == "trailing"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--timestep_spacing", "leading"])

@@ -67,7 +67,7 @@ def test_vanilla_sampling_equals_that_of_the_model(models, sample, tmp_path):
     assert sample("pixels", "-n", 2, "-v") == 0
     model = load_model(models / "pixels" / "config.yaml", models / "pixels" / "model.ckpt")
     with prepared(model, packed=True):
-        sampled = model.p_sample_loop(None, (2, 3, 8, 8), noise_sampler=SeededNoise([7, 8]), verbose=False)
+        sampled = model.p_sample_loop((2, 3, 8, 8), noise_sampler=SeededNoise([7, 8]), verbose=False)
     assert same(samples(run_of(tmp_path, "pixels")), list(to_uint8(sampled.clamp(-1, 1))))
     text = Image.open(run_of(tmp_path, "pixels") / "img/sample_000000.png").text
     assert (text["sampler"], text["steps"]) == ("ddpm", "20")

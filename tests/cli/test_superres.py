@@ -53,6 +53,31 @@ def make_image(height: int = 8, width: int = 8, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8))
 
 
+def test_name_that_is_too_long_does_not_stop_the_others(enlarge, folder, tmp_path, caplog, capsys):
+    """Names may have 255 bytes. The two inputs of one stem have results that are named after the whole input."""
+    long, longest = "b" * 244, "c" * 251
+    for name in ("a.png", f"{long}.png", f"{longest}.bmp", f"{longest}.png", "d.png"):
+        make_image().save(folder / name)
+    assert enlarge("--skip_grid") == 2
+    errors = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert errors == [
+        f'cannot write "{tmp_path / "out" / longest}.{suffix}.png": File name too long; choose a shorter name'
+        for suffix in ("bmp", "png")
+    ]
+    assert capsys.readouterr().err.strip().endswith("error: 2 of 5 failed; see above")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", f"{long}.png", "d.png"]
+
+
+def test_inputs_with_similar_names_have_results_of_their_own(enlarge, folder, tmp_path):
+    names = ["a.bmp", "a.png", "a.png.png", "b.png", "c.png"]
+    for index, name in enumerate(names):
+        Image.new("RGB", (8, 8), (40 * index, 0, 0)).save(folder / name)
+    assert enlarge("--skip_grid") == 0
+    results = sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in results] == ["a.bmp.png", "a.png.png", "a.png.png.png", "b.png", "c.png"]
+    assert [Image.open(path).text["image"].rpartition("/")[2] for path in results] == names
+
+
 @pytest.mark.parametrize("size", [(8, 8), (5, 7), (1, 1), (9, 21)])
 @pytest.mark.parametrize("tile", [[], ["--tile", 0], ["--tile", 8]], ids=str)
 def test_images_of_any_size_are_doubled(enlarge, folder, tmp_path, size, tile):

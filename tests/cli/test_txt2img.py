@@ -158,12 +158,27 @@ def test_size_options_set_the_image_size(sample, tmp_path):
 )
 def test_grid_is_named_after_any_prompt(tmp_path, prompt, name):
     args = TASK.make_parser().parse_args([])
-    assert TASK.grid_path(tmp_path, args, [{"prompt": prompt}]) == tmp_path / name
+    assert next(TASK.grid_paths(tmp_path, args, [{"prompt": prompt}])) == tmp_path / name
 
 
 def test_unknown_words_log_a_warning(sample, caplog):
     assert sample("--prompt", "fox zzyx", "--n_samples", 1) == 0
     assert "zzyx" in caplog.text and "fox" not in caplog.text
+
+
+def test_each_cut_prompt_of_a_run_logs_one_line(sample, tmp_path, caplog):
+    """The model reads 16 tokens; eight images of four prompts, in batches of two, of which two prompts are too long."""
+    (tmp_path / "prompts.txt").write_text(f"fox\n{'fox ' * 15}\n{'Fox ' * 16}!\n{'fox ' * 15}\n")
+    options = ["--from-file", tmp_path / "prompts.txt", "--n_samples", 2, "--batch_size", 2]
+    assert sample(*options, "--negative_prompt", "rocket " * 15) == 0
+    lines = [record.getMessage() for record in caplog.records if "tokens" in record.getMessage()]
+    numbers = "tokens (start and end token included), and the model reads 16; cut:"
+    assert [line.partition(" has ")[2] for line in lines] == [
+        f'17 {numbers} "… fox"',
+        f'19 {numbers} "… Fox Fox !"',
+        f'17 {numbers} "… rocket"',
+    ]
+    assert [line.partition(' "')[0] for line in lines] == ["the prompt", "the prompt", "the negative prompt"]
 
 
 BAD = {

@@ -279,6 +279,45 @@ def test_training_without_loss_raises_user_error():
             model.adversarial_loss(rec, 0, 0)
 
 
+@pytest.mark.parametrize("make", [kl_model, vq_model])
+def test_images_that_the_first_stage_cannot_reconstruct_raise_user_error(make):
+    model = make()
+    with pytest.raises(UserError, match=r"images of 17 x 17 pixels do not fit the first stage.* multiples of 2;"):
+        model.reconstruct(batch(17))
+    with pytest.raises(UserError, match=r"the first stage takes 3 channels and gets 1; change ddconfig\.in_channels"):
+        model.reconstruct(batch(channels=1))
+
+
+@pytest.mark.parametrize(("make", "loss"), [(kl_model, kl_loss), (vq_model, vq_loss)], ids=["kl", "vq"])
+@pytest.mark.parametrize(
+    ("channels", "options", "message"),
+    [
+        ((1, 1), {"disc_factor": 1.0}, "the discriminator takes 3 channels, .* have 1; set disc_in_channels: 1 in"),
+        ((3, 1), {}, r"the first stage maps 3 channels to 1; set ddconfig\.out_ch"),
+        ((2, 2), {"perceptual_weight": 1.0}, "takes 1 or 3 channels, and the images have 2; set perceptual_weight: 0"),
+        ((3, 3), {"disc_factor": 1.0, "disc_conditional": True}, "set disc_conditional: false"),
+    ],
+)
+def test_loss_for_other_images_raises_user_error(make, loss, channels, options, message):
+    ddconfig = {**DDCONFIG, "in_channels": channels[0], "out_ch": channels[1]}
+    model = make(lossconfig=loss(**options), ddconfig=ddconfig)
+    with pytest.raises(UserError, match=message):
+        model.adversarial_loss(model.reconstruct(batch(channels=channels[0])), 0, 0)
+
+
+def test_images_too_small_for_the_perceptual_network_raise_user_error():
+    model = kl_model(kl_loss(perceptual_weight=1.0))
+    with pytest.raises(UserError, match=r"images of 8 x 8 pixels are too small .* needs 16 x 16; set perceptual"):
+        model.adversarial_loss(model.reconstruct(batch(8)), 0, 0)
+
+
+def test_images_of_one_channel_are_trained_with_their_discriminator():
+    options = {"disc_factor": 1.0, "disc_in_channels": 1, "disc_num_layers": 1}
+    model = kl_model(kl_loss(**options), ddconfig={**DDCONFIG, "in_channels": 1, "out_ch": 1})
+    rec = model.reconstruct(batch(channels=1))
+    assert all(model.adversarial_loss(rec, index, 0)[0].isfinite() for index in (0, 1))
+
+
 @pytest.mark.parametrize(("make", "loss"), [(kl_model, kl_loss), (vq_model, vq_loss)], ids=["kl", "vq"])
 def test_training_lowers_the_loss(make, loss):
     model = make(lossconfig=loss(disc_factor=1.0, disc_start=15, disc_num_layers=1))

@@ -50,6 +50,13 @@ def label_batch(n=4):
 # -- the model -------------------------------------------------------------------------------------------------
 
 
+def test_images_that_the_network_cannot_halve_raise_user_error(diffusion):
+    maps = classifier(diffusion, label_key="segmentation")
+    batch = {"image": torch.zeros(1, 18, 16, 3), "segmentation": torch.zeros(1, 18, 16, 6)}
+    with pytest.raises(UserError, match=r"images of 18 x 16 pixels do not fit the classifier.* multiples of 4;"):
+        maps.shared_step(batch)
+
+
 def test_network_follows_unet_of_diffusion_model(diffusion):
     labels = classifier(diffusion)
     assert type(labels.model) is EncoderUNetModel
@@ -132,10 +139,10 @@ def test_loss_and_accuracies_match_noised_latents(diffusion):
 def test_compute_top_k_counts_targets_among_most_likely_classes():
     logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
     targets = torch.tensor([0, 1, 2, 2])
-    shares = [NoisyLatentImageClassifier.compute_top_k(logits, targets, k).item() for k in (1, 2, 5)]
+    shares = [NoisyLatentImageClassifier.compute_top_k(None, logits, targets, k).item() for k in (1, 2, 5)]
     assert shares == [0.5, 0.75, 1.0]
     maps = logits.T.reshape(1, 3, 2, 2)
-    assert NoisyLatentImageClassifier.compute_top_k(maps, targets.reshape(1, 2, 2), 1).item() == 0.5
+    assert NoisyLatentImageClassifier.compute_top_k(None, maps, targets.reshape(1, 2, 2), 1).item() == 0.5
 
 
 def test_noise_accuracies_cover_log_steps_noise_levels(diffusion):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from parity_cases import assert_close, relative_error
 from parity_replay import assert_replayed, grad_norm
-from tiny_models import layout_config, pixel_config, randomise, text_config
+from tiny_models import layout_config, pixel_config, randomise, superresolution_config, text_config
 
 from ldm.config.instantiate import instantiate_from_config
 from ldm.errors import UserError
@@ -288,6 +288,39 @@ def test_training_lowers_the_loss_of_a_batch(params):
     assert losses[-1] < 0.6 * losses[0]
 
 
+# -- shapes ----------------------------------------------------------------------------------------------------
+
+
+def test_sides_that_the_unet_cannot_halve_raise_user_error():
+    """Images of 18 pixels have latents of 9 positions."""
+    batch = {"image": torch.zeros(1, 18, 16, 3), "caption": ["fox"]}
+    with pytest.raises(UserError, match=r"images of 18 x 16 pixels do not fit the U-Net.* multiples of 4;"):
+        text_model().shared_step(batch)
+    pixels = instantiate_from_config(pixel_config())
+    with pytest.raises(UserError, match=r"images of 8 x 9 pixels do not fit the U-Net.* multiples of 2;"):
+        pixels.shared_step({"image": torch.zeros(1, 8, 9, 3)})
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_channels_that_a_network_does_not_take_raise_user_error(channels):
+    batch = {"image": torch.zeros(1, 16, 16, channels), "caption": ["fox"]}
+    with pytest.raises(UserError, match=rf"the first stage takes 3 channels and gets {channels}; change ddconfig.in_"):
+        text_model().shared_step(batch)
+    pixels = instantiate_from_config(pixel_config())
+    with pytest.raises(UserError, match=rf"the U-Net takes 3 channels and gets {channels}; change in_channels"):
+        pixels.shared_step({"image": torch.zeros(1, 8, 8, channels)})
+
+
+def test_concatenated_conditioning_that_does_not_fit_raises_user_error():
+    model = instantiate_from_config(superresolution_config())
+    batch = {"image": torch.zeros(1, 16, 16, 3), "LR_image": torch.zeros(1, 8, 8, 3)}
+    model.shared_step(batch)
+    with pytest.raises(UserError, match="the conditioning is a map of 4 x 8 and the model works on 8 x 8; change"):
+        model.shared_step({**batch, "LR_image": torch.zeros(1, 4, 8, 3)})
+    with pytest.raises(UserError, match="the U-Net takes 2 channels and gets 3"):
+        model.shared_step({**batch, "LR_image": torch.zeros(1, 8, 8, 4)})
+
+
 # -- previews --------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +360,26 @@ def test_as_rows_puts_items_in_rows_and_batches_in_columns():
 
 def test_return_keys_selects_previews():
     assert set(text_model().eval().log_images(text_batch(), return_keys=["inputs"], ddim_steps=1)) == {"inputs"}
+
+
+def test_previews_use_at_most_the_timesteps_of_the_model(monkeypatch):
+    """The default of 200 DDIM steps suits models of 1000 timesteps."""
+    model = text_model(timesteps=3).eval()
+    counts = []
+
+    def sample_log(cond, batch_size, ddim, ddim_steps, **options):
+        counts.append(ddim_steps)
+        return torch.zeros(batch_size, 3, 8, 8), {}
+
+    monkeypatch.setattr(model, "sample_log", sample_log)
+    for options in ({}, {"ddim_steps": 2}, {"ddim_steps": None}):
+        model.log_images(text_batch(), inpaint=False, plot_progressive_rows=False, **options)
+    assert counts == [3, 2, None]
+
+
+def test_previews_of_a_model_with_few_timesteps():
+    images = text_model(timesteps=3).eval().log_images(text_batch(), N=1)
+    assert images["samples"].shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("ddim_steps", [20, None])

@@ -41,3 +41,14 @@ def test_global_generator_is_not_used():
 def test_wrong_batch_size_raises_value_error():
     with pytest.raises(ValueError, match="4 seeds and cannot fill a batch of 3"):
         SeededNoise(SEEDS)((3, *SHAPE))
+
+
+def test_start_seed_replaces_the_first_noise_of_an_image():
+    noise, plain = SeededNoise([7, 8, 9], start_seeds=[7, None, 5]), SeededNoise([7, 8, 9])
+    first, others = noise((3, *SHAPE)), [noise((3, *SHAPE)) for _ in range(2)]
+    expected = [plain((3, *SHAPE)) for _ in range(3)]
+    assert torch.equal(first[:2], expected[0][:2]) and torch.equal(first[2:], SeededNoise([5])((1, *SHAPE)))
+    for each, following in zip(others, expected[1:], strict=True):
+        assert torch.equal(each[:2], following[:2])
+    own = SeededNoise([9])
+    assert [torch.equal(each[2:], own((1, *SHAPE))) for each in others] == [True, True], "its own noise from the start"

@@ -168,7 +168,7 @@ def test_published_names_are_mapped_to_hub_names(monkeypatch):
         names.append(name)
         raise UserError("stop")
 
-    monkeypatch.setattr(clip, "_load", stop)
+    monkeypatch.setattr(clip, "load_clip", stop)
     for name in ("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "someone/clip"):
         with pytest.raises(UserError, match="stop"):
             FrozenClipImageEmbedder(name)

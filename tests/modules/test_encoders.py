@@ -109,6 +109,14 @@ def test_tokens_match_transformers(vocab):
     assert torch.equal(actual, expected["input_ids"])
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_vocabularies_are_split_at_line_ends_only(vocab, encoding):
+    expected = BERTTokenizer(max_length=8, version=str(vocab))(["a red cat", "dogs!"])
+    other = vocab / "other.txt"
+    other.write_bytes("\r\n".join([*WORDS, "a\u2028b", "\x85"]).encode(encoding))
+    assert torch.equal(BERTTokenizer(max_length=8, version=str(other))(["a red cat", "dogs!"]), expected)
+
+
 def test_tokens_are_framed_truncated_and_padded(vocab):
     tokenizer = BERTTokenizer(max_length=5, version=str(vocab / "vocab.txt"))
     tokens = tokenizer(["a cats", "a a a a a a", "zebra"])

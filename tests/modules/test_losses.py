@@ -299,6 +299,16 @@ def test_actnorm_is_initialised_from_the_first_batch(seed):
     torch.testing.assert_close(norm(norm(x), reverse=True), x, rtol=1e-4, atol=1e-4)
 
 
+def test_actnorm_is_not_initialised_from_values_that_are_not_finite(seed):
+    norm, bad, good = ActNorm(3), torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    bad[1, 2, 3, 4] = float("nan")
+    norm(bad)
+    assert not norm.initialized and norm.loc.isfinite().all()
+    norm(good)
+    assert norm.initialized
+    torch.testing.assert_close(norm(good).mean(dim=(0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
+
+
 def test_actnorm_is_not_initialised_in_evaluation_mode(seed):
     x = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(ActNorm(3).eval()(x), x)

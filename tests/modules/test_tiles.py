@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.modules.tiles import fade, in_tiles, tile_starts
+from ldm.modules.tiles import TiledDenoiser, fade, in_tiles, tile_starts
 
 
 @pytest.mark.parametrize("size", [1, 5, 16, 17, 20, 31, 64, 100])
@@ -39,3 +39,20 @@ def test_blend_has_no_seams():
 def test_fade_weights_rise_linearly_and_are_positive():
     torch.testing.assert_close(fade(8, 3), torch.tensor([0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]))
     assert (fade(4, 0) == 1).all() and (fade(2, 5) > 0).all()
+
+
+def test_tiles_share_the_entries_of_a_conditioning_that_are_no_maps():
+    seen = []
+
+    class Model:
+        def apply_model(self, x, t, cond):
+            seen.append(cond)
+            return x + cond["c_concat"][0].sum(dim=1, keepdim=True)
+
+    x, maps = torch.randn(2, 1, 8, 12), torch.randn(2, 3, 8, 12)
+    text, labels = torch.randn(2, 5, 4), torch.tensor([1, 2])
+    cond = {"c_concat": [maps], "c_crossattn": [text], "c_adm": labels}
+    result = TiledDenoiser(Model(), 8, 2).apply_model(x, torch.tensor([3, 3]), cond)
+    torch.testing.assert_close(result, x + maps.sum(dim=1, keepdim=True))
+    assert len(seen) == 2 and all(each["c_crossattn"][0] is text and each["c_adm"] is labels for each in seen)
+    assert [each["c_concat"][0].shape for each in seen] == 2 * [(2, 3, 8, 8)]

@@ -335,3 +335,8 @@ def test_attention_pool_returns_one_vector_per_image(seed):
     pool = AttentionPool2d(4, 32, num_heads_channels=8, output_dim=5)
     assert pool(torch.randn(2, 32, 4, 4)).shape == (2, 5)
     assert AttentionPool2d(4, 32, 8)(torch.randn(2, 32, 4, 4)).shape == (2, 32)
+
+
+def test_attention_pooling_of_another_size_raises_user_error():
+    with pytest.raises(UserError, match="takes feature maps of 4 x 4 and gets 8 x 4; use images of the size"):
+        AttentionPool2d(4, 32, 8)(torch.randn(2, 32, 8, 4))

@@ -32,7 +32,9 @@ COMPUTED = {
 
 
 def is_computed(name: str) -> bool:
-    return name in COMPUTED or name.endswith((".shift", ".scale", ".position_ids", "num_batches_tracked"))
+    return name.removeprefix("low_scale_model.") in COMPUTED or name.endswith(
+        (".shift", ".scale", ".position_ids", "num_batches_tracked")
+    )
 
 
 def values(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:

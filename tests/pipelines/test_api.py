@@ -13,8 +13,9 @@ import pytest
 import ldm
 
 ROOT = Path(__file__).parents[2]
+ERRORS = {"PartialResultError", "UserError"}
 NAMES = {
-    "UserError",
+    *ERRORS,
     "class_to_image",
     "image_to_image",
     "inpaint",
@@ -47,7 +48,7 @@ def test_importing_the_package_imports_no_torch():
     assert done.stdout == "[] True\n", done.stderr
 
 
-@pytest.mark.parametrize("name", sorted(NAMES - {"UserError"}))
+@pytest.mark.parametrize("name", sorted(NAMES - ERRORS))
 def test_every_function_documents_its_arguments(name):
     function = getattr(ldm, name)
     documented = inspect.getdoc(function)

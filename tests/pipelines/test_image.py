@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 import torch
 from library_tasks import random_images
+from parity_cases import assert_close, build, load_case
 from PIL import Image, ImageOps
-from tiny_models import make_model, text_config
+from tiny_models import make_model, stable_diffusion_config, text_config, write_clip
 
 import ldm
+from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
 from ldm.io.pixels import to_batch, to_uint8
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.noise import SeededNoise
-from ldm.pipelines.image import ImagePrompt, ImageToImage
+from ldm.pipelines import sampling
+from ldm.pipelines.image import ImagePrompt, ImageToImage, start_settings
 from ldm.pipelines.sampling import decode, encode
 
 IMAGES = random_images(3, 16, 16)
@@ -51,6 +55,13 @@ def test_prompts_are_one_for_all_or_one_for_each(model):
     assert len(sample(model, IMAGES[0], ["fox", "rocket"])) == 2, "one image with several prompts"
     with pytest.raises(ValueError, match="3 images and 2 prompts do not match; give one for each, or one for all"):
         sample(model, IMAGES, ["fox", "rocket"])
+
+
+def test_cut_prompts_log_a_warning(model, caplog):
+    sample(model, IMAGES, "fox " * 15, negative_prompt="Rocket " * 16)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith('the prompt "fox fox') and "17 tokens" in first and first.endswith('cut: "… fox"')
+    assert second.startswith('the negative prompt "Rocket') and second.endswith('cut: "… Rocket Rocket"')
 
 
 @pytest.mark.parametrize(
@@ -116,3 +127,107 @@ def test_start_latents_noise_the_image(model):
 def test_invalid_options_raise_user_error(model, options, message):
     with pytest.raises(UserError, match=message):
         sample(model, IMAGES[0], **options)
+
+
+# -- Stable Diffusion ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stable(tmp_path_factory):
+    """Return models in the structure of Stable Diffusion 1 and 2, by their version; they have 100 timesteps."""
+    pytest.importorskip("transformers")
+    vocabulary = write_clip(tmp_path_factory.mktemp("clip"))
+    return {version: make_model(stable_diffusion_config(version, vocabulary)) for version in (1, 2)}
+
+
+def settings_of(model, monkeypatch, **options) -> dict:
+    """Return what `sample_latents` is called with."""
+    seen = {}
+
+    def sample_latents(model, shape, **settings):
+        seen.update(settings)
+        return torch.zeros(shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "sample_latents", sample_latents)
+        ldm.image_to_image(model, IMAGES[0], "cat", progress=False, **options)
+    return seen
+
+
+def test_recorded_image_to_image_is_reproduced(monkeypatch):
+    """The record is the published chain, from the image to pixels; its prompts were token ids."""
+    case = load_case("sd1_img2img")
+    model, inputs, outputs = build(case), case.inputs, case.outputs
+    learned = type(model).get_learned_conditioning
+    tokens = {"a": inputs["tokens"], "": inputs["uncond_tokens"]}
+    monkeypatch.setattr(model, "get_learned_conditioning", lambda texts: learned(model, tokens[texts[0]]))
+
+    def sampled_latents(model, _):
+        torch.manual_seed(42)
+        return model.get_first_stage_encoding(model.encode_first_stage(inputs["image"]))
+
+    monkeypatch.setattr(sampling, "encode", sampled_latents)
+    settings = {"steps": 10, "scale": 5.0, "strength": 0.75}
+    pipeline = ImageToImage(**{**settings, **start_settings(ModelInfo.of(model), settings)})
+    requests = 2 * [ImagePrompt(random_images(1, 32, 32)[0], "a")]
+    steps = []
+    with torch.no_grad():
+        latent = pipeline.sample(model, requests, torch.randn, on_step=lambda: steps.append(1))
+        assert_close(latent, outputs["latent"])
+        assert_close(model.decode_first_stage(latent), outputs["decoded"])
+    assert len(steps) == 7
+
+
+@pytest.mark.parametrize(("version", "scale"), [(1, 5.0), (2, 9.0)])
+def test_default_guidance_scale_follows_from_the_model(stable, monkeypatch, version, scale):
+    assert settings_of(stable[version], monkeypatch)["scale"] == scale
+    assert settings_of(stable[version], monkeypatch, scale=2)["scale"] == 2
+
+
+@pytest.mark.parametrize(("strength", "count"), [(0.75, 7), (0.79, 7), (0.29, 2), (1.0, 10), (0.05, 1)])
+def test_strength_is_rounded_down_to_steps_as_published(stable, strength, count):
+    calls = []
+    options = {"steps": 10, "strength": strength, "callback": lambda *call: calls.append(call)}
+    sample(stable[1], IMAGES[0], "cat", **options)
+    assert calls == [(i + 1, count) for i in range(count)]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms"])
+@pytest.mark.parametrize(("strength", "timestep"), [(0.5, 51), (0.05, 11), (1.0, 99)])
+def test_image_is_noised_to_the_timestep_after_those_that_are_sampled(stable, monkeypatch, sampler, strength, timestep):
+    """The even grid of ten steps is 1, 11, …, 91; the timestep after its end is the last of the model."""
+    model, seen = stable[1], []
+    run = DDIMSampler.run
+    with monkeypatch.context() as patch:
+        patch.setattr(DDIMSampler, "run", lambda self, *args: seen.append(args) or run(self, *args))
+        sample(model, IMAGES[0], "cat", steps=10, strength=strength, sampler=sampler, seed=3)
+    ((_, grid, _, _, start, index),) = seen
+    assert grid.tolist() == list(range(1, 100, 10)) and index == max(round(10 * strength), 1) - 1
+    x0, noise = encode(model, to_batch(IMAGES[:1])), SeededNoise([3])((1, 4, 8, 8))
+    torch.testing.assert_close(start, model.q_sample(x0, torch.tensor([timestep]), noise))
+
+
+def test_published_start_applies_to_even_grids_of_stable_diffusion(stable):
+    info, other = ModelInfo.of(stable[1]), ModelInfo("m", text_config())
+    uniform = {"published_start": True, "timestep_spacing": "uniform"}
+    assert start_settings(info, {"steps": 10}) == uniform
+    assert start_settings(info, {"steps": 7}) == uniform, "the published grid of 7 has 8 timesteps"
+    exact = {"published_start": True, "timestep_spacing": "exact"}
+    assert start_settings(info, {"steps": 10, "timestep_spacing": "exact"}) == exact
+    assert start_settings(info, {"steps": 33}) == exact, "the published grid of 33 exceeds the last timestep"
+    assert start_settings(info, {"steps": 101}) == exact, "the error comes later"
+    assert start_settings(info, {"steps": 10, "timestep_spacing": "trailing"}) == {}
+    assert start_settings(info, {"steps": 10, "sampler": "dpm"}) == {}
+    assert start_settings(other, {"steps": 10}) == {}
+    trailing = stable_diffusion_config(1, timestep_spacing="trailing")
+    assert start_settings(ModelInfo("m", trailing), {"steps": 10}) == {}
+
+
+def test_settings_without_a_start_are_those_of_the_share():
+    assert not ImageToImage.from_settings({"sampler": "ddim", "steps": 2, "eta": 0.0, "scale": 1.0}).published_start
+
+
+def test_images_of_stable_diffusion_do_not_depend_on_the_batch_size(stable):
+    runs = [sample(stable[2], IMAGES, "cat", batch_size=size, steps=10, eta=1.0) for size in (1, 3)]
+    for alone, together in zip(*runs, strict=True):
+        assert np.abs(alone.astype(int) - together).max() <= 1

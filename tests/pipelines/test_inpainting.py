@@ -12,7 +12,7 @@ from tiny_models import inpainting_config, make_model
 import ldm
 from ldm.errors import UserError
 from ldm.pipelines import sampling
-from ldm.pipelines.inpainting import MaskedImage, blend, edge_weights
+from ldm.pipelines.inpainting import Inpainting, MaskedImage, blend, edge_weights, lost_share, whole_latents
 
 IMAGES = random_images(3, 16, 16)
 MASK = half_mask(16, 16)
@@ -136,3 +136,118 @@ def test_edge_weights_are_those_of_dilation(feather):
         outside = kornia.morphology.dilation(outside, kernel)
         expected = expected + 1 - outside
     assert np.allclose(edge_weights(mask, feather), (expected / (feather + 1))[0, 0], atol=1e-6)
+
+
+# -- masks at the size of the latents --------------------------------------------------------------------------
+
+
+def mask_of(*rows: str) -> np.ndarray:
+    return np.array([[letter == "#" for letter in row] for row in rows])
+
+
+def stroke(rows: slice, columns: slice = slice(2, 14), size: int = 16) -> np.ndarray:
+    mask = np.zeros((size, size), bool)
+    mask[rows, columns] = True
+    return mask
+
+
+def seen_by_the_network(model, monkeypatch, mask, **options) -> torch.Tensor:
+    """Return the mask in the conditioning, True where it is 1."""
+    seen = {}
+
+    def sample(model, shape, **settings):
+        seen.update(settings)
+        return torch.zeros(shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "sample_latents", sample)
+        fill(model, IMAGES[0], mask, **options)
+    assert set(seen["cond"][:, 3].unique().tolist()) <= {-1.0, 1.0}
+    return seen["cond"][0, 3] > 0
+
+
+def test_thin_stroke_is_masked_with_mask_mode_max(model, monkeypatch):
+    mask = stroke(slice(5, 6))
+    assert not seen_by_the_network(model, monkeypatch, mask).any(), "as published"
+    kept = seen_by_the_network(model, monkeypatch, mask, mask_mode="max")
+    assert kept[2, 1:7].all() and kept.sum() == 6
+
+
+@pytest.mark.parametrize("mask", [MASK, stroke(slice(4, 8), slice(6, 10))], ids=["half", "square"])
+def test_mask_of_whole_latents_gives_the_same_image_in_both_modes(model, mask):
+    nearest, largest = (fill(model, IMAGES[0], mask, mask_mode=mode)[0] for mode in ("nearest", "max"))
+    assert (nearest == largest).all() and (nearest == fill(model, IMAGES[0], mask)[0]).all()
+
+
+def test_mask_mode_max_hides_whole_latents_and_changes_the_mask_alone(model, monkeypatch):
+    mask, seen = stroke(slice(5, 6)), {}
+    encode = model.first_stage_model.encode
+    monkeypatch.setattr(model.first_stage_model, "encode", lambda x: seen.update(images=x) or encode(x))
+    (result,) = fill(model, IMAGES[0], mask, mask_mode="max")
+    hidden = (seen["images"][0] == -1).all(dim=0).numpy()
+    assert (hidden == stroke(slice(4, 6))).all()
+    assert (result[~mask] == IMAGES[0][~mask]).all() and (result[mask] != IMAGES[0][mask]).any()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (9, 7), (33, 5)])
+def test_mask_mode_max_suits_images_of_any_size(model, size):
+    image, mask = random_images(1, *size)[0], np.zeros(size, bool)
+    mask[-1, -1] = mask[1, 1] = True
+    (result,) = fill(model, image, mask, mask_mode="max")
+    assert result.shape == image.shape and (result[~mask] == image[~mask]).all()
+
+
+def test_whole_latents():
+    assert (whole_latents(mask_of("#...", "...."), 2) == mask_of("##..", "##..")).all()
+    assert (whole_latents(mask_of("...#", ".#..", "....", "...."), 2) == mask_of("####", "####", "....", "....")).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "factor", "share"),
+    [
+        (stroke(slice(5, 6)), 2, 1.0),  # between the pixels that are taken
+        (stroke(slice(4, 6)), 2, 0.0),
+        (stroke(slice(4, 5)), 2, 0.0),  # it becomes wider
+        (np.ones((5, 5), bool), 4, 0.0),
+        (stroke(slice(1, 11), slice(0, 16)), 4, 0.2),  # of ten rows, eight remain
+        (np.eye(16, dtype=bool), 4, 0.0),
+        (np.eye(16, k=1, dtype=bool), 4, 1.0),
+        (stroke(slice(0, 4), slice(0, 4)) | stroke(slice(9, 11), slice(9, 13)), 4, 8 / 24),  # it keeps the square alone
+    ],
+    ids=["lost", "kept", "wider", "full", "narrower", "diagonal", "lost diagonal", "part"],
+)
+def test_lost_share_of_a_mask(mask, factor, share):
+    assert lost_share(mask, factor) == pytest.approx(share)
+
+
+def test_masks_that_lose_more_than_a_tenth_are_reported_once(model, caplog):
+    masks = [MASK, stroke(slice(5, 6)), stroke(slice(9, 10))]
+    fill(model, IMAGES, masks, steps=1)
+    assert [record.message for record in caplog.records] == [
+        "mask 1 loses 100 % of its area at the size of the latents (2 × 2 pixels each), which may come out dark; "
+        'mask_mode="max" keeps it (and 1 more masks)'
+    ]
+    caplog.clear()
+    fill(model, IMAGES, masks, mask_mode="max", steps=1)
+    fill(model, IMAGES, MASK, steps=1)
+    assert not caplog.records
+
+
+def test_unknown_mask_mode_raises_user_error(model):
+    with pytest.raises(UserError, match=r'no mask_mode "nearst" \(did you mean "nearest"\?\); choose nearest, max'):
+        fill(model, IMAGES[0], MASK, mask_mode="nearst")
+
+
+def test_settings_without_a_mask_mode_are_those_of_nearest():
+    """Images of earlier versions do not state it."""
+    settings = Inpainting(feather=2).settings()
+    assert settings.pop("mask_mode") == "nearest"
+    assert Inpainting.from_settings(settings) == Inpainting(feather=2, mask_mode="nearest")
+    assert Inpainting.from_settings(Inpainting(mask_mode="max").settings()).mask_mode == "max"
+
+
+def test_read_only_masks_log_no_warning(model, recwarn):
+    mask = MASK.copy()
+    mask.flags.writeable = False
+    fill(model, IMAGES[0], mask, steps=1)
+    assert not [each for each in recwarn if "not writable" in str(each.message)]

@@ -15,7 +15,15 @@ from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipelines import loading
-from ldm.pipelines.loading import build_model, choose_device, for_inference, load_model, move, skip_init
+from ldm.pipelines.loading import (
+    build_model,
+    choose_device,
+    for_inference,
+    load_first_stage,
+    load_model,
+    move,
+    skip_init,
+)
 
 CPU = torch.device("cpu")
 
@@ -213,3 +221,41 @@ def test_threads_that_load_models_leave_the_initialisation_alone():
     torch.manual_seed(0)
     assert torch.equal(built[0], nn.Linear(4, 4).weight)
     assert {name: getattr(nn.init, name) for name in dir(nn.init)} == functions
+
+
+# -- values of weights -----------------------------------------------------------------------------------------
+
+
+def test_weight_too_large_for_float16_raises_user_error(tmp_path):
+    large = write_model(tmp_path)
+    large.first_stage_model.decoder.conv_in.weight.data[0, 0, 0, 0] = 1e5
+    torch.save({"state_dict": large.state_dict()}, tmp_path / "model.ckpt")
+    files = tmp_path / "config.yaml", tmp_path / "model.ckpt"
+    for load, name in (
+        (load_model, "first_stage_model.decoder.conv_in.weight"),
+        (load_first_stage, "decoder.conv_in.weight"),
+    ):
+        with pytest.raises(UserError, match=f'the weight "{name}" has a value of 100000, too large for float16; use'):
+            load(*files, precision=torch.float16)
+        assert load(*files, precision=torch.bfloat16) is not None
+    model = load_model(*files)
+    with pytest.raises(UserError, match="too large for float16; use the precision float32 or bfloat16"):
+        move(model, precision="float16")
+    assert {value.dtype for value in model.parameters()} == {torch.float32}, "the model is unchanged"
+    assert model.first_stage_model.decoder.conv_in.weight[0, 0, 0, 0] == 1e5
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path, caplog):
+    broken = write_model(tmp_path)
+    state_dict = broken.state_dict()
+    state_dict["model.diffusion_model.out.2.bias"][1] = torch.nan
+    state_dict["first_stage_model.encoder.conv_in.bias"][0] = -torch.inf
+    torch.save({"state_dict": state_dict}, tmp_path / "model.ckpt")
+    load_model(tmp_path / "config.yaml", tmp_path / "model.ckpt")
+    (message,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert message.startswith(f'weights of "{tmp_path / "model.ckpt"}" have values that are not finite: ')
+    assert "model.diffusion_model.out.2.bias" in message and "first_stage_model.encoder.conv_in.bias" in message
+    caplog.clear()
+    write_model(tmp_path)
+    load_model(tmp_path / "config.yaml", tmp_path / "model.ckpt")
+    assert not caplog.records

@@ -57,9 +57,14 @@ def test_bfloat16_samples_nearly_the_same_images(folder, model):
     assert_close(*images, tol=0.1)
 
 
-def test_latents_that_are_not_finite_log_a_warning(model, caplog):
-    sample_text(model, ["a"], steps=2, scale=1e30)
-    assert "the latents are not finite; lower the guidance scale or eta" in caplog.text
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_decoded_values_that_are_not_finite_are_nan(model, monkeypatch, value):
+    """Clamped infinite values would look like white or black pixels."""
+    factors = torch.tensor([3.0, value]).view(2, 1, 1, 1)
+    monkeypatch.setattr(model, "decode_first_stage", lambda z: factors.expand(2, 3, 2 * z.shape[2], 2 * z.shape[3]))
+    for tile in (None, 4):
+        images = decode(model, torch.ones(2, 3, 8, 8), tile)
+        assert torch.allclose(images[0], torch.ones(3, 16, 16)) and images[1].isnan().all()
 
 
 # -- tiles -----------------------------------------------------------------------------------------------------

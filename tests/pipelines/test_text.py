@@ -6,10 +6,14 @@ import pytest
 import torch
 from parity_cases import assert_close, build, load_case
 from text_images import sample_text
-from tiny_models import write_model
+from tiny_models import make_model, stable_diffusion_config, text_config, write_clip, write_model
 
+import ldm
+from ldm.config.model_config import read_config
+from ldm.config.model_info import ModelInfo
+from ldm.pipelines import sampling
 from ldm.pipelines.loading import load_model
-from ldm.pipelines.text import unknown_words, warn_unknown_words
+from ldm.pipelines.text import published_settings, unknown_words, warn_unknown_words
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +75,76 @@ def test_unknown_words_are_found_once(model, caplog):
     assert not caplog.records
     warn_unknown_words(model, ["rocket zzyx"])
     assert "not in the vocabulary of the model: zzyx" in caplog.text
+
+
+def test_cut_prompts_are_one_line_each(model, caplog):
+    """The model reads 16 tokens; every distinct prompt counts once, not every image, batch or step."""
+    long, other, negative = 10 * "Red Heart ", "fox " * 15, "Rainbow " * 16
+    options = {"steps": 2, "seed": 1, "batch_size": 2, "progress": False}
+    ldm.text_to_image(model, [long, "fox", long, other, long], negative_prompt=negative, **options)
+    assert [record.getMessage() for record in caplog.records] == [
+        f'the {kind} "{start}" has {tokens} tokens (start and end token included), and the model reads 16; cut: "… {cut}"'
+        for kind, start, tokens, cut in (
+            ("prompt", "Red Heart Red Heart Red Heart Red Heart…", 22, "Red Heart Red Heart Red Heart"),
+            ("prompt", "fox fox fox fox fox fox fox fox fox fox…", 17, "fox"),
+            ("negative prompt", "Rainbow Rainbow Rainbow Rainbow Rainbow…", 18, "Rainbow Rainbow"),
+        )
+    ]
+
+
+def test_cut_text_does_not_change_the_image(model):
+    kept = " ".join(14 * ["fox"])
+    noise = torch.randn(1, 3, 8, 8)
+    assert torch.equal(sample_text(model, [kept], x_T=noise), sample_text(model, [f"{kept} rocket"], x_T=noise))
+
+
+# -- Stable Diffusion ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("version", "scale"), [(1, 7.5), (2, 9.0)])
+def test_defaults_of_stable_diffusion_are_the_published_ones(tmp_path, monkeypatch, version, scale):
+    pytest.importorskip("transformers")
+    model, seen = make_model(stable_diffusion_config(version, write_clip(tmp_path / "clip"))), {}
+
+    def sample_latents(model, shape, **settings):
+        seen.update(settings, shape=shape)
+        return torch.zeros(shape)
+
+    monkeypatch.setattr(sampling, "sample_latents", sample_latents)
+    ldm.text_to_image(model, "cat", progress=False)
+    assert (seen["steps"], seen["scale"], seen["shape"]) == (50, scale, (1, 4, 8, 8))
+    ldm.text_to_image(model, "cat", progress=False, scale=3)
+    assert seen["scale"] == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "side", "settings"),
+    [
+        ("stable-diffusion/v1-inference.yaml", 512, {"steps": 50, "scale": 7.5}),
+        ("stable-diffusion/v2-inference.yaml", 512, {"steps": 50, "scale": 9.0}),
+        ("stable-diffusion/v2-inference-v.yaml", 768, {"steps": 50, "scale": 9.0}),
+        ("latent-diffusion/txt2img-1p4B-eval.yaml", 256, {}),
+    ],
+)
+def test_size_and_settings_follow_from_the_configuration(repo_root, path, side, settings):
+    info = ModelInfo("m", read_config(repo_root / "configs" / path))
+    assert (info.size.height, info.size.width) == (side, side)
+    assert published_settings(info) == settings
+
+
+def test_other_models_keep_their_defaults(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(sampling, "sample_latents", lambda m, shape, **s: seen.update(s) or torch.zeros(shape))
+    ldm.text_to_image(make_model(text_config()), "fox", progress=False)
+    assert (seen["steps"], seen["scale"]) == (50, 5.0)
+
+
+def test_recorded_text_to_image_of_stable_diffusion_is_reproduced(monkeypatch):
+    """The record is the published chain, from token ids to pixels."""
+    case = load_case("sd1_ddim_text_to_image")
+    model, learned = build(case), type(build(case)).get_learned_conditioning
+    tokens = {"a": case.inputs["tokens"], "": case.inputs["uncond_tokens"]}
+    monkeypatch.setattr(model, "get_learned_conditioning", lambda texts: learned(model, tokens[texts[0]]))
+    torch.manual_seed(42)
+    images = sample_text(model, ["a", "a"], size=(16, 16), sampler="ddim", steps=10, eta=0.0, scale=7.5)
+    assert_close(images, case.outputs["decoded"].clamp(-1, 1))

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.compat import published_names
 from ldm.config.assets import locate
 from ldm.config.instantiate import instantiate_from_config
 from ldm.config.model_config import read_config
@@ -23,10 +24,13 @@ from ldm.errors import UserError, did_you_mean
 from ldm.io.checkpoint.loading import load_weights
 from ldm.io.checkpoint.reading import read_state_dict
 from ldm.io.grids import log_txt_as_img
-from ldm.io.pixels import batch_entry, batch_images, in_random_colours
+from ldm.io.pixels import batch_entry, batch_images, batch_integers, in_random_colours
 from ldm.models.diffusion.batch_keys import CLASS_KEY, CLASS_NAME_KEY, SEGMENTATION_KEY
+from ldm.models.shapes import check_sides
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor
 from ldm.modules.frozen import freeze
+
+__getattr__ = published_names(__name__)
 
 # Network of the classifier for each entry of a batch that can be its label.
 NETWORKS = {
@@ -84,31 +88,44 @@ class NoisyLatentImageClassifier(nn.Module):
         monitor: str | None = "val/loss",
     ) -> None:
         super().__init__()
-        config = diffusion_config(diffusion_path, diffusion_ckpt_path)
-        self.label_key = _label_key(label_key, config["params"])
-        unet = config["params"]["unet_config"].get("params")
+        self.diffusion_config = diffusion_config(diffusion_path, diffusion_ckpt_path)
+        self.label_key = _label_key(label_key, self.diffusion_config["params"])
+        unet = self.diffusion_config["params"]["unet_config"].get("params")
         if not isinstance(unet, Mapping) or "out_channels" not in unet:
             raise UserError(
                 f'cannot build a classifier for "{diffusion_path}": its unet_config has no out_channels; '
                 "choose a diffusion model with a UNetModel"
             )
-        self.diffusion_model = freeze(instantiate_from_config(config))
         self.num_classes = num_classes
         self.scheduler_config = scheduler_config
+        self.use_scheduler = scheduler_config is not None
         self.weight_decay = weight_decay
-        self.log_time_interval = max(1, self.diffusion_model.num_timesteps // max(1, log_steps))
         self.monitor = monitor
         self.learning_rate = 1e-4
+        self.log_steps = log_steps
+        self.load_diffusion()
+        self.log_time_interval = max(1, self.diffusion_model.num_timesteps // max(1, log_steps))
+        self.load_classifier(ckpt_path, pool)
+
+    def load_diffusion(self) -> None:
+        """Build the diffusion model, with its weights, and freeze it."""
+        self.diffusion_model = freeze(instantiate_from_config(self.diffusion_config))
+
+    def load_classifier(self, ckpt_path: str | None, pool: str) -> None:
+        """Build the classifier with the architecture of the diffusion model's U-Net, and load its weights if given."""
+        unet = self.diffusion_config["params"]["unet_config"]["params"]
         params = {name: value for name, value in unet.items() if name not in DENOISING_ONLY}
-        params |= {"in_channels": unet["out_channels"], "out_channels": num_classes}
+        params |= {"in_channels": unet["out_channels"], "out_channels": self.num_classes}
         if self.label_key == CLASS_KEY:
             params["pool"] = pool
         self.model = instantiate_from_config({"target": NETWORKS[self.label_key], "params": params})
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path)
 
-    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
         """Load the weights of the classifier, but not of its diffusion model, from a checkpoint.
+
+        `only_model` has no effect: the other weights are those of the diffusion model, which is loaded already.
 
         Raises:
             UserError: the file cannot be read or holds another model.
@@ -128,10 +145,28 @@ class NoisyLatentImageClassifier(nn.Module):
 
     # -- batches ---------------------------------------------------------------------------------------------
 
+    @property
+    def numd(self) -> int:
+        """Number of times that the diffusion model's first stage halves the sides of an image."""
+        return getattr(self.diffusion_model, "downsampling", 1).bit_length() - 1
+
+    def get_input(self, batch: Mapping[str, Any], k: str) -> Tensor:
+        """Return the images or maps `batch[k]`, (B, H, W, C) or (B, H, W), as float (B, C, H, W)."""
+        return batch_images(batch, k)
+
     @torch.no_grad()
-    def get_input(self, batch: Mapping[str, Any]) -> Tensor:
+    def get_x_start(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the clean x_0 (B, C, h, w) of a batch: scaled latents, or pixels for a diffusion model of pixels."""
         return self.diffusion_model.get_x_start(batch)
+
+    @torch.no_grad()
+    def get_conditioning(self, batch: Mapping[str, Any], k: str | None = None) -> Tensor:
+        """Return the targets `batch[k]`, by default of `label_key`: labels, or maps (B, K, h, w) at latent size."""
+        key = self.label_key if k is None else k
+        if self.label_key != SEGMENTATION_KEY:
+            return batch_entry(batch, key).to(self.device)
+        maps = batch_images(batch, key).to(self.device)
+        return F.interpolate(maps, size=tuple(side >> self.numd for side in maps.shape[2:]), mode="nearest")
 
     def get_targets(self, batch: Mapping[str, Any], size: Sequence[int]) -> Tensor:
         """Return the targets of a batch: labels (B,), or maps (B, *size), resized with the nearest pixel.
@@ -139,7 +174,7 @@ class NoisyLatentImageClassifier(nn.Module):
         The maps of a batch hold class indices (B, H, W), or one channel per class (B, H, W, K).
         """
         if self.label_key == CLASS_KEY:
-            return batch_entry(batch, self.label_key).to(self.device, torch.int64)
+            return batch_integers(batch, self.label_key).to(self.device, torch.int64)
         maps = batch_images(batch, self.label_key).to(self.device)
         maps = maps if maps.shape[1] == 1 else maps.argmax(dim=1, keepdim=True).float()
         return F.interpolate(maps, size=tuple(size), mode="nearest")[:, 0].long()
@@ -161,7 +196,9 @@ class NoisyLatentImageClassifier(nn.Module):
 
         `x` is the x_0 of the batch, if it is known; the first stage is not run then.
         """
-        x = self.get_input(batch) if x is None else x
+        x = self.get_x_start(batch) if x is None else x
+        pixels = getattr(self.diffusion_model, "downsampling", 1)
+        check_sides(x, getattr(self.model, "downsampling", 1), "the classifier", pixels)
         targets = self.get_targets(batch, x.shape[2:])
         if t is None:
             ts = torch.randint(self.diffusion_model.num_timesteps, (len(x),), device=x.device)
@@ -173,11 +210,14 @@ class NoisyLatentImageClassifier(nn.Module):
         accuracies = {f"{prefix}/acc@{k}": self.compute_top_k(logits, targets, k) for k in (1, 5)}
         return loss, {f"{prefix}/loss": loss.detach(), **accuracies}
 
-    @staticmethod
-    def compute_top_k(logits: Tensor, targets: Tensor, k: int) -> Tensor:
-        """Return the share of the targets that are among the k most likely classes."""
+    def compute_top_k(self, logits: Tensor, labels: Tensor, k: int, reduction: str = "mean") -> Tensor:
+        """Return the share of the labels that are among the k most likely classes.
+
+        With the reduction "none" return 1 for each of these labels, and 0 for the others.
+        """
         best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-        return (best == targets.unsqueeze(1)).any(dim=1).float().mean()
+        correct = (best == labels.unsqueeze(1)).any(dim=1).float()
+        return correct if reduction == "none" else correct.mean()
 
     @torch.no_grad()
     def noise_accuracies(self, batch: Mapping[str, Any], x: Tensor | None = None) -> dict[str, Tensor]:
@@ -185,7 +225,7 @@ class NoisyLatentImageClassifier(nn.Module):
 
         `x` is the x_0 of the batch, if it is known.
         """
-        x = self.get_input(batch) if x is None else x
+        x = self.get_x_start(batch) if x is None else x
         timesteps = range(0, self.diffusion_model.num_timesteps, self.log_time_interval)
         return {f"val/acc@1_t{t:04}": self.shared_step(batch, t, x)[1]["val/acc@1"] for t in timesteps}
 
@@ -200,7 +240,7 @@ class NoisyLatentImageClassifier(nn.Module):
         """
         diffusion = self.diffusion_model
         inputs = batch_images(batch, diffusion.first_stage_key)[:N].to(self.device)
-        x = self.get_input(batch)[:N]
+        x = self.get_x_start(batch)[:N]
         targets = self.get_targets(batch, x.shape[2:])[:N]
         names = _class_names(batch, N) if self.label_key == CLASS_KEY else {}
         log = {"inputs": inputs, "labels": self._as_images(targets, names, inputs)}

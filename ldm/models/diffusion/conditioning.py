@@ -1,7 +1,8 @@
 """Conditioning of the denoising network: its forms, and operations on every form.
 
 A conditioning is None, a tensor, a list of tensors, or a dict with the lists `c_concat` (concatenated with the
-input along channels) and `c_crossattn` (concatenated along the sequence, or, for `adm`, the class labels).
+input along channels), `c_crossattn` (concatenated along the sequence, or, for `adm`, the class labels) and `c_adm`
+(class labels or a vector beside a context).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ldm.modules.cached import ResultCache
 
 Conditioning = torch.Tensor | list[Any] | dict[str, Any] | None
 
-CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm")
+CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm")
+CONCAT_KEYS = ("concat", "hybrid", "hybrid-adm")  # with maps that are joined to the input
 
 
 class DiffusionWrapper(nn.Module):
@@ -26,8 +28,8 @@ class DiffusionWrapper(nn.Module):
 
     Args:
         diff_model_config: target and parameters of the network.
-        conditioning_key: "concat" (with the input), "crossattn" (as context), "hybrid" (both), "adm" (class labels), or
-            None for an unconditional network.
+        conditioning_key: "concat" (with the input), "crossattn" (as context), "hybrid" (both), "adm" (class labels),
+            "hybrid-adm" and "crossattn-adm" (with class labels or a vector), or None for an unconditional network.
 
     Raises:
         UserError: an unknown `conditioning_key`.
@@ -49,12 +51,13 @@ class DiffusionWrapper(nn.Module):
         t: torch.Tensor,
         c_concat: list[torch.Tensor] | None = None,
         c_crossattn: list[torch.Tensor] | None = None,
+        c_adm: list[torch.Tensor] | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the network's prediction (B, C, H, W) for x (B, C, H, W) at timesteps t (B,)."""
         key = self.conditioning_key
         if key is None:
             return self.diffusion_model(x, t)
-        if key in ("concat", "hybrid"):
+        if key in CONCAT_KEYS:
             x = torch.cat([x, *_require(c_concat, "c_concat", key)], dim=1)
         if key == "concat":
             return self.diffusion_model(x, t)
@@ -62,6 +65,9 @@ class DiffusionWrapper(nn.Module):
         if key == "adm":
             return self.diffusion_model(x, t, y=crossattn[0])
         context = crossattn[0] if len(crossattn) == 1 else torch.cat(crossattn, dim=1)
+        if key in ("hybrid-adm", "crossattn-adm"):
+            labels = [c_adm] if isinstance(c_adm, torch.Tensor) else c_adm
+            return self.diffusion_model(x, t, context=context, y=_require(labels, "c_adm", key)[0])
         return self.diffusion_model(x, t, context=context)
 
 

@@ -9,39 +9,36 @@ Shapes: images x (B, C, H, W) in [-1, 1]; latents z (B, c, h, w); timesteps t (B
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
-from ldm.config.instantiate import instantiate_from_config
+from ldm.compat import published_names
 from ldm.errors import UserError, did_you_mean
+from ldm.io.batch_items import item_names
 from ldm.io.checkpoint.loading import EMA_PREFIX, load_weights
 from ldm.io.checkpoint.reading import read_state_dict
 from ldm.io.pixels import batch_images
 from ldm.models.diffusion import preview
-from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.batch_keys import CONDITIONING_KEY, LATENT_KEY, LAYOUT_KEY
-from ldm.models.diffusion.conditioning import Conditioning, DiffusionWrapper, as_dict, slice_batch
+from ldm.models.diffusion.conditioning import CONCAT_KEYS, Conditioning, DiffusionWrapper, as_dict
 from ldm.models.diffusion.conditioning_stage import ConditioningStage
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.latent_space import LatentSpace
+from ldm.models.diffusion.latent_space import LatentSpace, deviation
 from ldm.models.diffusion.process import DiffusionProcess
-from ldm.models.diffusion.sampler import SamplingOptions
+from ldm.models.diffusion.sampling_methods import LatentSampling, PixelSampling
 from ldm.models.diffusion.tiling import tiled_predict
+from ldm.models.diffusion.training_hooks import TrainingHooks
+from ldm.models.shapes import check_network_input
 from ldm.modules.diffusionmodules.parameterization import PARAMETERIZATIONS, training_target
-from ldm.modules.diffusionmodules.schedule import (
-    extract_into_tensor,
-    lvlb_weights,
-    make_beta_schedule,
-    min_snr_weights,
-)
+from ldm.modules.diffusionmodules.schedule import GRIDS, extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import EmaMixin, LitEma
 from ldm.modules.encoders.layout import LayoutTokens
-from ldm.modules.frozen import freeze
 from ldm.util import default
+
+__getattr__ = published_names(__name__)
 
 LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "l1": lambda prediction, target: (prediction - target).abs(),
@@ -49,11 +46,12 @@ LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 
 
-class DDPM(EmaMixin, DiffusionProcess):
+class DDPM(TrainingHooks, PixelSampling, EmaMixin, DiffusionProcess):
     """Diffusion model of images (arXiv:2006.11239).
 
-    The parameters are those of the published configurations, plus `min_snr_gamma`. The `base_learning_rate` of a YAML
-    configuration is not a parameter: the trainer derives `learning_rate` from it.
+    The parameters are those of the published configurations, plus `min_snr_gamma`, `rescale_betas_zero_snr` and
+    `timestep_spacing`. The `base_learning_rate` of a YAML configuration is not a parameter: the trainer derives
+    `learning_rate` from it.
 
     Args:
         unet_config: target and parameters of the denoising network.
@@ -79,9 +77,13 @@ class DDPM(EmaMixin, DiffusionProcess):
         use_positional_encodings: accepted for published configurations; has no effect.
         learn_logvar: learn a log-variance of the loss for each timestep, from `logvar_init`.
         min_snr_gamma: γ of the weights of the simple loss (arXiv:2303.09556); None for equal weights.
+        rescale_betas_zero_snr: rescale the betas so that the last timestep is noise alone (zero terminal SNR,
+            arXiv:2305.08891). The parameterization must be "v" or "x0". The tables of a checkpoint are not used.
+        timestep_spacing: default grid of the samplers, see `schedule.make_ddim_timesteps`; None for their own.
 
     Raises:
-        UserError: an unknown schedule, parameterization, loss or conditioning key, or γ is not above 0.
+        UserError: an unknown schedule, grid, parameterization, loss or conditioning key; γ is not above 0; betas out of
+            range; or the parameterization is "eps", and ᾱ is 0 at a timestep.
     """
 
     # `instantiate_from_config` stores the configuration that it built the model from in `config`.
@@ -118,11 +120,19 @@ class DDPM(EmaMixin, DiffusionProcess):
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
         min_snr_gamma: float | None = None,
+        rescale_betas_zero_snr: bool = False,
+        timestep_spacing: str | None = None,
     ) -> None:
         super().__init__()
         _check_known("parameterization", parameterization, PARAMETERIZATIONS)
+        if timestep_spacing is not None:
+            _check_known("timestep_spacing", timestep_spacing, GRIDS)
         _check_known("loss_type", loss_type, tuple(LOSSES))
         self.parameterization = parameterization
+        self.timestep_spacing = timestep_spacing
+        self.v_posterior, self.min_snr_gamma = v_posterior, min_snr_gamma
+        self.rescale_betas_zero_snr = rescale_betas_zero_snr
+        self.cond_stage_model: Any = None
         self.loss_type = loss_type
         self.clip_denoised = clip_denoised
         self.log_every_t = log_every_t
@@ -140,23 +150,19 @@ class DDPM(EmaMixin, DiffusionProcess):
         self.use_ema = use_ema
         if use_ema:
             self.model_ema = LitEma(self.model)
-        if given_betas is None:
-            given_betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        tables = self.register_schedule(np.asarray(given_betas, dtype=np.float64), v_posterior)
-        self._register_loss_weights(tables, min_snr_gamma)
+        self.register_schedule(
+            given_betas=given_betas,
+            beta_schedule=beta_schedule,
+            timesteps=timesteps,
+            linear_start=linear_start,
+            linear_end=linear_end,
+            cosine_s=cosine_s,
+        )
+        if not hasattr(self, "loss_weights"):  # a subclass registered the published tables
+            self.register_table("loss_weights", np.ones(self.num_timesteps), persistent=False)
         self._init_logvar(learn_logvar, logvar_init)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
-
-    # -- schedule --------------------------------------------------------------------------------------------
-
-    def _register_loss_weights(self, tables: Mapping[str, np.ndarray], min_snr_gamma: float | None) -> None:
-        """Register the weights (T,) of the variational bound and of the simple loss, which are 1 without γ."""
-        weights = np.ones(self.num_timesteps)
-        if min_snr_gamma is not None:
-            weights = min_snr_weights(tables["alphas_cumprod"], min_snr_gamma, self.parameterization)
-        self.register_table("lvlb_weights", lvlb_weights(tables, self.parameterization), persistent=False)
-        self.register_table("loss_weights", weights, persistent=False)
 
     def _init_logvar(self, learn_logvar: bool, logvar_init: float) -> None:
         self.learn_logvar = learn_logvar
@@ -193,16 +199,20 @@ class DDPM(EmaMixin, DiffusionProcess):
         Raises:
             UserError: the file cannot be read or holds another model.
         """
-        weights = read_state_dict(path)
+        weights = self.adapt_weights(read_state_dict(path))
         if only_model:
             weights = {name[6:]: value for name, value in weights.items() if name.startswith("model.")} or weights
         report = load_weights(self.model if only_model else self, weights, ignore_keys, source=f'"{path}"')
         if only_model or any(name.startswith(EMA_PREFIX) for name in report.missing):
             self.restart_ema()
 
+    def adapt_weights(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the weights of a file in the shapes of this model; extensions of other models override it."""
+        return weights
+
     def optimizer_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the optimizer trains."""
-        return [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
+        return [*self.model.parameters(), *([self.logvar] if isinstance(self.logvar, nn.Parameter) else [])]
 
     # -- loss ------------------------------------------------------------------------------------------------
 
@@ -212,13 +222,23 @@ class DDPM(EmaMixin, DiffusionProcess):
         return loss.mean() if mean else loss
 
     def p_losses(
-        self, x_start: torch.Tensor, cond: Conditioning, t: torch.Tensor, noise: torch.Tensor | None = None
+        self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the training loss at timesteps t, and the values to log."""
+        return self._losses(x_start, None, t, noise)
+
+    def _losses(
+        self, x_start: torch.Tensor, cond: Conditioning, t: torch.Tensor, noise: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the training loss at timesteps t, and the values to log.
 
         The loss is the simple loss (equation 14), weighted by `min_snr_gamma` and by a learned or fixed variance for
         each timestep, plus `original_elbo_weight` times the variational bound.
         """
+        if not getattr(self, "split_input_params", None):  # the network gets tiles then
+            key = self.model.conditioning_key  # other models may use this entry for something else
+            concat = as_dict(cond, key).get("c_concat", []) if key in CONCAT_KEYS else []
+            check_network_input(self.model.diffusion_model, x_start, concat, getattr(self, "downsampling", 1))
         noise = torch.randn_like(x_start) if noise is None else noise
         output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
         alpha = extract_into_tensor(self.alphas_cumprod, t, x_start.shape)
@@ -237,9 +257,15 @@ class DDPM(EmaMixin, DiffusionProcess):
         log[f"{prefix}/loss"] = loss
         return loss, log
 
-    def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning = None) -> torch.Tensor:
-        """Return the network's prediction for x_noisy (B, C, H, W) at timesteps t."""
-        return self.model(x_noisy, t, **as_dict(cond, self.model.conditioning_key))
+    def apply_model(
+        self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning = None, return_ids: bool = False
+    ) -> Any:
+        """Return the network's prediction for x_noisy (B, C, H, W) at timesteps t.
+
+        Of a network that returns a tuple, this is its first element, or with `return_ids` the tuple.
+        """
+        output = self.model(x_noisy, t, **as_dict(cond, self.model.conditioning_key))
+        return output[0] if isinstance(output, tuple) and not return_ids else output
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> torch.Tensor:
         """Return entry `k` of a batch, (B, H, W, C) or (B, H, W), as float (B, C, H, W)."""
@@ -253,92 +279,21 @@ class DDPM(EmaMixin, DiffusionProcess):
         """Return the loss of a batch at random timesteps, and the values to log."""
         return self(self.get_input(batch, self.first_stage_key))
 
-    def forward(self, x: torch.Tensor, c: Conditioning = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss of x at random timesteps, and the values to log."""
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss of x at random timesteps, and the values to log; other arguments go to `p_losses`."""
         t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=self.device).long()
-        return self.p_losses(x, c, t)
+        return self.p_losses(x, t, *args, **kwargs)
 
     def before_training_batch(self, batch: Mapping[str, Any], is_first: bool) -> None:
         """Prepare for a batch; the trainer calls it before every batch, with `is_first` on the first of a new run."""
 
-    # -- sampling --------------------------------------------------------------------------------------------
-
-    def p_sample_loop(
-        self,
-        cond: Conditioning,
-        shape: Sequence[int],
-        return_intermediates: bool = False,
-        x_T: torch.Tensor | None = None,
-        timesteps: int | None = None,
-        start_T: int | None = None,
-        **options: Any,
-    ) -> Any:
-        """Sample `shape` (B, C, H, W) ancestrally, over all timesteps or the first `timesteps` of them.
-
-        Options are fields of `SamplingOptions`. Returns the samples, and with `return_intermediates` the list of
-        intermediate x_t.
-        """
-        sample, intermediates = self._sample_ancestral(cond, shape, x_T, timesteps, start_T, options)
-        return (sample, intermediates["x_inter"]) if return_intermediates else sample
-
-    def progressive_denoising(
-        self,
-        cond: Conditioning,
-        shape: Sequence[int],
-        batch_size: int | None = None,
-        x_T: torch.Tensor | None = None,
-        start_T: int | None = None,
-        **options: Any,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Sample ancestrally; return the samples and the list of intermediate estimates of x_0.
-
-        `shape` is (C, H, W) with `batch_size`, and (B, C, H, W) without it.
-        """
-        shape = (batch_size, *shape) if batch_size is not None else tuple(shape)
-        sample, intermediates = self._sample_ancestral(cond, shape, x_T, None, start_T, options)
-        return sample, intermediates["pred_x0"][1:]
-
-    def _sample_ancestral(
-        self,
-        cond: Conditioning,
-        shape: Sequence[int],
-        x_T: torch.Tensor | None,
-        timesteps: int | None,
-        start_T: int | None,
-        options: dict[str, Any],
-    ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
-        steps = min(default(timesteps, self.num_timesteps), default(start_T, self.num_timesteps))
-        sampling_options = SamplingOptions(**{"log_every_t": self.log_every_t, **options})
-        return AncestralSampler(self, self.clip_denoised).run(shape, np.arange(steps), cond, sampling_options, x_T)
-
-    def sample(
-        self,
-        cond: Conditioning = None,
-        batch_size: int = 16,
-        return_intermediates: bool = False,
-        shape: Sequence[int] | None = None,
-        **options: Any,
-    ) -> Any:
-        """Sample (batch_size, C, H, W) ancestrally for the first `batch_size` items of the conditioning."""
-        shape = default(shape, (batch_size, self.channels, self.image_size, self.image_size))
-        return self.p_sample_loop(slice_batch(cond, batch_size), shape, return_intermediates, **options)
-
-    def sample_log(
-        self, cond: Conditioning, batch_size: int, ddim: bool, ddim_steps: int, **options: Any
-    ) -> tuple[torch.Tensor, Any]:
-        """Sample with DDIM or ancestrally; return the samples and the intermediates, for previews."""
-        if not ddim:
-            return self.sample(cond, batch_size, return_intermediates=True, **options)
-        shape = (self.channels, self.image_size, self.image_size)
-        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, slice_batch(cond, batch_size), **options)
-
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, torch.Tensor]:
-        """Return images in [-1, 1] that show the model's results for a batch; see `preview`."""
-        return preview.pixel_previews(self, batch, N, **options)
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, *args: Any, **options: Any) -> dict[str, torch.Tensor]:
+        """Return images in [-1, 1] that show the model's results for a batch; see `preview.pixel_previews`."""
+        return preview.pixel_previews(self, batch, N, *args, **options)
 
 
-class LatentDiffusion(LatentSpace, ConditioningStage, DDPM):
+class LatentDiffusion(LatentSampling, LatentSpace, ConditioningStage, DDPM):
     """Diffusion model of the latents of a first stage, optionally conditional (arXiv:2112.10752).
 
     Args:
@@ -364,6 +319,7 @@ class LatentDiffusion(LatentSpace, ConditioningStage, DDPM):
     Example:
         A class-conditional model without a first stage. The last of its classes is the empty conditioning:
 
+        >>> from ldm.models.diffusion.ddim import DDIMSampler
         >>> unet = {"in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1, "num_heads": 2}
         >>> unet |= {"image_size": 8, "attention_resolutions": [2], "channel_mult": [1, 1]}
         >>> unet |= {"use_spatial_transformer": True, "context_dim": 16}
@@ -409,6 +365,7 @@ class LatentDiffusion(LatentSpace, ConditioningStage, DDPM):
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == "__is_unconditional__":
             conditioning_key = None
+        self.num_timesteps_cond = default(num_timesteps_cond, 1)  # for `register_schedule`
         super().__init__(conditioning_key=conditioning_key, **kwargs)
         if not 0.0 <= cond_dropout < 1.0:
             raise UserError(f"cond_dropout must lie in [0, 1), got {cond_dropout}")
@@ -424,21 +381,24 @@ class LatentDiffusion(LatentSpace, ConditioningStage, DDPM):
             self.register_table("scale_factor", scale_factor)
         else:
             self.scale_factor = scale_factor
-        self.register_cond_schedule(default(num_timesteps_cond, 1))
-        self.first_stage_model = freeze(instantiate_from_config(first_stage_config))
-        self.cond_stage_model = self.build_cond_stage(cond_stage_config)
+        self.instantiate_first_stage(first_stage_config)
+        self.num_downs = self.downsampling.bit_length() - 1
+        self.bbox_tokenizer = None
+        self.instantiate_cond_stage(cond_stage_config)
         self.restarted_from_ckpt = ckpt_path is not None
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
 
-    def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning = None) -> torch.Tensor:
+    def apply_model(
+        self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning = None, return_ids: bool = False
+    ) -> Any:
         """Return the network's prediction for x_noisy (B, C, H, W) at timesteps t.
 
         With `split_input_params` the prediction is made in tiles. Conditioning that is concatenated with the input
         is cut into the same tiles. All tiles share the rest.
         """
         if not self.split_input_params:
-            return super().apply_model(x_noisy, t, cond)
+            return super().apply_model(x_noisy, t, cond, return_ids)
         cond = as_dict(cond, self.model.conditioning_key)
         return tiled_predict(self.model, x_noisy, t, cond, self.split_input_params)
 
@@ -475,7 +435,8 @@ class LatentDiffusion(LatentSpace, ConditioningStage, DDPM):
         z = self.get_first_stage_encoding(encoded).float()
         if x is None and return_first_stage_outputs:
             x = self.decode_first_stage(z)
-        c = xc = None
+        c: Any = None
+        xc: Any = None
         if self.model.conditioning_key is not None and CONDITIONING_KEY in batch:
             c = batch[CONDITIONING_KEY][:bs].to(self.device, torch.float32)
         elif self.model.conditioning_key is not None:
@@ -503,15 +464,23 @@ class LatentDiffusion(LatentSpace, ConditioningStage, DDPM):
         x = super().get_input(batch, k)[:bs]
         return x, self.encode_first_stage(x.to(next(self.first_stage_model.parameters(), x).dtype))
 
-    def shared_step(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss of a batch at random timesteps, and the values to log."""
+    def p_losses(  # type: ignore[override]  # as published, with a conditioning
+        self, x_start: torch.Tensor, cond: Conditioning, t: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the training loss of latents at timesteps t, and the values to log."""
+        return self._losses(x_start, cond, t, noise)
+
+    def shared_step(self, batch: Mapping[str, Any], **kwargs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss of a batch at random timesteps, and the values to log; other arguments have no effect."""
         z, c = self.get_input(batch, self.first_stage_key)
         return self(z, c)
 
-    def forward(self, x: torch.Tensor, c: Any = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(  # type: ignore[override]  # as published, with a conditioning
+        self, x: torch.Tensor, c: Any = None, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of latents (B, c, h, w) at random timesteps, and the values to log.
 
-        A trainable conditioning stage encodes `c` here, with gradients.
+        A trainable conditioning stage encodes `c` here, with gradients. The other arguments go to `p_losses`.
         """
         t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=self.device).long()
         if self.model.conditioning_key is not None:
@@ -521,7 +490,7 @@ class LatentDiffusion(LatentSpace, ConditioningStage, DDPM):
                 c = self.get_learned_conditioning(c)
             if self.shorten_cond_schedule:
                 c = self.q_sample(x_start=c, t=self.cond_ids[t], noise=torch.randn_like(c.float()))
-        return self.p_losses(x, c, t)
+        return self.p_losses(x, c, t, *args, **kwargs)
 
     def optimizer_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the denoising network and, if it is trained, of the conditioning stage."""
@@ -536,12 +505,12 @@ class LatentDiffusion(LatentSpace, ConditioningStage, DDPM):
         if self.scale_factor != 1.0:
             raise UserError("scale_by_std measures the scale of the latents; leave scale_factor at 1.0")
         z = self.get_input(batch, self.first_stage_key)[0]
-        self.scale_factor.copy_(1.0 / z.flatten().std())
+        cast(torch.Tensor, self.scale_factor).copy_(1.0 / deviation(z, item_names(batch)))
 
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, torch.Tensor]:
-        """Return images in [-1, 1] that show the model's results for a batch; see `preview`."""
-        return preview.latent_previews(self, batch, N, **options)
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, *args: Any, **options: Any) -> dict[str, torch.Tensor]:
+        """Return images in [-1, 1] that show the model's results for a batch; see `preview.latent_previews`."""
+        return preview.latent_previews(self, batch, N, *args, **options)
 
 
 class Layout2ImgDiffusion(LatentDiffusion):
@@ -574,9 +543,9 @@ class Layout2ImgDiffusion(LatentDiffusion):
         return torch.full_like(xc, self.layout_tokens.none)
 
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, torch.Tensor]:
-        """Return images in [-1, 1] that show the model's results for a batch; see `preview`."""
-        return preview.layout_previews(self, batch, N, **options)
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, *args: Any, **options: Any) -> dict[str, torch.Tensor]:
+        """Return images in [-1, 1] that show the model's results for a batch; see `preview.layout_previews`."""
+        return preview.layout_previews(self, batch, N, *args, **options)
 
 
 def _check_known(name: str, value: str, known: Sequence[str]) -> None:

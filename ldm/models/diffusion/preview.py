@@ -94,7 +94,7 @@ def latent_previews(
 
     Args:
         model: a `LatentDiffusion`.
-        ddim_steps: number of DDIM steps; None samples ancestrally.
+        ddim_steps: number of DDIM steps, at most that of the model's timesteps; None samples ancestrally.
         ddim_eta: η of DDIM.
         unconditional_guidance_scale: scale of classifier-free guidance; other than 1 adds `samples_guided`.
         batch, N, n_row, return_keys, split: see `pixel_previews`.
@@ -110,6 +110,7 @@ def latent_previews(
         batch, model.first_stage_key, True, force_c_encode=True, return_original_cond=True, bs=N
     )
     log = {"inputs": x, "reconstruction": reconstruction}
+    ddim_steps = ddim_steps and min(ddim_steps, model.num_timesteps)
     if c is not None:
         log.update(_conditioning_preview(model, batch, xc, x))
     if plot_diffusion_rows:
@@ -138,13 +139,18 @@ def latent_previews(
 
 
 def layout_previews(
-    model: Any, batch: Mapping[str, Any], N: int = 8, return_keys: Sequence[str] | None = None, **options: Any
+    model: Any,
+    batch: Mapping[str, Any],
+    N: int = 8,
+    *args: Any,
+    return_keys: Sequence[str] | None = None,
+    **options: Any,
 ) -> dict[str, torch.Tensor]:
     """Return the previews of `latent_previews`, and `bbox_image`: the boxes with their labels.
 
-    `model` is a `Layout2ImgDiffusion`; the options are those of `latent_previews`.
+    `model` is a `Layout2ImgDiffusion`; the other arguments are those of `latent_previews`.
     """
-    log = latent_previews(model, batch, N, **options)
+    log = latent_previews(model, batch, N, *args, **options)
     height, width = log["inputs"].shape[2:]
     images = []
     for tokens in batch[model.cond_stage_key][:N]:
@@ -195,7 +201,7 @@ def _progressive_row(model: Any, c: Any, n: int) -> torch.Tensor:
     """Return a grid with a row for each of n samples: the estimates of x_0 during ancestral sampling."""
     shape = (model.channels, model.image_size, model.image_size)
     with model.ema_scope("Plotting Progressives"):
-        _, estimates = model.progressive_denoising(slice_batch(c, n), shape, n, verbose=False)
+        _, estimates = model.progressive_denoising(slice_batch(c, n), shape, batch_size=n, verbose=False)
     return as_rows([model.decode_first_stage(e) for e in estimates])
 
 

@@ -14,16 +14,22 @@ step. As in the published samplers, a step samples its noise even if its standar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from ldm.models.diffusion.attributes import OfModel, check_overrides
 from ldm.models.diffusion.conditioning import Conditioning, Pairing, batch_size_of
-from ldm.modules.diffusionmodules.parameterization import Prediction, interpret
-from ldm.modules.diffusionmodules.schedule import extract_into_tensor, make_ddim_timesteps, noise_like
+from ldm.modules.diffusionmodules.parameterization import Prediction, check_signal, interpret
+from ldm.modules.diffusionmodules.schedule import (
+    extract_into_tensor,
+    make_ddim_sampling_parameters,
+    make_ddim_timesteps,
+    noise_like,
+)
 
 
 class Denoiser(Protocol):
@@ -32,13 +38,22 @@ class Denoiser(Protocol):
     alphas_cumprod: torch.Tensor
     num_timesteps: int
     parameterization: str
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
 
     def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """Return the model's prediction (B, C, H, W): eps, x_start or v, according to `parameterization`."""
 
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Return x_start noised to the timesteps t, with the given noise or with new noise."""
+
+
+class LatentDenoiser(Denoiser, Protocol):
+    """Denoiser of the latents of a first stage."""
+
+    first_stage_model: Any
 
 
 @dataclass
@@ -52,9 +67,11 @@ class SamplingOptions:
     quantize_x0: bool = False  # quantize every estimate of x_start with the codebook of the first stage
     repeat_noise: bool = False  # use the same step noise for the whole batch
     score_corrector: Any = None  # an object with `modify_score`, such as `classifier.ClassifierGuidance`
-    corrector_kwargs: dict[str, Any] = field(default_factory=dict)
+    corrector_kwargs: dict[str, Any] | None = field(default_factory=dict)
     unconditional_guidance_scale: float = 1.0
     unconditional_conditioning: Conditioning = None
+    ucg_schedule: Sequence[float] | None = None  # a guidance scale for each step
+    dynamic_threshold: Any = None  # for subclasses that override `p_sample_ddim`
     normals_sequence: Sequence[torch.Tensor] | None = None  # step noise, in the order of use
     noise_sampler: Callable[[Sequence[int]], torch.Tensor] | None = None  # returns noise of a shape, e.g. `SeededNoise`
     callback: Callable[[int], None] | None = None  # called with the number of the step, from 0
@@ -65,6 +82,20 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         if self.mask is not None and self.x0 is None:
             raise ValueError("a mask needs x0, the latent to keep where the mask is 1")
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(f"callback must be a function, not {self.callback!r}; eta and others are keywords")
+        self.corrector_kwargs = self.corrector_kwargs or {}
+
+    @property
+    def known_latent(self) -> torch.Tensor:
+        """Known latent `x0`.
+
+        Raises:
+            ValueError: it is missing.
+        """
+        if self.x0 is None:
+            raise ValueError("the run needs x0, the latent to keep or to start from")
+        return self.x0
 
     @property
     def guided(self) -> bool:
@@ -99,10 +130,13 @@ class Sampler:
     """
 
     name = "sampling"
+    loops_and_steps: tuple[str, ...] = ()  # published methods that the loop calls
 
     def __init__(self, model: Denoiser) -> None:
+        check_overrides(self, self.loops_and_steps)
         self.model = model
         self.options = SamplingOptions()
+        self.timesteps: np.ndarray | None = None
         self.start: int | None = None
         self.pair = Pairing()
 
@@ -141,17 +175,27 @@ class Sampler:
         Returns:
             The samples, and the intermediates `x_inter` and `pred_x0`: the start, then every `log_every_t`-th
             grid index and the last.
+
+        Raises:
+            UserError: the model predicts the noise, and the run visits a timestep with ᾱ = 0.
+            ValueError: `ucg_schedule` has another number of scales than the run has steps.
         """
         self.options, self.timesteps, self.start = options, timesteps, start
+        visited = torch.as_tensor(timesteps[: self.start_index + 1], device=self.model.alphas_cumprod.device)
+        check_signal(self.model.parameterization, self.model.alphas_cumprod[visited])
         self.begin()
         if x_T is None:
             x_T = self.sample_noise(shape) if start is None else self.noised_x0(shape)
         x = x_T.to(self.model.device)
         intermediates = {"x_inter": [x], "pred_x0": [x]}
         total = self.start_index + 1
+        if options.ucg_schedule is not None and len(options.ucg_schedule) != total:
+            raise ValueError(f"ucg_schedule has {len(options.ucg_schedule)} scales for {total} steps")
         progress = tqdm(range(total), desc=self.name, total=total, disable=not options.verbose)
         for i in progress:
             index = self.start_index - i
+            if options.ucg_schedule is not None:
+                self.options = replace(options, unconditional_guidance_scale=float(options.ucg_schedule[i]))
             x = self.before_step(x, index)
             x, pred_x0 = self.step(x, index, cond)
             x = self.after_step(x, index)
@@ -182,7 +226,9 @@ class Sampler:
     def noised_x0(self, shape: Sequence[int]) -> torch.Tensor:
         """Return the option `x0`, noised to the timestep that the run starts from."""
         noise = self.sample_noise(shape)
-        return self.model.q_sample(self.options.x0.to(noise), self.timesteps_at(noise, self.start_index), noise)
+        return self.model.q_sample(
+            self.options.known_latent.to(noise), self.timesteps_at(noise, self.start_index), noise
+        )
 
     def blend(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Return x, with the known latent, noised to the timestep of `index`, where the mask is 1."""
@@ -190,7 +236,7 @@ class Sampler:
         if mask is None:
             return x
         noise = None if self.options.noise_sampler is None else self.sample_noise(x.shape)
-        known = self.model.q_sample(self.options.x0.to(x), self.timesteps_at(x, index), noise)
+        known = self.model.q_sample(self.options.known_latent.to(x), self.timesteps_at(x, index), noise)
         mask = mask.to(x)
         return known * mask + (1.0 - mask) * x
 
@@ -198,10 +244,29 @@ class Sampler:
         """Return the model timestep at grid index `index` for the batch x, (B,) int64."""
         return torch.full((x.shape[0],), int(self.timesteps[index]), device=x.device, dtype=torch.long)
 
-    def predict(self, x: torch.Tensor, index: int, cond: Conditioning) -> Prediction:
-        """Return the model's prediction for x at grid index `index`, with guidance and score correction."""
+    def alpha_at(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """Return ᾱ at grid index `index` for the batch x, (B, 1, 1, 1)."""
+        return extract_into_tensor(self.model.alphas_cumprod, self.timesteps_at(x, index), x.shape).to(x.dtype)
+
+    def predict(
+        self,
+        x: torch.Tensor,
+        index: int,
+        cond: Conditioning,
+        t: torch.Tensor | None = None,
+        alpha: torch.Tensor | None = None,
+    ) -> Prediction:
+        """Return the model's prediction for x at grid index `index`, with guidance and score correction.
+
+        Args:
+            x: (B, C, H, W).
+            index: grid index.
+            cond: conditioning of the batch.
+            t: timesteps (B,) that the model sees, by default those of `index`.
+            alpha: ᾱ of x (B, 1, 1, 1), by default that of `index`.
+        """
         options, model = self.options, self.model
-        t = self.timesteps_at(x, index)
+        t = self.timesteps_at(x, index) if t is None else t
         inputs = x.to(getattr(model, "dtype", x.dtype))
         if options.guided:
             # Classifier-free guidance, arXiv:2207.12598: one forward pass for both halves of the batch.
@@ -215,12 +280,13 @@ class Sampler:
             if model.parameterization != "eps":
                 raise ValueError("score correction needs a model that predicts the noise")
             output = options.score_corrector.modify_score(model, output, x, t, cond, **options.corrector_kwargs)
-        alpha = extract_into_tensor(model.alphas_cumprod, t, x.shape).to(x.dtype)
-        return interpret(model.parameterization, output, x, alpha)
+        return interpret(model.parameterization, output, x, self.alpha_at(x, index) if alpha is None else alpha)
 
     def quantized(self, x_start: torch.Tensor) -> torch.Tensor:
         """Return the estimate, quantized with the codebook of the first stage if `quantize_x0` is set."""
-        return self.model.first_stage_model.quantize(x_start)[0] if self.options.quantize_x0 else x_start
+        if not self.options.quantize_x0:
+            return x_start
+        return cast(LatentDenoiser, self.model).first_stage_model.quantize(x_start)[0]
 
     def sample_noise(self, shape: Sequence[int], repeat: bool = False) -> torch.Tensor:
         """Sample noise of `shape` (B, C, H, W) on the model's device; with `repeat`, the same for the whole batch."""
@@ -280,6 +346,26 @@ class GridSampler(Sampler):
     """
 
     own_grid = "exact"  # name of the default grid
+    own_loop: str | None = None  # published name of the loop; None for a sampler without one
+
+    ddpm_num_timesteps = OfModel("num_timesteps")
+    alphas_cumprod = OfModel("alphas_cumprod")
+    alphas_cumprod_prev = OfModel("alphas_cumprod_prev")
+    betas = OfModel("betas")
+    sqrt_alphas_cumprod = OfModel("sqrt_alphas_cumprod")
+    sqrt_one_minus_alphas_cumprod = OfModel("sqrt_one_minus_alphas_cumprod")
+    log_one_minus_alphas_cumprod = OfModel("log_one_minus_alphas_cumprod")
+    sqrt_recip_alphas_cumprod = OfModel("sqrt_recip_alphas_cumprod")
+    sqrt_recipm1_alphas_cumprod = OfModel("sqrt_recipm1_alphas_cumprod")
+
+    def __init__(self, model: Denoiser, schedule: str = "linear", **kwargs: Any) -> None:
+        super().__init__(model)
+        self.schedule = schedule
+        self.ddim_timesteps: np.ndarray = np.empty(0, np.int64)
+
+    def register_buffer(self, name: str, attr: Any) -> None:
+        """Set an attribute; a tensor is copied to the model's device."""
+        setattr(self, name, attr.to(self.model.device) if isinstance(attr, torch.Tensor) else attr)
 
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str | None = None, ddim_eta: float = 0.0, verbose: bool = True
@@ -293,8 +379,26 @@ class GridSampler(Sampler):
         batch_size: int,
         shape: Sequence[int],
         conditioning: Conditioning = None,
+        callback: Callable[[int], None] | None = None,
+        normals_sequence: Sequence[torch.Tensor] | None = None,
+        img_callback: Callable[[torch.Tensor, int], None] | None = None,
+        quantize_x0: bool = False,
         eta: float = 0.0,
+        mask: torch.Tensor | None = None,
+        x0: torch.Tensor | None = None,
+        temperature: float | Sequence[float] = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: dict[str, Any] | None = None,
+        verbose: bool = True,
         x_T: torch.Tensor | None = None,
+        log_every_t: int = 100,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Conditioning = None,
+        dynamic_threshold: Any = None,
+        ucg_schedule: Sequence[float] | None = None,
+        *,
+        x_t: torch.Tensor | None = None,
         ddim_discretize: str | None = None,
         strength: float | None = None,
         **options: Any,
@@ -308,28 +412,96 @@ class GridSampler(Sampler):
             conditioning: conditioning of the samples; its batch size must be `batch_size`.
             eta: η of arXiv:2010.02502; 0 is deterministic, 1 adds as much noise as DDPM.
             x_T: start noise (B, C, H, W); by default it is sampled.
-            ddim_discretize: name of the grid, by default the sampler's own; "uniform" is the published one.
+            x_t: another name of `x_T`.
+            ddim_discretize: name of the grid, see `schedule.make_ddim_timesteps`; "uniform" is the published one. By
+                default it is the model's `timestep_spacing`, or else the sampler's own.
             strength: run only the steps of the grid below this share of the model's timesteps, in (0, 1]. The run
                 starts from `x_T` or, without it, from the option `x0`, noised to the first of these steps (SDEdit,
                 arXiv:2108.01073).
-            **options: fields of `SamplingOptions`.
+            callback, normals_sequence, img_callback, quantize_x0, mask, x0, temperature, noise_dropout,
+                score_corrector, corrector_kwargs, verbose, log_every_t, unconditional_guidance_scale,
+                unconditional_conditioning, dynamic_threshold, ucg_schedule: see `SamplingOptions`.
+            **options: other fields of `SamplingOptions`.
 
         Returns:
             (samples (B, C, H, W), intermediates): see `Sampler.run`.
 
         Raises:
-            TypeError: an unknown option.
+            TypeError: an unknown option, or `callback` is not a function.
+            UserError: there is no such grid, or see `Sampler.run`.
             ValueError: the conditioning has another batch size, or `strength` has no start.
         """
         cond_batch_size = batch_size_of(conditioning)
         if cond_batch_size not in (None, batch_size):
             raise ValueError(f"conditioning for {cond_batch_size} samples, but batch_size is {batch_size}")
-        self.make_schedule(S, ddim_discretize, eta)
-        sampling_options = SamplingOptions(**options)
+        sampling_options = SamplingOptions(
+            mask=mask,
+            x0=x0,
+            temperature=temperature,
+            noise_dropout=noise_dropout,
+            quantize_x0=quantize_x0,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+            unconditional_guidance_scale=unconditional_guidance_scale,
+            unconditional_conditioning=unconditional_conditioning,
+            ucg_schedule=ucg_schedule,
+            dynamic_threshold=dynamic_threshold,
+            normals_sequence=normals_sequence,
+            callback=callback,
+            img_callback=img_callback,
+            log_every_t=log_every_t,
+            verbose=verbose,
+            **options,
+        )
+        grid = {} if ddim_discretize is None else {"ddim_discretize": ddim_discretize}
+        self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose, **grid)
         start = None if strength is None else self.position(strength)
+        x_T = x_t if x_T is None else x_T
         if start is not None and x_T is None and sampling_options.x0 is None:
             raise ValueError("strength needs something to start from: x0, or x_T")
-        return self.run((batch_size, *shape), self.ddim_timesteps, conditioning, sampling_options, x_T, start)
+        return self._run_loop((batch_size, *shape), conditioning, sampling_options, x_T, start)
+
+    def _run_loop(
+        self,
+        shape: Sequence[int],
+        cond: Conditioning,
+        options: SamplingOptions,
+        x_T: torch.Tensor | None,
+        start: int | None,
+    ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+        """Run the loop under its published name with its published arguments, so that a subclass can override it."""
+        if self.own_loop is None:
+            return self.run(shape, self.ddim_timesteps, cond, options, x_T, start)
+        self.options, self.start = options, start  # what the published arguments do not state
+        arguments = {"callback": options.callback, "img_callback": options.img_callback}
+        arguments |= {"mask": options.mask, "x0": options.x0, "x_T": x_T, "log_every_t": options.log_every_t}
+        if options.ucg_schedule is not None:
+            arguments["ucg_schedule"] = options.ucg_schedule
+        try:
+            return getattr(self, self.own_loop)(
+                cond, shape, ddim_use_original_steps=False, **arguments, **self.step_arguments()
+            )
+        finally:
+            self.options, self.timesteps, self.start = SamplingOptions(), None, None
+
+    def step_arguments(self) -> dict[str, Any]:
+        """Return the options of the run as the published arguments of a step."""
+        options = self.options
+        arguments = {
+            "quantize_denoised": options.quantize_x0,
+            "temperature": options.temperature,
+            "noise_dropout": options.noise_dropout,
+            "score_corrector": options.score_corrector,
+            "corrector_kwargs": options.corrector_kwargs,
+            "unconditional_guidance_scale": options.unconditional_guidance_scale,
+            "unconditional_conditioning": options.unconditional_conditioning,
+        }
+        # The first published samplers do not have this one.
+        return (
+            arguments
+            if options.dynamic_threshold is None
+            else arguments | {"dynamic_threshold": options.dynamic_threshold}
+        )
 
     def position(self, strength: float) -> int:
         """Return the last index of the grid below the share `strength` of the model's timesteps, or 0.
@@ -343,12 +515,16 @@ class GridSampler(Sampler):
         end = round(strength * self.model.num_timesteps, 6)
         return max(int((self.ddim_timesteps < end).sum()) - 1, 0)
 
-    def grid(self, S: int, ddim_discretize: str | None) -> np.ndarray:
-        """Return the increasing grid of S model timesteps."""
-        name = self.own_grid if ddim_discretize is None else ddim_discretize
-        return make_ddim_timesteps(name, S, self.model.num_timesteps, alphas_cumprod=self.alphas_cumprod)
+    def grid(self, S: int, ddim_discretize: str | None, eta: float = 0.0) -> tuple[np.ndarray, ...]:
+        """Return the increasing grid of S model timesteps, and σ, ᾱ and the following ᾱ of their steps; each (S,)."""
+        name = ddim_discretize or getattr(self.model, "timestep_spacing", None) or self.own_grid
+        alphas_cumprod = self.exact_alphas_cumprod
+        timesteps = make_ddim_timesteps(name, S, self.model.num_timesteps, alphas_cumprod=alphas_cumprod)
+        # The "trailing" grid counts back from T - 1, so that its last step ends before timestep 0: at the data.
+        ends_at_data = name == "trailing"
+        return timesteps, *make_ddim_sampling_parameters(alphas_cumprod, timesteps, eta, ends_at_data=ends_at_data)
 
     @property
-    def alphas_cumprod(self) -> np.ndarray:
+    def exact_alphas_cumprod(self) -> np.ndarray:
         """ᾱ at every timestep of the model, (T,) float64."""
         return self.model.alphas_cumprod.cpu().double().numpy()

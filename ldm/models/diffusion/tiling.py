@@ -88,6 +88,53 @@ def tiled(
     return fold(rearrange(weighted, "b c kh kw n -> b (c kh kw) n")) / total
 
 
+class TilingMethods:
+    """Published methods of tiled processing, for programs that cut maps into tiles themselves.
+
+    `tiled` computes the same and does not call them.
+    """
+
+    split_input_params: Mapping[str, Any] | None
+
+    def meshgrid(self, h: int, w: int) -> torch.Tensor:
+        """Return the row and the column of every pixel, (h, w, 2) int64."""
+        return torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), dim=-1)
+
+    def delta_border(self, h: int, w: int) -> torch.Tensor:
+        """Return the distance (h, w) of every pixel from the nearest border; see `border_distance`."""
+        return border_distance(h, w)
+
+    def get_weighting(self, h: int, w: int, Ly: int, Lx: int, device: torch.device | str) -> torch.Tensor:
+        """Return the weights (1, h · w, Ly · Lx) of the pixels of Ly x Lx tiles of h x w pixels."""
+        weights = tile_weights((h, w), (Ly, Lx), self.split_input_params or {})
+        return rearrange(weights, "h w n -> 1 (h w) n").to(device)
+
+    def get_fold_unfold(
+        self, x: torch.Tensor, kernel_size: Sequence[int], stride: Sequence[int], uf: int = 1, df: int = 1
+    ) -> tuple[torch.nn.Fold, torch.nn.Unfold, torch.Tensor, torch.Tensor]:
+        """Return what cuts a map x (B, C, H, W) into tiles, and what puts results of another size together.
+
+        Args:
+            x: the map.
+            kernel_size, stride: size of a tile, and distance between tiles.
+            uf, df: factor, and divisor, of the size of a result; one of them is 1.
+
+        Returns:
+            The layer of the results, the layer of the tiles, the sum of the weights (1, 1, H', W'), and the weights of
+            the pixels (1, 1, kh', kw', tiles).
+        """
+        if uf > 1 and df > 1:
+            raise NotImplementedError("a tile cannot be enlarged and reduced")
+        (height, width), scale = x.shape[2:], Fraction(uf, df)
+        counts = [(side - k) // s + 1 for side, k, s in zip((height, width), kernel_size, stride, strict=True)]
+        kernel, step, size = ([int(n * scale) for n in pair] for pair in (kernel_size, stride, (height, width)))
+        unfold = torch.nn.Unfold(kernel_size=tuple(kernel_size), stride=tuple(stride))
+        fold = torch.nn.Fold(output_size=tuple(size), kernel_size=tuple(kernel), stride=tuple(step))
+        weighting = self.get_weighting(kernel[0], kernel[1], counts[0], counts[1], x.device).to(x.dtype)
+        normalization = fold(weighting).view(1, 1, *size)
+        return fold, unfold, normalization, weighting.view(1, 1, *kernel, -1)
+
+
 def tiled_encode(encode: Callable[[torch.Tensor], Any], x: torch.Tensor, params: Mapping[str, Any]) -> Any:
     """Encode images (B, 3, H, W) in tiles; return latents, or one posterior of the blended moments."""
     is_posterior: list[bool] = []

@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.compat import published_names
 from ldm.errors import UserError
 from ldm.modules.attention import LinearAttention, Normalize
 from ldm.modules.attention import SpatialSelfAttention as AttnBlock  # published name in this module
+
+__getattr__ = published_names(__name__)
 
 ATTENTION_TYPES = ("vanilla", "linear", "none")
 
@@ -205,6 +208,9 @@ class Encoder(nn.Module):
         super().__init__()
         attn_type = "linear" if use_linear_attn else attn_type
         widths = [ch * multiplier for multiplier in ch_mult]
+        self.ch, self.temb_ch, self.in_ch_mult = ch, 0, (1, *ch_mult)
+        self.num_resolutions, self.num_res_blocks = len(widths), num_res_blocks
+        self.resolution, self.in_channels = resolution, in_channels
         self.conv_in = nn.Conv2d(in_channels, ch, kernel_size=3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
@@ -263,6 +269,12 @@ class Decoder(nn.Module):
         super().__init__()
         attn_type = "linear" if use_linear_attn else attn_type
         widths = [ch * multiplier for multiplier in ch_mult]
+        self.ch, self.temb_ch = ch, 0
+        self.num_resolutions, self.num_res_blocks = len(widths), num_res_blocks
+        self.resolution, self.in_channels = resolution, in_channels
+        side = resolution // 2 ** (len(widths) - 1)
+        self.z_shape = (1, z_channels, side, side)  # of the nominal resolution
+        self.last_z_shape: torch.Size | None = None
         self.give_pre_end = give_pre_end
         self.tanh_out = tanh_out
         self.conv_in = nn.Conv2d(z_channels, widths[-1], kernel_size=3, padding=1)
@@ -281,6 +293,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Map (B, z_channels, h, w) to (B, out_ch, h * f, w * f) or to the last features, with f = 2^(levels - 1)."""
+        self.last_z_shape = z.shape
         h = self.mid(self.conv_in(z))
         for i, level in reversed(list(enumerate(cast(Iterable[_Level], self.up)))):
             h = level(h)

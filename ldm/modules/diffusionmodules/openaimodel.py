@@ -5,12 +5,14 @@ Shapes: B batch, C channels, `...` one to three spatial dimensions (`dims`), M c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from ldm.compat import published_names
 from ldm.errors import UserError
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.unet_blocks import (
@@ -42,6 +44,8 @@ __all__ = [
     "Upsample",
 ]
 
+__getattr__ = published_names(__name__)
+
 
 @dataclass(frozen=True)
 class _Transformers:
@@ -50,6 +54,53 @@ class _Transformers:
     depth: int
     context_dim: int | Sequence[int]
     checkpoint: bool
+    use_linear: bool
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Blocks of one resolution: residual blocks, the first of which are followed by attention."""
+
+    channels: int
+    res_blocks: int
+    attention_blocks: int
+    disable_self_attn: bool
+
+
+def _make_levels(
+    model_channels: int,
+    channel_mult: Sequence[int],
+    num_res_blocks: int | Sequence[int],
+    attention_resolutions: Sequence[int],
+    num_attention_blocks: Sequence[int] | None = None,
+    disable_self_attentions: Sequence[bool] | None = None,
+) -> list[_Level]:
+    """Return the levels of a U-Net, from the highest resolution to the lowest.
+
+    Raises:
+        UserError: A list has another number of values than `channel_mult`.
+    """
+    count = len(channel_mult)
+    res_blocks = [num_res_blocks] * count if isinstance(num_res_blocks, int) else list(num_res_blocks)
+    attention_blocks = [n + 1 for n in res_blocks] if num_attention_blocks is None else list(num_attention_blocks)
+    disabled = [False] * count if disable_self_attentions is None else list(disable_self_attentions)
+    lists: dict[str, Sequence[object]] = {
+        "num_res_blocks": res_blocks,
+        "num_attention_blocks": attention_blocks,
+        "disable_self_attentions": disabled,
+    }
+    for name, values in lists.items():
+        if len(values) != count:
+            raise UserError(f"UNetModel: {name} has {len(values)} values for {count} levels of channel_mult")
+    return [
+        _Level(
+            channels=mult * model_channels,
+            res_blocks=res_blocks[i],
+            attention_blocks=attention_blocks[i] if 2**i in attention_resolutions else 0,
+            disable_self_attn=disabled[i],
+        )
+        for i, mult in enumerate(channel_mult)
+    ]
 
 
 @dataclass
@@ -86,7 +137,7 @@ class _Layers:
         self.channels = out_channels
         return block
 
-    def attention(self, num_heads: int | None = None) -> nn.Module:
+    def attention(self, num_heads: int | None = None, disable_self_attn: bool = False) -> nn.Module:
         num_heads = num_heads or self.num_heads
         if self.transformers is None:
             return AttentionBlock(
@@ -101,7 +152,9 @@ class _Layers:
             *self._transformer_heads(num_heads),
             depth=self.transformers.depth,
             context_dim=self.transformers.context_dim,
-            checkpoint=self.transformers.checkpoint,
+            disable_self_attn=disable_self_attn,
+            use_linear=self.transformers.use_linear,
+            use_checkpoint=self.transformers.checkpoint,
         )
 
     def _transformer_heads(self, num_heads: int) -> tuple[int, int]:
@@ -133,14 +186,11 @@ class _TimestepNetwork(nn.Module):
     model_channels: int
     out_channels: int
 
-    def _build_encoder(
-        self,
-        layers: _Layers,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        channel_mult: Sequence[int],
-    ) -> int:
-        """Create the modules up to and including the middle block and return their downsampling factor."""
+    def _build_encoder(self, layers: _Layers, levels: Sequence[_Level], disable_middle_self_attn: bool = False) -> None:
+        """Create the modules up to and including the middle block, and record the options of the layers."""
+        self.dropout, self.conv_resample = layers.dropout, layers.conv_resample
+        self.num_heads, self.num_head_channels = layers.num_heads, layers.num_head_channels
+        self.use_checkpoint = layers.use_checkpoint
         self.time_embed = nn.Sequential(
             nn.Linear(self.model_channels, layers.emb_channels),
             nn.SiLU(),
@@ -149,23 +199,22 @@ class _TimestepNetwork(nn.Module):
         first = conv_nd(layers.dims, self.in_channels, self.model_channels, 3, padding=1)
         blocks = [TimestepEmbedSequential(first)]
         layers.skip_channels.append(layers.channels)
-        factor = 1
-        for level, mult in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
-                block: list[nn.Module] = [layers.res_block(mult * self.model_channels)]
-                if factor in attention_resolutions:
-                    block.append(layers.attention())
+        for level in levels:
+            for i in range(level.res_blocks):
+                block: list[nn.Module] = [layers.res_block(level.channels)]
+                if i < level.attention_blocks:
+                    block.append(layers.attention(disable_self_attn=level.disable_self_attn))
                 blocks.append(TimestepEmbedSequential(*block))
                 layers.skip_channels.append(layers.channels)
-            if level != len(channel_mult) - 1:
+            if level is not levels[-1]:
                 blocks.append(TimestepEmbedSequential(layers.downsample()))
                 layers.skip_channels.append(layers.channels)
-                factor *= 2
         self.input_blocks = nn.ModuleList(blocks)
         self.middle_block = TimestepEmbedSequential(
-            layers.res_block(layers.channels), layers.attention(), layers.res_block(layers.channels)
+            layers.res_block(layers.channels),
+            layers.attention(disable_self_attn=disable_middle_self_attn),
+            layers.res_block(layers.channels),
         )
-        return factor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -196,11 +245,13 @@ class UNetModel(_TimestepNetwork):
     Args:
         image_size: nominal height and width; other multiples of the downsampling factor are accepted.
         model_channels: base number of channels; level `i` has `model_channels * channel_mult[i]`.
-        num_res_blocks: number of residual blocks per resolution.
+        num_res_blocks: number of residual blocks per resolution: one number, or one for each level.
         attention_resolutions: downsampling factors (1, 2, 4, ...) at which attention follows each residual block.
         conv_resample: resample with convolutions instead of average pooling and nearest-neighbour interpolation.
         dims: number of spatial dimensions.
-        num_classes: number of classes; adds an embedding of the class labels `y` to the timestep embedding.
+        num_classes: number of classes; adds an embedding of the class labels `y` to the timestep embedding. With
+            "continuous" `y` is (B, 1) and embedded by a linear layer; with "sequential" it is (B, adm_in_channels) and
+            embedded by a perceptron.
         use_checkpoint: recompute the blocks in the backward pass instead of storing their activations.
         use_fp16: convert the blocks to float16.
         num_heads, num_head_channels: number of attention heads or channels per head; the latter takes precedence.
@@ -213,6 +264,11 @@ class UNetModel(_TimestepNetwork):
         n_embed: number of codebook ids; predict their logits instead of `out_channels` channels.
         legacy: use the published rule for the head size: transformer heads are widened to divide the channels if
             `num_head_channels` does not.
+        disable_self_attentions: for each level, attend to the context instead of the feature map.
+        num_attention_blocks: for each level, number of residual blocks that attention follows; by default all.
+        disable_middle_self_attn: the same as `disable_self_attentions` for the middle block.
+        use_linear_in_transformer: see `use_linear` of `SpatialTransformer`.
+        adm_in_channels: channels of `y` for `num_classes: sequential`.
         checkpoint_transformer: recompute the transformer blocks in the backward pass, as published. False is faster in
             training and needs more memory. There is no effect without gradients.
 
@@ -226,13 +282,13 @@ class UNetModel(_TimestepNetwork):
         in_channels: int,
         model_channels: int,
         out_channels: int,
-        num_res_blocks: int,
+        num_res_blocks: int | Sequence[int],
         attention_resolutions: Sequence[int],
         dropout: float = 0,
         channel_mult: Sequence[int] = (1, 2, 4, 8),
         conv_resample: bool = True,
         dims: int = 2,
-        num_classes: int | None = None,
+        num_classes: int | str | None = None,
         use_checkpoint: bool = False,
         use_fp16: bool = False,
         num_heads: int = -1,
@@ -246,6 +302,11 @@ class UNetModel(_TimestepNetwork):
         context_dim: int | Sequence[int] | None = None,
         n_embed: int | None = None,
         legacy: bool = True,
+        disable_self_attentions: Sequence[bool] | None = None,
+        num_attention_blocks: Sequence[int] | None = None,
+        disable_middle_self_attn: bool = False,
+        use_linear_in_transformer: bool = False,
+        adm_in_channels: int | None = None,
         checkpoint_transformer: bool = True,
     ) -> None:
         super().__init__()
@@ -257,6 +318,10 @@ class UNetModel(_TimestepNetwork):
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.out_channels = out_channels
+        self.num_res_blocks = num_res_blocks
+        self.attention_resolutions = attention_resolutions
+        self.channel_mult = channel_mult
+        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.downsampling = 2 ** (len(channel_mult) - 1)  # height and width must be multiples of it
         self.num_classes = num_classes
         self.predict_codebook_ids = n_embed is not None
@@ -275,13 +340,23 @@ class UNetModel(_TimestepNetwork):
             legacy=legacy,
         )
         if context_dim is not None:
-            layers.transformers = _Transformers(transformer_depth, context_dim, checkpoint_transformer)
-        self._build_encoder(layers, num_res_blocks, attention_resolutions, channel_mult)
+            layers.transformers = _Transformers(
+                transformer_depth, context_dim, checkpoint_transformer, use_linear_in_transformer
+            )
+        levels = _make_levels(
+            model_channels,
+            channel_mult,
+            num_res_blocks,
+            attention_resolutions,
+            num_attention_blocks,
+            disable_self_attentions,
+        )
+        self._build_encoder(layers, levels, disable_middle_self_attn)
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, layers.emb_channels)
+            self.label_emb = _label_embedding(num_classes, adm_in_channels, layers.emb_channels)
         # As published, only legacy self-attention may have another number of heads in the decoder.
         decoder_heads = num_heads_upsample if legacy and not use_spatial_transformer else -1
-        self._build_decoder(layers, num_res_blocks, attention_resolutions, channel_mult, decoder_heads)
+        self._build_decoder(layers, levels, None if decoder_heads == -1 else decoder_heads)
         self.out = nn.Sequential(
             normalization(layers.channels),
             nn.SiLU(),
@@ -292,23 +367,15 @@ class UNetModel(_TimestepNetwork):
         if use_fp16:
             self.convert_to_fp16()
 
-    def _build_decoder(
-        self,
-        layers: _Layers,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        channel_mult: Sequence[int],
-        num_heads: int,
-    ) -> None:
+    def _build_decoder(self, layers: _Layers, levels: Sequence[_Level], num_heads: int | None) -> None:
         blocks = []
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            for i in range(num_res_blocks + 1):
-                block: list[nn.Module] = [
-                    layers.res_block(mult * self.model_channels, extra_channels=layers.skip_channels.pop())
-                ]
-                if 2**level in attention_resolutions:
-                    block.append(layers.attention(None if num_heads == -1 else num_heads))
-                if level > 0 and i == num_res_blocks:
+        for level in reversed(levels):
+            for i in range(level.res_blocks + 1):
+                skip = layers.skip_channels.pop()
+                block: list[nn.Module] = [layers.res_block(level.channels, extra_channels=skip)]
+                if i < level.attention_blocks:
+                    block.append(layers.attention(num_heads, level.disable_self_attn))
+                if level is not levels[0] and i == level.res_blocks:
                     block.append(layers.upsample())
                 blocks.append(TimestepEmbedSequential(*block))
         self.output_blocks = nn.ModuleList(blocks)
@@ -330,7 +397,7 @@ class UNetModel(_TimestepNetwork):
             x: noisy latents (B, in_channels, ...).
             timesteps: (B,), integers or fractions.
             context: (B, M, D) for cross-attention, used by models with transformers.
-            y: class labels (B,), required if and only if the model has `num_classes`.
+            y: class labels, required if and only if the model has `num_classes`: (B,), or as `num_classes` says.
             kwargs: ignored.
 
         Returns:
@@ -342,7 +409,8 @@ class UNetModel(_TimestepNetwork):
             raise ValueError("class labels y are required if and only if the model has num_classes")
         emb = self._embed(timesteps)
         if y is not None:
-            emb = emb + self.label_emb(y)
+            labels = y if isinstance(self.num_classes, int) else y.to(emb.dtype)
+            emb = emb + self.label_emb(labels)
         h, emb = x.to(self.dtype), emb.to(self.dtype)
         context = context if context is None else context.to(self.dtype)
         skips = []
@@ -354,6 +422,20 @@ class UNetModel(_TimestepNetwork):
             h = module(torch.cat([h, skips.pop()], dim=1), emb, context)
         head = self.id_predictor if self.predict_codebook_ids else self.out
         return head(h.to(head[0].weight.dtype)).to(x.dtype)
+
+
+def _label_embedding(num_classes: int | str, channels: int | None, emb_channels: int) -> nn.Module:
+    """Return the embedding of the labels `y`; see `num_classes` of `UNetModel`."""
+    if isinstance(num_classes, int):
+        return nn.Embedding(num_classes, emb_channels)
+    if num_classes == "continuous":
+        return nn.Linear(1, emb_channels)
+    if num_classes != "sequential":
+        raise UserError(f'UNetModel: num_classes "{num_classes}" is neither a number, "continuous" nor "sequential"')
+    if channels is None:
+        raise UserError('UNetModel: num_classes "sequential" needs adm_in_channels')
+    perceptron = nn.Sequential(nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+    return nn.Sequential(perceptron)  # the published name is label_emb.0
 
 
 class AttentionPool2d(nn.Module):
@@ -376,7 +458,18 @@ class AttentionPool2d(nn.Module):
         self.attention = QKVAttention(self.num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, embed_dim, H, W) to (B, output_dim)."""
+        """Map (B, embed_dim, H, W) to (B, output_dim).
+
+        Raises:
+            UserError: the feature map has another number of positions than the positional embedding.
+        """
+        height, width = x.shape[2:]
+        if height * width + 1 != self.positional_embedding.shape[1]:
+            side = math.isqrt(self.positional_embedding.shape[1] - 1)
+            raise UserError(
+                f"attention pooling takes feature maps of {side} x {side} and gets {height} x {width}; "
+                "use images of the size that the network is built for, or pool: adaptive"
+            )
         x = x.flatten(2)
         x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding.to(x.dtype)
         x = self.attention(pointwise(self.qkv_proj, x))
@@ -425,6 +518,10 @@ class EncoderUNetModel(_TimestepNetwork):
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.out_channels = out_channels
+        self.num_res_blocks = num_res_blocks
+        self.attention_resolutions = attention_resolutions
+        self.channel_mult = channel_mult
+        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.pool = pool
         layers = _Layers(
             channels=model_channels,
@@ -439,8 +536,8 @@ class EncoderUNetModel(_TimestepNetwork):
             num_head_channels=num_head_channels,
             use_new_attention_order=use_new_attention_order,
         )
-        factor = self._build_encoder(layers, num_res_blocks, attention_resolutions, channel_mult)
-        self.out = self._pooling_head(layers, image_size // factor)
+        self._build_encoder(layers, _make_levels(model_channels, channel_mult, num_res_blocks, attention_resolutions))
+        self.out = self._pooling_head(layers, image_size // 2 ** (len(channel_mult) - 1))
         if use_fp16:
             self.convert_to_fp16()
 

@@ -6,7 +6,9 @@ Shapes: B batch, C channels, `...` one to three spatial dimensions (`dims`), E e
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
@@ -49,9 +51,10 @@ class Upsample(nn.Module):
         self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
     ) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.use_conv, self.dims = use_conv, dims
         self.factors = (1.0, 2.0, 2.0) if dims == 3 else (2.0,) * dims
-        self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=padding) if use_conv else None
+        self.conv = conv_nd(dims, channels, self.out_channels, 3, padding=padding) if use_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = interpolate(x, scale_factor=self.factors, mode="nearest")
@@ -85,7 +88,8 @@ class Downsample(nn.Module):
         stride = (1, 2, 2) if dims == 3 else 2
         if not use_conv and out_channels != channels:
             raise ValueError(f"average pooling cannot change {channels} channels to {out_channels}; set use_conv")
-        self.channels = channels
+        self.channels, self.out_channels = channels, out_channels
+        self.use_conv, self.dims = use_conv, dims
         self.op = (
             conv_nd(dims, channels, out_channels, 3, stride=stride, padding=padding)
             if use_conv
@@ -123,14 +127,20 @@ class ResBlock(TimestepBlock):
         super().__init__()
         out_channels = out_channels or channels
         self.channels = channels
+        self.emb_channels = emb_channels
+        self.dropout = dropout
         self.out_channels = out_channels
+        self.use_conv = use_conv
         self.use_checkpoint = use_checkpoint
         self.use_scale_shift_norm = use_scale_shift_norm
         self.in_layers = nn.Sequential(
             normalization(channels), nn.SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
         )
-        resample = Upsample if up else Downsample if down else None
-        self.resample = resample(channels, use_conv=False, dims=dims) if resample else None
+        # These layers have no weights.
+        self.updown = up or down
+        resample = Upsample if up else Downsample
+        self.h_upd = resample(channels, use_conv=False, dims=dims) if self.updown else nn.Identity()
+        self.x_upd = resample(channels, use_conv=False, dims=dims) if self.updown else nn.Identity()
         emb_out_channels = 2 * out_channels if use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out_channels))
         self.out_layers = nn.Sequential(
@@ -154,8 +164,8 @@ class ResBlock(TimestepBlock):
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, activation, convolution = self.in_layers
         h = activation(norm(x))
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
+        if self.updown:
+            h, x = self.h_upd(h), self.x_upd(x)
         h = convolution(h)
         modulation = self.emb_layers(emb).to(h.dtype).reshape(h.shape[0], -1, *[1] * (h.dim() - 2))
         if self.use_scale_shift_norm:
@@ -167,8 +177,24 @@ class ResBlock(TimestepBlock):
         return self.skip_connection(x) + h
 
 
+def count_flops_attn(model: Any, _x: Any, y: Any) -> None:
+    """Add the multiplications of an attention layer to `model.total_ops`, as a counter for the package thop.
+
+    Args:
+        model: the layer.
+        _x: its inputs; not used.
+        y: its outputs, of which the first has the shape (B, C, ...).
+    """
+    batch, channels, *sizes = y[0].shape
+    positions = torch.Size(sizes).numel()
+    # The product of queries and keys has as many multiplications as that of scores and values.
+    model.total_ops += torch.DoubleTensor([2 * batch * positions**2 * channels])
+
+
 class QKVAttentionLegacy(nn.Module):
     """Multi-head attention on stacked channels: heads outermost, then query, key and value within each head."""
+
+    count_flops = staticmethod(count_flops_attn)
 
     def __init__(self, n_heads: int) -> None:
         super().__init__()
@@ -182,6 +208,8 @@ class QKVAttentionLegacy(nn.Module):
 
 class QKVAttention(nn.Module):
     """Multi-head attention on stacked channels: query, key and value outermost, then the heads within each."""
+
+    count_flops = staticmethod(count_flops_attn)
 
     def __init__(self, n_heads: int) -> None:
         super().__init__()

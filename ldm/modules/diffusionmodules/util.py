@@ -10,6 +10,7 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
+from ldm.compat import published_names
 from ldm.config.instantiate import instantiate_from_config
 
 # The published code defines the functions of the noise schedule in this module.
@@ -42,6 +43,8 @@ __all__ = [
     "timestep_embedding",
     "zero_module",
 ]
+
+__getattr__ = published_names(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 

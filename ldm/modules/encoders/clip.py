@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from ldm.config.distribution import install_hint
 from ldm.errors import UserError, did_you_mean
+from ldm.modules.encoders.device import DeviceOfWeights
+from ldm.modules.encoders.truncation import MARKS, Truncation
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +41,21 @@ class _FrozenCLIP(nn.Module):
     The weights are always those of `version`. Checkpoints do not store them, like the published checkpoints.
     """
 
+    device = DeviceOfWeights()
+    _clip: Any  # a class of transformers, which is not imported here
+
     def __init__(self, version: str, unused: Sequence[str]) -> None:
         super().__init__()
         self.version = version
-        clip = _load(clip_name(version)).eval().requires_grad_(False)
+        clip = load_clip(clip_name(version))
         for part in unused:
             delattr(clip, part)
         object.__setattr__(self, "_clip", clip)  # not registered as a submodule
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Put the CLIP in evaluation mode and disable the gradients of its weights."""
+        self._clip.eval().requires_grad_(False)
 
     @property
     def model(self) -> Any:
@@ -84,7 +94,7 @@ class FrozenCLIPTextEmbedder(_FrozenCLIP):
         limit = self.model.config.text_config.max_position_embeddings
         if not 2 <= max_length <= limit:
             raise UserError(f"FrozenCLIPTextEmbedder: max_length must be between 2 and {limit}, not {max_length}")
-        self.tokenizer = _load_tokenizer(clip_name(version))
+        self.tokenizer = load_tokenizer(clip_name(version))
         self.max_length = max_length
         self.n_repeat = n_repeat
         self.normalize = normalize
@@ -103,6 +113,10 @@ class FrozenCLIPTextEmbedder(_FrozenCLIP):
     def encode(self, text: str | Sequence[str]) -> Tensor:
         """Encode B captions to a context (B, N, D)."""
         return repeat(self(text), "b d -> b n d", n=self.n_repeat)
+
+    def truncation(self, text: str) -> Truncation | None:
+        """Return the part of `text` that does not fit into `max_length` tokens; None if it fits."""
+        return truncation(self.tokenizer, text, self.max_length)
 
 
 class FrozenClipImageEmbedder(_FrozenCLIP):
@@ -144,6 +158,19 @@ class FrozenClipImageEmbedder(_FrozenCLIP):
         return self.model.visual_projection(pooled)
 
 
+def truncation(tokenizer: Any, text: str, max_length: int) -> Truncation | None:
+    """Return the part of `text` that does not fit into `max_length` tokens of CLIP; None if it fits.
+
+    A tokenizer without positions, as in transformers 4, writes it in its own spelling, in lower case.
+    """
+    if tokenizer.is_fast:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return Truncation.of(text, found["offset_mapping"], max_length)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    room = max_length - MARKS
+    return Truncation(len(ids) + MARKS, max_length, tokenizer.decode(ids[room:])) if len(ids) > room else None
+
+
 def clip_name(version: str) -> str:
     """Return the name of a CLIP `version` for transformers: a name on the hub, or a folder.
 
@@ -164,13 +191,13 @@ def clip_name(version: str) -> str:
     return version
 
 
-def _load(name: str) -> Any:
+def load_clip(name: str) -> Any:
     """Load a CLIP with transformers.
 
     The files of the model never select code. `AutoConfig` would ask on the terminal whether to import Python files of
     a folder, so this function reads the type from the JSON file and uses transformers' own classes.
     """
-    transformers = _transformers()
+    transformers = import_transformers()
     try:
         entries, _ = transformers.CLIPConfig.get_config_dict(name)
         model_type = entries.get("model_type")
@@ -187,6 +214,32 @@ def _load(name: str) -> Any:
     return model
 
 
+def text_settings(name: str) -> dict[str, Any]:
+    """Return the settings of the text model of a CLIP on the Hugging Face hub or in a folder.
+
+    Raises:
+        UserError: there is no such CLIP.
+    """
+    try:
+        return import_transformers().CLIPTextConfig.from_pretrained(name).to_dict()
+    except (OSError, ValueError, TypeError) as error:
+        raise _unavailable(name, error) from None
+
+
+def download(name: str, file: str) -> Path:
+    """Return a file of a model on the Hugging Face hub, from the local cache if possible.
+
+    Raises:
+        UserError: it cannot be downloaded.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except (OSError, ValueError) as error:
+        raise _unavailable(name, error) from None
+
+
 def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration without entries that select code: custom classes, downloaded kernels and quantizers."""
     return {
@@ -196,18 +249,19 @@ def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str) -> Any:
     try:
-        tokenizer = _transformers().CLIPTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = import_transformers().CLIPTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise _unavailable(name, error) from None
     # If the files are missing, transformers returns a tokenizer with only the special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise UserError(f'"{name}" has no tokenizer; add the vocab.json and merges.txt of the CLIP')
+        online = "" if Path(name).is_dir() else ", go online once, or give a local folder with them"
+        raise UserError(f'"{name}" has no tokenizer; add the vocab.json and merges.txt of the CLIP{online}')
     return tokenizer
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
     try:
         import transformers
     except ModuleNotFoundError:

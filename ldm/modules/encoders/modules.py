@@ -5,10 +5,12 @@ Shapes: B batch, L tokens.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -17,7 +19,11 @@ from torch.nn.functional import interpolate
 
 from ldm.config.assets import search_path
 from ldm.errors import UserError
+from ldm.io.text import read_lines
 from ldm.modules.encoders.clip import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
+from ldm.modules.encoders.device import DeviceOfWeights
+from ldm.modules.encoders.text import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
+from ldm.modules.encoders.truncation import Truncation
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
 __all__ = [
@@ -25,8 +31,10 @@ __all__ = [
     "BERTEmbedder",
     "BERTTokenizer",
     "ClassEmbedder",
+    "FrozenCLIPEmbedder",
     "FrozenCLIPTextEmbedder",
     "FrozenClipImageEmbedder",
+    "FrozenOpenCLIPEmbedder",
     "IdentityEncoder",
     "SpatialRescaler",
     "TransformerEmbedder",
@@ -34,6 +42,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+TOKENIZER_FILE = "tokenizer.json"  # of transformers, which writes it instead of vocab.txt since version 5
 
 
 class AbstractEncoder(nn.Module):
@@ -81,6 +90,8 @@ class TransformerEmbedder(AbstractEncoder):
         max_seq_len: maximum number of tokens.
         device: not used, part of published configurations; token ids are moved to the device of the weights.
     """
+
+    device = DeviceOfWeights()
 
     def __init__(
         self,
@@ -169,6 +180,17 @@ class BERTTokenizer(AbstractEncoder):
         """Return `text` unchanged."""
         return text
 
+    def truncation(self, text: str) -> Truncation | None:
+        """Return the part of `text` that does not fit into `max_length` tokens; None if it fits."""
+        encoding = self.tokenizer.encode(text)
+        positions = [
+            position
+            for part in (encoding, *encoding.overflowing)
+            for position, is_mark in zip(part.offsets, part.special_tokens_mask, strict=True)
+            if not is_mark
+        ]
+        return Truncation.of(text, positions, self.max_length)
+
     def unknown_words(self, text: str) -> list[str]:
         """Return the distinct lower-case words of `text` that are not tokens of the vocabulary."""
         normalized = self.tokenizer.normalizer.normalize_str(text)
@@ -184,7 +206,9 @@ def find_vocabulary(name: str) -> Path | None:
     """
     for folder in search_path():
         path = folder / Path(name).expanduser()
-        path = path / "vocab.txt" if path.is_dir() else path
+        if path.is_dir():
+            names = ("vocab.txt", TOKENIZER_FILE)
+            path = next((path / name for name in names if (path / name).is_file()), path / names[0])
         if path.is_file():
             return path
     # The hub's names are "model" or "owner/model".
@@ -196,12 +220,22 @@ def find_vocabulary(name: str) -> Path | None:
 def _read_vocabulary(path: Path) -> Any:
     from tokenizers import BertWordPieceTokenizer
 
-    with path.open(encoding="utf-8") as lines:  # not splitlines(): a token may be a Unicode line separator
-        ids = {line.rstrip("\n"): index for index, line in enumerate(lines)}
+    ids = _token_ids(path)
     missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in ids]
     if missing:
         raise UserError(f"vocabulary {path} lacks {', '.join(missing)}; give a WordPiece vocab.txt, one token per line")
     return BertWordPieceTokenizer(ids, lowercase=True)
+
+
+def _token_ids(path: Path) -> dict[str, int]:
+    """Return the tokens of a vocab.txt, or of the JSON file of a WordPiece tokenizer, with their ids."""
+    if path.name != TOKENIZER_FILE:
+        return {token: index for index, token in enumerate(read_lines(path, "vocabulary"))}
+    try:
+        vocabulary = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+        return {str(token): int(index) for token, index in vocabulary.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"vocabulary {path} is damaged ({type(error).__name__}); give a WordPiece vocab.txt") from None
 
 
 def _download_vocabulary(name: str) -> Path:
@@ -242,6 +276,8 @@ class BERTEmbedder(AbstractEncoder):
         UserError: the vocabulary does not exist or has more than `vocab_size` tokens.
     """
 
+    device = DeviceOfWeights()
+
     def __init__(
         self,
         n_embed: int,
@@ -268,11 +304,15 @@ class BERTEmbedder(AbstractEncoder):
 
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """Map B captions or token ids (B, L) to (B, L, n_embed), with L = max_seq_len for captions."""
-        tokens = self.tknz_fn(text) if self.use_tknz_fn else text
+        tokens = self.tknz_fn(text) if self.use_tknz_fn else cast(Tensor, text)
         return self.transformer(tokens.to(self.transformer.token_emb.weight.device), return_embeddings=True)
 
     def encode(self, text: str | Sequence[str] | Tensor) -> Tensor:
         return self(text)
+
+    def truncation(self, text: str) -> Truncation | None:
+        """Return the part of a caption that does not fit into `max_seq_len` tokens; None if it fits."""
+        return self.tknz_fn.truncation(text) if self.use_tknz_fn else None
 
 
 class SpatialRescaler(nn.Module):
@@ -302,12 +342,14 @@ class SpatialRescaler(nn.Module):
         self.n_stages = n_stages
         self.method = method
         self.multiplier = multiplier
+        self.interpolator = partial(interpolate, mode=method)
+        self.remap_output = bool(out_channels)
         self.channel_mapper = nn.Conv2d(in_channels, out_channels, 1, bias=bias) if out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels or in_channels, H', W')."""
         for _ in range(self.n_stages):
-            x = interpolate(x, scale_factor=self.multiplier, mode=self.method)
+            x = self.interpolator(x, scale_factor=self.multiplier)
         return x if self.channel_mapper is None else self.channel_mapper(x)
 
     def encode(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.modules.losses.discriminator import NLayerDiscriminator, weights_init
-from ldm.modules.losses.lpips import LPIPS
+from ldm.modules.losses.lpips import LPIPS, MIN_SIZE
 
 
 def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
@@ -117,11 +117,47 @@ class AdversarialLoss(nn.Module):
         if self.perceptual_loss is not None:
             self.perceptual_loss.prepare()
 
-    def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor) -> Tensor:
+    def check_images(self, inputs: Tensor, reconstructions: Tensor) -> None:
+        """Check that images (B, C, H, W) fit the perceptual network and an unconditional discriminator.
+
+        Raises:
+            UserError: they do not; the message names the option to change.
+        """
+        (channels, *size), outputs = inputs.shape[1:], reconstructions.shape[1]
+        if outputs != channels:
+            raise UserError(
+                f"the first stage maps {channels} channels to {outputs}; set ddconfig.out_ch to ddconfig.in_channels"
+            )
+        if self.perceptual_loss is not None and channels not in (1, 3):
+            raise UserError(
+                f"the perceptual network takes 1 or 3 channels, and the images have {channels}; "
+                "set perceptual_weight: 0"
+            )
+        if self.perceptual_loss is not None and min(size) < MIN_SIZE:
+            raise UserError(
+                f"images of {size[0]} x {size[1]} pixels are too small for the perceptual network, which needs "
+                f"{MIN_SIZE} x {MIN_SIZE}; set perceptual_weight: 0"
+            )
+        if self.discriminator is None:
+            return
+        if self.disc_conditional:
+            raise UserError("first stages are trained without a conditioning; set disc_conditional: false")
+        if self.discriminator.in_channels != channels:
+            raise UserError(
+                f"the discriminator takes {self.discriminator.in_channels} channels, and the images have {channels}; "
+                f"set disc_in_channels: {channels} in the lossconfig"
+            )
+
+    def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor | None = None) -> Tensor:
         """Return the adaptive weight of the adversarial term (arXiv:2012.09841, equation 7).
 
         It is the ratio of the two gradient norms at `last_layer`, clamped to [0, 10^4], times `disc_weight`.
+
+        Raises:
+            ValueError: there is no `last_layer`, the weight of the last convolution.
         """
+        if last_layer is None:
+            raise ValueError("the adversarial term needs last_layer, the weight of the last convolution")
         (nll_grad,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
         (g_grad,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
         ratio = nll_grad.norm() / (g_grad.norm() + 1e-4)
@@ -156,8 +192,6 @@ class AdversarialLoss(nn.Module):
         if self.discriminator is not None:
             g_loss = -self.discriminate(reconstructions, cond).mean()
             if reconstructions.requires_grad:  # not in validation
-                if last_layer is None:
-                    raise ValueError("the adversarial term needs last_layer, the weight of the last convolution")
                 d_weight = self.calculate_adaptive_weight(nll_loss, g_loss, last_layer)
         log = {"d_weight": d_weight, "disc_factor": zero + disc_factor, "g_loss": g_loss.detach()}
         # Before disc_start the term is only logged, without a backward pass through the discriminator.

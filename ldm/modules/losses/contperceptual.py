@@ -60,8 +60,8 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         posteriors: DiagonalGaussianDistribution,
         optimizer_idx: int,
         global_step: int,
-        cond: Tensor | None = None,
         last_layer: Tensor | None = None,
+        cond: Tensor | None = None,
         split: str = "train",
         weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -72,8 +72,8 @@ class LPIPSWithDiscriminator(AdversarialLoss):
             posteriors: posterior distribution of the latent of `inputs`.
             optimizer_idx: 0 for the autoencoder, 1 for the discriminator.
             global_step: training step, compared with `disc_start`.
-            cond: additional input (B, C', H, W) of a conditional discriminator.
             last_layer: weight of the last convolution of the decoder.
+            cond: additional input (B, C', H, W) of a conditional discriminator.
             split: prefix of the log's keys.
             weights: factors of the likelihood that broadcast against (B, C, H, W).
 

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 
 
-def weights_init(module: nn.Module) -> None:
+def weights_init(m: nn.Module) -> None:
     """Initialise a module for `Module.apply` (arXiv:1511.06434).
 
     Kernels are sampled from N(0, 0.02) and batch-norm scales from N(1, 0.02). Batch-norm shifts are 0.
     """
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.normal_(module.weight, 1.0, 0.02)
-        nn.init.zeros_(module.bias)
+    if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(m.weight, 0.0, 0.02)
+    elif isinstance(m, nn.BatchNorm2d):
+        nn.init.normal_(m.weight, 1.0, 0.02)
+        nn.init.zeros_(m.bias)
 
 
 class ActNorm(nn.Module):
@@ -46,8 +46,13 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialize(self, input: Tensor) -> None:
-        """Set the parameters so that the channels of `input` (B, C, H, W) are mapped to mean 0 and deviation 1."""
+        """Set the parameters so that the channels of `input` (B, C, H, W) are mapped to mean 0 and deviation 1.
+
+        An input with values that are not finite is left for the next call.
+        """
         std, mean = torch.std_mean(input, dim=(0, 2, 3), keepdim=True)
+        if not std.isfinite().all():
+            return
         self.loc.copy_(-mean)
         self.scale.copy_(1.0 / (std + 1e-6))
         self.initialized.fill_(1)
@@ -118,6 +123,7 @@ class NLayerDiscriminator(nn.Module):
             channels = width
         layers.append(nn.Conv2d(channels, 1, kernel_size=4, stride=1, padding=1))
         self.main = nn.Sequential(*layers)
+        self.in_channels = input_nc
         self.min_size = 3 * 2**n_layers  # the two convolutions without stride remove one row each
 
     def forward(self, input: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 # VGG16 (arXiv:1409.1556): channels of the 3 x 3 convolutions of each slice. A ReLU follows every convolution. Every
 # slice except the first starts with 2 x 2 max-pooling.
 VGG16_SLICES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+# Smallest height and width of an image: one position is left after the last pooling.
+MIN_SIZE = 2 ** (len(VGG16_SLICES) - 1)
 
 
 class ScalingLayer(nn.Module):
@@ -32,9 +34,9 @@ class ScalingLayer(nn.Module):
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, inp: Tensor) -> Tensor:
         """Map (B, 3, H, W) to the same shape."""
-        return (x - self.shift) / self.scale
+        return (inp - self.shift) / self.scale
 
 
 class VGG16Features(nn.Module):
@@ -84,9 +86,12 @@ class LPIPS(nn.Module):
 
     A new module reads and downloads nothing: its weights are NaN. A checkpoint or `prepare` sets them; the first
     forward pass calls `prepare`. A restored model therefore needs no download, and unset weights are detected.
+
+    Args:
+        use_dropout: part of the published signature; the dropout of the channel weights is never active here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, use_dropout: bool = True) -> None:
         super().__init__()
         self.scaling_layer = ScalingLayer()
         self.net = VGG16Features()
@@ -114,6 +119,23 @@ class LPIPS(nn.Module):
             for name, weight in self.named_parameters():
                 weight.copy_(weights[name])
         self._prepared = True
+
+    def load_from_pretrained(self, name: str = "vgg_lpips") -> None:
+        """Load the pretrained weights `name`, unless the weights are set.
+
+        Raises:
+            UserError: there are no such weights, or they are not available.
+        """
+        if name != "vgg_lpips":
+            raise UserError(f'LPIPS has no weights "{name}"; use "vgg_lpips"')
+        self.prepare()
+
+    @classmethod
+    def from_pretrained(cls, name: str = "vgg_lpips") -> LPIPS:
+        """Return a module with the pretrained weights `name`; see `load_from_pretrained`."""
+        model = cls()
+        model.load_from_pretrained(name)
+        return model
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the distances between two batches of images.
@@ -148,9 +170,7 @@ def pretrained_weights() -> dict[str, Tensor]:
     Raises:
         UserError: a package is missing or the download failed.
     """
-    features = _vgg16_weights()
-    names = [name for name, _ in VGG16Features().named_parameters()]
-    return {**_channel_weights(), **{f"net.{name}": features[f"features.{name.partition('.')[2]}"] for name in names}}
+    return {**_channel_weights(), **{f"net.{name}": weight for name, weight in vgg16_weights().items()}}
 
 
 def _channel_weights() -> dict[str, Tensor]:
@@ -163,7 +183,18 @@ def _channel_weights() -> dict[str, Tensor]:
     return read_state_dict(path)
 
 
-def _vgg16_weights() -> dict[str, Tensor]:
+def vgg16_weights() -> dict[str, Tensor]:
+    """Return the weights of torchvision's VGG16 by the names of `VGG16Features`.
+
+    Raises:
+        UserError: torchvision is missing, or the download failed.
+    """
+    features = _torchvision_weights()
+    names = [name for name, _ in VGG16Features().named_parameters()]
+    return {name: features[f"features.{name.partition('.')[2]}"] for name in names}
+
+
+def _torchvision_weights() -> dict[str, Tensor]:
     try:
         from torchvision.models import VGG16_Weights
     except ImportError as error:

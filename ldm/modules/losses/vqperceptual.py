@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldm.compat import published_names
 from ldm.errors import UserError
 from ldm.modules.losses.adversarial import (
     AdversarialLoss,
@@ -29,6 +30,8 @@ __all__ = [
     "measure_perplexity",
     "vanilla_d_loss",
 ]
+
+__getattr__ = published_names(__name__)
 
 PIXEL_LOSSES = {"l1": l1, "l2": l2}
 
