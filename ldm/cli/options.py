@@ -121,8 +121,8 @@ def model_options(places: str = "models/ldm") -> argparse.ArgumentParser:
     group.add_argument(
         "--model",
         metavar="NAME",
-        help=f"a folder under {places}, any folder with config.yaml and weights or in the form of diffusers, or the name "
-        "of one on the Hugging Face hub",
+        help=f"a folder under {places}, any folder with config.yaml and weights or in the form of diffusers, or the "
+        "name of one on the Hugging Face hub",
     )
     group.add_argument(
         "--config",

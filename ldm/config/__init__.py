@@ -1,0 +1,3 @@
+from ldm.config.targets import allow
+
+__all__ = ["allow"]

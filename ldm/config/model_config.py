@@ -16,7 +16,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """Read the `model` section of a YAML configuration as plain dicts and lists, with references resolved.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; or the JSON file of a folder in the form of diffusers, which is translated.
         overrides: values that replace those of the file, each as `model.key.sub=value`.
 
     Raises:
@@ -27,7 +27,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     from yaml import YAMLError
 
     try:
-        loaded: Any = OmegaConf.load(path)
+        loaded: Any = _translated(Path(path)) or OmegaConf.load(path)
         if overrides:
             loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist([_check_override(text) for text in overrides]))
         config = OmegaConf.to_container(loaded, resolve=True)
@@ -45,6 +45,19 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     if not isinstance(params, Mapping | None):
         raise UserError(f'the configuration "{path}" is damaged: "params:" of its model must hold names and values')
     return {**model, "params": dict(params or {})}
+
+
+def _translated(path: Path) -> Any:
+    """Return the configuration of a folder in the form of diffusers; None for a file of another kind."""
+    from ldm.io.diffusers import files
+
+    if path.name not in (files.INDEX, files.CONFIG) or not files.is_folder(path.parent):
+        return None
+    from omegaconf import OmegaConf
+
+    from ldm.io.diffusers.pipeline import model_config
+
+    return OmegaConf.create({"model": model_config(path.parent)})
 
 
 def _check_override(text: str) -> str:

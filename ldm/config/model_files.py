@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ldm.config.assets import locate, search_path
 from ldm.errors import UserError, did_you_mean
+from ldm.io.diffusers import files as diffusers_files
+from ldm.io.folders import visible
 
+logger = logging.getLogger(__name__)
 MODELS = Path("models/ldm")
 FIRST_STAGES = Path("models/first_stage_models")
 RETRIEVAL_MODELS = Path("models/rdm")
@@ -23,13 +28,28 @@ CONFIGS_ELSEWHERE = {
 }
 
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # of a model on the Hugging Face hub: owner/model
+
+
 @dataclass(frozen=True)
 class ModelFiles:
-    """Name, configuration and weights of a model on disk."""
+    """Name, configuration and weights of a model on disk.
+
+    A model in the form of diffusers has its `model_index.json` as configuration, and its folder as weights.
+
+    Attributes:
+        name: name of the model.
+        config: its configuration.
+        checkpoint: its weights.
+        vae: weights of a first stage that replace its own.
+        loras: LoRA files to merge into its weights, and their factors.
+    """
 
     name: str
     config: Path
     checkpoint: Path
+    vae: Path | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
 
 
 def find_model(
@@ -57,16 +77,57 @@ def find_model(
         if config is not None:
             raise UserError(f'--config "{config}" needs --ckpt: give the weights that belong to it')
         return None
+    found = locate(ckpt)
+    if diffusers_files.is_folder(found):
+        own = _locate_file(config, "configuration") if config is not None else diffusers_files.config_file(found)
+        return ModelFiles(found.resolve().name, own, found)
     checkpoint = _locate_file(ckpt, "checkpoint")
     folder = checkpoint.resolve().parent
     name = (folder.parent if folder.name == RUN_CHECKPOINTS else folder).name
     if config is not None:
         return ModelFiles(name, _locate_file(config, "configuration"), checkpoint)
-    beside = checkpoint.with_name("config.yaml")
-    found = beside if beside.is_file() else trained_config(checkpoint)
+    beside = next((path for path in _configs_beside(checkpoint) if path.is_file()), None) or trained_config(checkpoint)
+    return ModelFiles(name, beside, checkpoint) if beside is not None else _recognised(checkpoint)
+
+
+def with_additions(
+    files: ModelFiles, vae: str | Path | None = None, loras: Sequence[tuple[str | Path, float]] = ()
+) -> ModelFiles:
+    """Return a model with another first stage and with LoRA files.
+
+    Raises:
+        UserError: a file does not exist.
+    """
+    stage = None if vae is None else locate(vae)
+    if stage is not None and not diffusers_files.is_folder(stage):
+        stage = _locate_file(str(vae), "first stage")
+    found = tuple((_locate_file(str(path), "LoRA"), factor) for path, factor in loras)
+    return replace(files, vae=stage, loras=found)
+
+
+def _configs_beside(checkpoint: Path) -> tuple[Path, ...]:
+    """Return the files that may hold the configuration of a checkpoint in its folder."""
+    return checkpoint.with_name("config.yaml"), checkpoint.with_suffix(".yaml")
+
+
+def _recognised(checkpoint: Path) -> ModelFiles:
+    """Return the files of a model whose configuration its weights state.
+
+    Raises:
+        UserError: they do not.
+    """
+    from ldm.config.recognition import recognise
+    from ldm.io.checkpoint.reading import read_header
+
+    header = read_header(checkpoint)
+    found = recognise(header.shapes, checkpoint, header.metadata)
     if found is None:
-        raise UserError(f'there is no config.yaml beside "{ckpt}"; name its configuration with --config')
-    return ModelFiles(name, found, checkpoint)
+        raise UserError(
+            f'there is no config.yaml beside "{checkpoint}", and its weights are not those of a known model; '
+            "name its configuration with --config"
+        )
+    logger.info('"%s" is %s (%s); configuration: %s', checkpoint, found.name, found.reason, found.config)
+    return ModelFiles(checkpoint.stem, _locate_file(str(found.config), "configuration"), checkpoint)
 
 
 def trained_config(checkpoint: Path) -> Path | None:
@@ -78,13 +139,21 @@ def trained_config(checkpoint: Path) -> Path | None:
 def named_model(name: str, folders: Sequence[Path] = (MODELS,)) -> ModelFiles:
     """Find a model by its name in one of `folders`, or by its folder, which may be that of a training run.
 
+    A folder in the form of diffusers is found too. A name such as "owner/model" is downloaded from the Hugging Face
+    hub if there is no such folder.
+
     Raises:
-        UserError: there is no such folder, or it lacks a file.
+        UserError: there is no such folder, or it lacks a file; or the hub has no such model, or cannot be reached.
     """
     candidates = [*(locate(parent / name) for parent in folders), locate(name)]
     folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if folder is None and locate(name).is_file():
         raise UserError(f'"{name}" is a file; name the folder of a model, or give the file as a checkpoint')
+    if folder is None and HUB_NAME.fullmatch(name) and not Path(name).parent.exists():
+        from ldm.io.hub import download_model
+
+        folder = download_model(name)
+        return ModelFiles(Path(name).name, diffusers_files.config_file(folder), folder)
     if folder is None:
         known = available_models(folders)
         where, listed = " or ".join(map(str, folders)), ", ".join(known) or "none"
@@ -93,6 +162,9 @@ def named_model(name: str, folders: Sequence[Path] = (MODELS,)) -> ModelFiles:
     run_checkpoint = folder / RUN_CHECKPOINTS / "last.ckpt"
     files = (*(folder / file for file in WEIGHTS), run_checkpoint)
     checkpoint = next((path for path in files if path.is_file()), None)
+    has_own_config = checkpoint is not None and (folder / "config.yaml").is_file()
+    if not has_own_config and diffusers_files.is_folder(folder):
+        return ModelFiles(folder.resolve().name, diffusers_files.config_file(folder), folder)
     if checkpoint is None:
         raise UserError(
             f'the model folder "{folder}" contains no weights; put {" or ".join(WEIGHTS[:2])} there; '
@@ -122,8 +194,9 @@ def downloaded_model(name: str) -> ModelFiles | None:
 
 def available_models(folders: Sequence[Path] = (MODELS,)) -> list[str]:
     """Return the names of the models whose weights are in `folders`."""
-    found = {model for base in search_path() for folder in folders for model in (base / folder).glob("*")}
-    return sorted({model.name for model in found if any((model / file).is_file() for file in WEIGHTS)})
+    found = {model for base in search_path() for folder in folders for model in visible((base / folder).glob("*"))}
+    names = (*WEIGHTS, diffusers_files.INDEX)
+    return sorted({model.name for model in found if any((model / file).is_file() for file in names)})
 
 
 def _locate_file(path: str, kind: str) -> Path:

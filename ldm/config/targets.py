@@ -116,7 +116,7 @@ def refusal(target: Any) -> str | None:
         hint = did_you_mean(name, MAIN_NAMES) if module == "main" else ""
         return (
             f"is refused{hint}: a configuration can name classes of ldm, and a few of torch and Lightning; "
-            f"if you trust this one, give --allow-target {module}"
+            f'if you trust this one, give --allow-target {module}, or in Python call ldm.config.allow("{module}")'
         )
     found = _other_location(package)
     if found is not None:

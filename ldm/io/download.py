@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from email.message import Message
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -115,7 +116,9 @@ class PartialFile:
 
 def _is_strong(header: str, value: str | None) -> bool:
     """Return whether a header identifies a version byte for byte, as `If-Range` needs (RFC 9110, 13.1.5)."""
-    return bool(value) and not (header == "ETag" and value.startswith("W/"))
+    if not value:
+        return False
+    return header != "ETag" or not value.startswith("W/")
 
 
 @contextmanager
@@ -230,7 +233,7 @@ def _progress(label: str, start: int, total: int | None) -> Any:
     return tqdm(desc=label, initial=start, total=total, unit="B", unit_scale=True, disable=None, leave=False)
 
 
-def _is_complete(headers: Mapping[str, str], part: PartialFile, version: Mapping[str, Any]) -> bool:
+def _is_complete(headers: Message, part: PartialFile, version: Mapping[str, Any]) -> bool:
     """Return whether status 416 (range not satisfiable) means that the whole file was received before."""
     whole = headers.get("Content-Range") == f"bytes */{part.size}"
     return part.size > 0 and whole and version.get("total") in (None, part.size)

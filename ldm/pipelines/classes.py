@@ -62,14 +62,15 @@ def class_conditioning(
         requests: None for each image of an unconditional model.
         guided: whether the unconditional conditioning is needed; otherwise it is None.
     """
-    if requests[0] is None:
+    classes = [each for each in requests if each is not None]
+    if not classes:
         return None, None
     if model.cond_stage_key in TEXT_KEYS:
-        raw: Any = [each.name for each in requests]
+        raw: Any = [each.name for each in classes]
     else:
         import torch
 
-        raw = {model.cond_stage_key: torch.tensor([each.label for each in requests], device=model.device)}
+        raw = {model.cond_stage_key: torch.tensor([each.label for each in classes], device=model.device)}
     encode = model.get_learned_conditioning
     return encode(raw), encode(model.empty_conditioning(raw)) if guided else None
 
@@ -89,8 +90,8 @@ def class_to_image(
         classes: names, labels, or ranges of labels such as "0-9"; repeat a class for several images of it.
         steps: number of sampler steps.
         scale: guidance scale; 1 samples without guidance.
-        **options: `seed`, `sampler`, `eta`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device`,
-            `precision`; see `ldm.pipelines.run.SamplerOptions`.
+        **options: `seed`, `sampler`, `eta`, `timestep_spacing`, `batch_size`, `latents`, `output_type`, `progress`,
+            `callback`, `device`, `precision`; see `ldm.pipelines.run.SamplerOptions`.
 
     Returns:
         PIL images, or what `output_type` names.
@@ -123,8 +124,8 @@ def unconditional(
         model: an unconditional model, such as the published `celeba256`.
         n: number of images.
         steps: number of sampler steps.
-        **options: `seed`, `sampler`, `eta`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device`,
-            `precision`; see `ldm.pipelines.run.SamplerOptions`.
+        **options: `seed`, `sampler`, `eta`, `timestep_spacing`, `batch_size`, `latents`, `output_type`, `progress`,
+            `callback`, `device`, `precision`; see `ldm.pipelines.run.SamplerOptions`.
 
     Returns:
         PIL images, or what `output_type` names.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,20 @@ from torch import Tensor, nn
 
 from ldm.config.instantiate import instantiate_from_config
 from ldm.config.model_config import read_config
-from ldm.config.model_files import MODEL_FOLDERS, ModelFiles, available_models, find_model
+from ldm.config.model_files import MODEL_FOLDERS, ModelFiles, available_models, find_model, with_additions
 from ldm.errors import UserError
-from ldm.io.checkpoint.loading import load_weights, without_ema
+from ldm.io.checkpoint.kinds import foreign_kind
+from ldm.io.checkpoint.loading import load_weights, part_of, without_ema
 from ldm.io.checkpoint.reading import read_state_dict
+from ldm.io.diffusers import autoencoder
+from ldm.io.diffusers.translation import Translation
 from ldm.models.autoencoder import Autoencoder
-from ldm.modules.precision import choose_precision
+from ldm.modules.precision import check_range, choose_precision
+from ldm.pipelines.lora import merge_lora
 
 logger = logging.getLogger(__name__)
 
+FIRST_STAGE = "first_stage_model."  # prefix of the first stage's weights in those of a diffusion model
 _INIT_LOCK = threading.RLock()
 
 
@@ -32,15 +37,21 @@ def load(
     *,
     config: str | Path | None = None,
     checkpoint: str | Path | None = None,
+    vae: str | Path | None = None,
+    loras: Sequence[str | Path | tuple[str | Path, float]] = (),
     device: str | torch.device | None = None,
     precision: str = "float32",
 ) -> Any:
     """Load a model, ready to sample: a diffusion model, or the autoencoder of a first stage.
 
     Args:
-        model: a name such as "emoji64" or "kl-f8", a folder with `config.yaml` and weights, or that of a training run.
+        model: a name such as "emoji64" or "kl-f8"; a folder with `config.yaml` and weights, that of a training run, or
+            one in the form of diffusers; or the name of a model on the Hugging Face hub in the form of diffusers.
         config: YAML configuration, instead of `model`.
-        checkpoint: weights, instead of `model`; without `config` its configuration is looked up beside it.
+        checkpoint: weights, instead of `model`. Without `config` its configuration is looked up beside it, or
+            recognised from the weights of Stable Diffusion.
+        vae: weights of a first stage that replace those of the model: a file, or a folder in the form of diffusers.
+        loras: LoRA files to merge into the weights, each with a factor: `[("style.safetensors", 0.8)]`.
         device: "cpu", "cuda", "cuda:1", "mps"; default: a GPU if there is one.
         precision: "float32", "bfloat16", "float16", or "auto": bfloat16 if the hardware computes in it.
 
@@ -50,7 +61,8 @@ def load(
     Raises:
         UserError: A file is missing or damaged, or the configuration and the weights do not belong together.
     """
-    files = _find(model, config, checkpoint)
+    pairs = [(each, 1.0) if isinstance(each, str | Path) else each for each in loras]
+    files = with_additions(_find(model, config, checkpoint), vae, pairs)
     target = choose_device(device)
     return load_files(files, read_config(files.config), target, choose_precision(precision, target))
 
@@ -64,8 +76,8 @@ def _find(
         raise UserError("`model` names a configuration and its weights; leave out `config` and `checkpoint`")
     if config is not None and checkpoint is None:
         raise UserError(f'the configuration "{config}" needs weights; give its `checkpoint`')
-    words = [None if word is None else str(word) for word in (model, config, checkpoint)]
-    files = find_model(*words, MODEL_FOLDERS)
+    name, yaml, weights = (None if word is None else str(word) for word in (model, config, checkpoint))
+    files = find_model(name, yaml, weights, MODEL_FOLDERS)
     if files is None:
         known = ", ".join(available_models(MODEL_FOLDERS)) or "none"
         raise UserError(f"no model is named; give a name (available: {known}), a folder, or a checkpoint")
@@ -74,7 +86,7 @@ def _find(
 
 def load_files(files: ModelFiles, config: Mapping[str, Any], device: torch.device | str, precision: torch.dtype) -> Any:
     """Load the model in `files` with the configuration that was read from them; messages call it by its name."""
-    model = load_model(config, files.checkpoint, device, precision)
+    model = load_model(config, files.checkpoint, device, precision, vae=files.vae, loras=files.loras)
     model.name = files.name
     return model
 
@@ -100,12 +112,22 @@ def move(model: Any, device: str | torch.device | None = None, precision: str | 
     """Move a model to a device and convert it to a precision; None leaves it as it is.
 
     Raises:
-        UserError: The device is not available, or the precision is unknown.
+        UserError: The device is not available, the precision is unknown, or a weight is too large for it.
     """
     if device is None and precision is None:
         return model
     target = model.device if device is None else choose_device(device)
-    return model.to(target) if precision is None else model.to(target, choose_precision(precision, target))
+    return model.to(target) if precision is None else _converted(model, target, choose_precision(precision, target))
+
+
+def _converted(model: nn.Module, device: torch.device | str, precision: torch.dtype) -> Any:
+    """Return the model on a device in a precision.
+
+    Raises:
+        UserError: A weight is too large for the precision; the model is unchanged.
+    """
+    check_range(model, precision)
+    return model.to(device, precision)
 
 
 def load_model(
@@ -113,6 +135,9 @@ def load_model(
     checkpoint: str | Path,
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
+    *,
+    vae: str | Path | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
 ) -> Any:
     """Build the model that `config` describes, with the weights of `checkpoint`.
 
@@ -121,20 +146,85 @@ def load_model(
 
     Args:
         config: a YAML file, or the result of `read_config`.
-        checkpoint: a checkpoint or safetensors file.
+        checkpoint: a checkpoint or safetensors file, or a folder in the form of diffusers.
         device: where the model goes.
         precision: the dtype of its weights.
+        vae: weights of a first stage that replace those of the checkpoint.
+        loras: LoRA files to merge into the weights, and their factors.
 
     Raises:
-        UserError: A file is missing or damaged, or the two do not belong together.
+        UserError: A file is missing or damaged, they do not belong together, or a weight is too large for the
+            precision.
     """
     model_config = config if isinstance(config, Mapping) else read_config(config)
     weights = read_state_dict(checkpoint)
     weights = without_ema(
         weights, use_average=bool(model_config["params"].get("use_ema", "unet_config" in model_config["params"]))
     )
-    model = build_model(for_inference(model_config, weights), weights, f'"{checkpoint}"')
-    return model.to(device, precision)
+    weights = _under_our_names(weights, model_config["params"])
+    if vae is not None:
+        stage = read_first_stage(vae, model_config)
+        weights = {name: value for name, value in weights.items() if not name.startswith(FIRST_STAGE)}
+        weights |= {FIRST_STAGE + name: value for name, value in stage.items()}
+    model = build_model(for_inference(model_config, weights), weights, f'"{checkpoint}"', precision)
+    for path, factor in loras:
+        merge_lora(model, path, factor)
+    return _converted(model, device, precision)
+
+
+def read_first_stage(path: str | Path, model_config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read the weights of a first stage for the diffusion model that `model_config` describes.
+
+    Args:
+        path: a file with names of this package or of diffusers, a checkpoint of a diffusion model with the same first
+            stage, or a folder in the form of diffusers.
+        model_config: `target` and `params` of the diffusion model.
+
+    Raises:
+        UserError: The file is damaged, or holds another network than the model's first stage.
+    """
+    config = model_config["params"].get("first_stage_config")
+    params = _params_of(model_config["params"], "first_stage")
+    if not isinstance(config, Mapping) or "ddconfig" not in params:
+        raise UserError(f'the model has no first stage that the weights of "{path}" could replace; leave out the VAE')
+    weights = _under_our_names(part_of(without_ema(read_state_dict(path)), FIRST_STAGE), params)
+    _check_first_stage(weights, {**config, "params": _without_files(params)}, path)
+    return weights
+
+
+def _under_our_names(weights: dict[str, Tensor], params: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of a first stage with the given parameters; they may have the names of diffusers."""
+    if "ddconfig" in params and any(name.startswith(autoencoder.DIFFUSERS_PREFIXES) for name in weights):
+        return Translation(autoencoder.layers(params["ddconfig"])).to_ours(weights)
+    return weights
+
+
+def _check_first_stage(weights: Mapping[str, Tensor], config: Mapping[str, Any], path: str | Path) -> None:
+    """Raise an error if weights do not fit the first stage that `config` describes.
+
+    Raises:
+        UserError: They do not.
+    """
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    with torch.device("meta"):
+        expected = {name: tuple(each.shape) for name, each in instantiate_from_config(config).named_parameters()}
+    if not expected.keys() & shapes.keys():
+        kind = foreign_kind(shapes)
+        what = kind.what if kind is not None else "not a first stage"
+        raise UserError(f'"{path}" is {what}; give the weights of a first stage (VAE)')
+    latent = "decoder.conv_in.weight"
+    if latent in shapes and shapes[latent][1:2] != expected[latent][1:2]:
+        raise UserError(
+            f'the first stage "{path}" has latents of {shapes[latent][1]} channels, that of the model '
+            f"{expected[latent][1]}; give one that was trained for this kind of model"
+        )
+    wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
+    if wrong:
+        first = shapes.get(wrong[0])
+        raise UserError(
+            f'the first stage "{path}" belongs to another model: {len(wrong)} weights are missing or of other shapes, '
+            f"first {wrong[0]}: {first or 'missing'}, expected {expected[wrong[0]]}"
+        )
 
 
 def load_first_stage(
@@ -148,14 +238,15 @@ def load_first_stage(
     Of the weights of a diffusion model, only those of its first stage are loaded.
 
     Raises:
-        UserError: A file is missing or damaged, the two do not belong together, or there is no autoencoder of
-            images with three channels.
+        UserError: A file is missing or damaged, the two do not belong together, there is no autoencoder of images
+            with three channels, or a weight is too large for the precision.
     """
-    model_config = read_config(config)
+    model_config: Mapping[str, Any] = read_config(config)
     weights = read_state_dict(checkpoint)
-    inner, prefix = model_config["params"].get("first_stage_config"), "first_stage_model."
+    inner, prefix = model_config["params"].get("first_stage_config"), FIRST_STAGE
     if inner is None:
         weights = without_ema(weights, use_average=bool(model_config["params"].get("use_ema", False)))
+        weights = _under_our_names(weights, model_config["params"])
     else:
         weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         if not isinstance(inner, Mapping) or not isinstance(inner.get("params"), Mapping) or not weights:
@@ -164,23 +255,34 @@ def load_first_stage(
     model = build_model(for_inference(model_config, weights), weights, f'"{checkpoint}"')
     if not isinstance(model, Autoencoder) or model.encoder.conv_in.in_channels != 3:
         raise UserError(f'the model of "{config}" is not an autoencoder of RGB images; name one that is')
-    return model.to(device, precision)
+    return _converted(model, device, precision)
 
 
-def build_model(model_config: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> Any:
+def build_model(
+    model_config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    source: str,
+    precision: torch.dtype = torch.float32,
+) -> Any:
     """Build the model that `model_config` describes, with `weights`, in evaluation mode and without gradients.
 
+    The model is converted before it receives the weights, so that they are in memory only once, in their precision.
+
     Raises:
-        UserError: The weights, called `source` in the message, belong to another model.
+        UserError: The weights, called `source` in the message, belong to another model, or one is too large for the
+            precision.
     """
     elsewhere = _parts_with_own_files(model_config)
+    check_range({name: value for name, value in weights.items() if "." in name}, precision)
     with skip_init():
         model = instantiate_from_config(model_config)
+    check_range({name: value for name, value in model.named_parameters() if name.startswith(elsewhere)}, precision)
+    model.to(precision)
     report = load_weights(model, weights, elsewhere, source)
     missing = [name for name in report.missing if not name.startswith(elsewhere)]
     if not dict(model.named_parameters()).keys().isdisjoint(missing):
         # A few parameters are newer than the file; they need their initial values.
-        model = instantiate_from_config(model_config)
+        model = instantiate_from_config(model_config).to(precision)
         load_weights(model, weights, elsewhere, source)
     return model.eval().requires_grad_(False)
 
@@ -210,6 +312,9 @@ def for_inference(model_config: Mapping[str, Any], weights: Mapping[str, Tensor]
     params = _without_loss({key: value for key, value in model_config["params"].items() if key != "ckpt_path"})
     if "use_ema" in params or "unet_config" in params:  # a diffusion model averages by default
         params["use_ema"] = False
+    network = {name: value for name, value in _params_of(params, "unet").items() if name != "use_fp16"}
+    if network:  # the precision of sampling is an option, not a property of the model
+        params["unet_config"] = {**params["unet_config"], "params": network}
     for part in ("first_stage", "cond_stage"):
         inner = _without_loss(_params_of(params, part))
         if not inner:
@@ -218,6 +323,10 @@ def for_inference(model_config: Mapping[str, Any], weights: Mapping[str, Tensor]
             inner.pop("ckpt_path", None)
         params[f"{part}_config"] = {**params[f"{part}_config"], "params": inner}
     return {**model_config, "params": params}
+
+
+def _without_files(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in _without_loss(params).items() if key != "ckpt_path"}
 
 
 def _without_loss(params: Mapping[str, Any]) -> dict[str, Any]:

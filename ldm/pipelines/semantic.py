@@ -90,8 +90,8 @@ def semantic_to_image(
         label_maps: maps (H, W) of integer labels: arrays, tensors, or grey or palette images.
         height, width: size to resize the maps to; default: their own.
         steps: number of sampler steps.
-        **options: `seed`, `sampler`, `eta`, `batch_size`, `latents`, `output_type`, `progress`, `callback`, `device`,
-            `precision`; see `ldm.pipelines.run.SamplerOptions`.
+        **options: `seed`, `sampler`, `eta`, `timestep_spacing`, `batch_size`, `latents`, `output_type`, `progress`,
+            `callback`, `device`, `precision`; see `ldm.pipelines.run.SamplerOptions`.
 
     Returns:
         PIL images, or what `output_type` names.

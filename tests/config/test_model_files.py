@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from ldm.config.model_files import find_model, named_model
+from ldm.config.model_files import available_models, find_model, named_model
 from ldm.errors import UserError
 
 
@@ -27,6 +28,14 @@ def test_models_are_found_by_name_folder_and_checkpoint(tmp_path, monkeypatch):
     assert find_model() is None
 
 
+def test_hidden_folders_are_no_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", ".mine", ".ipynb_checkpoints"):
+        write(tmp_path / "models" / "ldm" / name, "config.yaml", "model.ckpt")
+    found = available_models()
+    assert "mine" in found and not any(name.startswith(".") for name in found)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -45,6 +54,6 @@ def test_missing_model_raises_user_error(tmp_path, monkeypatch, options, match):
     for name in ("mine", "hollow", "bare"):
         (tmp_path / "models" / "ldm" / name).mkdir(parents=True)
     for name in ("mine", "bare"):
-        (tmp_path / "models" / "ldm" / name / "model.ckpt").touch()
+        torch.save({"state_dict": {"weight": torch.ones(1)}}, tmp_path / "models" / "ldm" / name / "model.ckpt")
     with pytest.raises(UserError, match=match):
         find_model(**options)

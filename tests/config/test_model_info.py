@@ -10,9 +10,12 @@ from tiny_models import (
     layout_config,
     map_config,
     pixel_config,
+    stable_diffusion_config,
     superresolution_config,
     text_config,
+    text_inpainting_config,
     unconditional_config,
+    upscaler_config,
 )
 
 from ldm.config.instantiate import instantiate_from_config
@@ -119,3 +122,44 @@ def test_steps_are_at_most_the_timesteps():
     with pytest.raises(UserError, match='needs a number as "timesteps"'):
         ModelInfo("m", text_config(timesteps="many")).check_steps(1)
     assert ModelInfo("m", {"target": "x", "params": {}}).timesteps == 1000
+
+
+# -- Stable Diffusion ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "facts"),
+    [
+        (stable_diffusion_config(1), (1, False, False)),
+        (stable_diffusion_config(2), (2, False, False)),
+        (text_inpainting_config(1), (1, True, False)),
+        (text_inpainting_config(2), (2, True, False)),
+        (upscaler_config(), (2, False, True)),
+        (text_config(), (None, False, False)),
+        (inpainting_config(), (None, False, False)),
+        (superresolution_config(), (None, False, False)),
+        (pixel_config(), (None, False, False)),
+    ],
+    ids=["v1", "v2", "v1 in-painting", "v2 in-painting", "upscaler", "text", "in-painting", "enlarging", "pixels"],
+)
+def test_models_of_stable_diffusion_are_recognised(config, facts):
+    info = ModelInfo("m", config)
+    assert (info.stable_diffusion, info.fills_by_text, info.enlarges_by_text) == facts
+    assert info.needs_image == any(facts[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("v1-inference", (1, False, False, 512)),
+        ("v1-inpainting-inference", (1, True, False, 512)),
+        ("v2-inference", (2, False, False, 512)),
+        ("v2-inference-v", (2, False, False, 768)),
+        ("v2-inpainting-inference", (2, True, False, 512)),
+        ("x4-upscaling", (2, False, True, 512)),
+    ],
+)
+def test_facts_of_the_shipped_configurations_of_stable_diffusion(repo_root, name, facts):
+    info = ModelInfo(name, read_config(repo_root / f"configs/stable-diffusion/{name}.yaml"))
+    assert (info.stable_diffusion, info.fills_by_text, info.enlarges_by_text, info.size.height) == facts
+    assert info.size.width == info.size.height

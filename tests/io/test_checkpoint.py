@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import sys
 from collections import OrderedDict
 from types import ModuleType
@@ -19,7 +20,7 @@ from torch import nn
 from ldm.errors import UserError
 from ldm.io.checkpoint.loading import load_weights, without_ema
 from ldm.io.checkpoint.reading import read_checkpoint, read_state_dict, training_step
-from ldm.io.checkpoint.writing import save_safetensors
+from ldm.io.checkpoint.writing import save_checkpoint, save_safetensors
 from ldm.modules.ema import LitEma
 
 
@@ -283,6 +284,19 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, model, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         save_safetensors(model, path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("save", [save_checkpoint, save_safetensors])
+def test_error_states_why_a_file_could_not_be_written(tmp_path, save):
+    """torch reports only a position in the file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(UserError, match=r'^cannot write ".*model": File too large; choose'):
+            save({"weight": torch.zeros(1_000_000)}, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,36 @@
-"""Parameter names from files, formatted for log lines and errors."""
+"""Names of weights, and names from files formatted for log lines and errors."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 logger = logging.getLogger(__name__)
+EMA_PREFIX = "model_ema."  # of moving averages
+
+
+TEXT_MODEL = "text_model."  # part of the names of CLIP's text model, which some versions of transformers leave out
+POSITION_IDS = "embeddings.position_ids"  # entry of published files that is computed
+
+
+def respelled(names: Iterable[str], own: Collection[str]) -> dict[str, str | None]:
+    """Map the names of a CLIP's text model to the spelling that a module has, and computed entries to None.
+
+    Args:
+        names: names of weights; those without another spelling are left out.
+        own: names of the module's weights.
+    """
+    other = {name.replace(TEXT_MODEL, "", 1): name for name in own if TEXT_MODEL in name}
+    found: dict[str, str | None] = {}
+    for name in names:
+        if name in own:
+            continue
+        without = name.replace(TEXT_MODEL, "", 1)
+        if name in other or without in own:
+            found[name] = other.get(name, without)
+        elif name.endswith(POSITION_IDS):
+            found[name] = None
+    return found
 
 
 def printable(value: object, limit: int = 80) -> str:

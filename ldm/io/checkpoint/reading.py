@@ -13,8 +13,9 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.io.checkpoint.kinds import check_not_foreign
 from ldm.io.checkpoint.names import first_names, log_names, printable
+from ldm.io.checkpoint.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
 # Lightning 1.x wrote names of its own classes into checkpoints, e.g. as keys of `callbacks`.
@@ -32,6 +35,22 @@ _ZIP, _PICKLE, _TAR = b"PK\x03\x04", b"\x80", b"ustar"
 _MAX_HEADER = 1 << 48  # bytes in the header of a safetensors file; the first bytes of a text file state more
 # Largest size of a tensor that repeats its stored values (stride 0); larger ones could exhaust the memory.
 _MAX_EXPANDED_BYTES = 1 << 20
+# Entries of a checkpoint that hold the weights. The first one wins; several of the others are an error.
+HOLDERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "network",
+    "net",
+    "weights",
+    "params",
+    "ema",
+    "ema_state_dict",
+    "model_ema",
+    "params_ema",
+)
+MAX_DEPTH = 3  # of entries in entries
 
 
 class _StandIn:
@@ -84,39 +103,148 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _read_torch(path, mmap=file_format == "zip")
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint, which are its entry `state_dict` or the whole file.
+def read_state_dict(path: str | os.PathLike[str], as_written: bool = False) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint.
 
-    Entries among the weights that are not tensors are dropped and logged.
+    They are its entry `state_dict`, another one of `HOLDERS`, or the whole file. Entries among the weights that are not
+    tensors are dropped and logged.
+
+    Args:
+        path: the file, or a folder in the form of diffusers, whose weights are returned under our names.
+        as_written: read the entry `state_dict` or the whole file only, and keep all names, as resuming a run needs.
+            By default the parts of names that wrappers insert, such as `module.`, are left out and logged.
 
     Raises:
-        UserError: as `read_checkpoint`; or there are no weights, or some are not plain tensors.
+        UserError: as `read_checkpoint`; or there are no weights, several sets of them, or some are not plain tensors.
     """
+    if Path(path).is_dir() and not as_written:
+        from ldm.io.diffusers import files, pipeline
+
+        if files.is_folder(Path(path)):
+            return pipeline.read_weights(Path(path))
     checkpoint = read_checkpoint(path)
-    weights = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(weights, Mapping):
-        weights = {}
-    tensors = {name: value for name, value in weights.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    if not tensors:
-        keys = first_names(map(printable, checkpoint)) or "nothing"
-        raise UserError(f'"{path}" contains no weights (it contains: {keys}); give a checkpoint with a "state_dict"')
+    holder, weights = _choose_weights(path, checkpoint, HOLDERS[:1] if as_written else HOLDERS)
+    if holder not in ("", "state_dict"):
+        logger.info('reading the weights of "%s" from its entry "%s"', path, holder)
+    tensors = _tensors(weights)
     for name, tensor in tensors.items():
         fault = _tensor_fault(tensor)
         if fault is not None:
             raise UserError(f'"{path}" is refused: "{printable(name)}" {fault}; save its weights as plain tensors')
-    if weights is not checkpoint:
+    if holder:
         log_names(
             "not tensors in the weights of", f'"{path}"', [printable(name) for name in weights if name not in tensors]
         )
-    return tensors
+    return tensors if as_written else _unwrapped(path, tensors)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Names and shapes of the weights in a checkpoint, and the metadata of a safetensors file."""
+
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read names and shapes of the weights in a checkpoint; the values stay on disk if the format allows it.
+
+    Raises:
+        UserError: as `read_state_dict`.
+    """
+    path = Path(path)
+    if _file_format(path) != "safetensors":
+        _, weights = _choose_weights(path, read_checkpoint(path), HOLDERS)
+        return Header(_unwrapped_shapes({name: tuple(value.shape) for name, value in _tensors(weights).items()}), {})
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, ValueError, AttributeError, OSError) as error:
+        raise _damaged(path, error) from None
+    return Header(_unwrapped_shapes(shapes), metadata)
+
+
+def _unwrapped_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    names = unwrapped(shapes)
+    return {names[name]: shape for name, shape in shapes.items()}
+
+
+def _choose_weights(
+    path: str | os.PathLike[str], checkpoint: Mapping[str, Any], holders: Sequence[str]
+) -> tuple[str, Mapping[Any, Any]]:
+    """Return the weights in a checkpoint and the entry that holds them, "" for the whole checkpoint.
+
+    Raises:
+        UserError: there are no weights, or several sets of them.
+    """
+    found = _find_weights(checkpoint, holders, MAX_DEPTH if len(holders) > 1 else 1)
+    if "state_dict" in checkpoint:  # tensors beside it are not weights
+        found.pop("", None)
+    if not found:
+        check_not_foreign({name: () for name in checkpoint if isinstance(name, str)}, f'"{path}"', parts=False)
+        keys = first_names(map(printable, checkpoint)) or "nothing"
+        raise UserError(f'"{path}" contains no weights (it contains: {keys}); give a checkpoint with a "state_dict"')
+    if len(found) > 1:
+        names = ", ".join(f'"{name}"' for name in found)
+        raise UserError(
+            f'"{path}" contains several sets of weights, {names}; save one of them alone, under "state_dict"'
+        )
+    ((holder, weights),) = found.items()
+    return holder, weights
+
+
+def _find_weights(content: Any, holders: Sequence[str], depth: int) -> dict[str, Mapping[Any, Any]]:
+    """Return the sets of weights in a checkpoint by their dotted position; that of the whole checkpoint is "".
+
+    A `state_dict` is the only set, and a checkpoint with entries that hold weights is not a set itself.
+
+    Args:
+        content: the checkpoint.
+        holders: entries that may hold weights.
+        depth: number of entries inside each other.
+    """
+    if not isinstance(content, Mapping):
+        return {}
+    found: dict[str, Mapping[Any, Any]] = {}
+    for holder in holders if depth else ():
+        inner = _find_weights(content.get(holder), holders, depth - 1)
+        found |= {f"{holder}.{name}" if name else holder: weights for name, weights in inner.items()}
+        if holder == "state_dict" and found:
+            break
+    return found or ({"": content} if _tensors(content) else {})
+
+
+def _tensors(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def _unwrapped(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights without the parts of names that wrappers insert, and log an example."""
+    names = unwrapped(tensors)
+    changed = [name for name in tensors if names[name] != name]
+    if changed:
+        first = changed[0]
+        logger.info(
+            'the weights of "%s" are those of a wrapped model: %d names are read without its prefix, e.g. %s as %s',
+            path,
+            len(changed),
+            printable(first),
+            printable(names[first]),
+        )
+    return {names[name]: value for name, value in tensors.items()}
 
 
 def training_step(path: str | os.PathLike[str]) -> int:
-    """Return the training step at which a checkpoint was written; 0 if it states none.
+    """Return the training step at which a checkpoint was written; 0 if it states none, as folders of diffusers do.
 
     Raises:
         UserError: as `read_checkpoint`.
     """
+    if Path(path).is_dir():
+        return 0
     content = read_checkpoint(path)
     metadata = content.get("metadata")
     step = content.get("global_step", metadata.get("step") if isinstance(metadata, Mapping) else None)
@@ -253,13 +381,13 @@ def _globals(file: IO[bytes]) -> set[str]:
     names: set[str] = set()
     with suppress(ValueError):  # a broken pickle; torch reports it
         for _ in range(4):
-            names |= {arg.replace(" ", ".") for op, arg, _ in pickletools.genops(file) if op.name == "GLOBAL"}
+            names |= {str(arg).replace(" ", ".") for op, arg, _ in pickletools.genops(file) if op.name == "GLOBAL"}
     return names
 
 
-def _stand_ins(names: Iterable[str]) -> list[tuple[Callable[..., Any], str]]:
+def _stand_ins(names: Iterable[str]) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Return inert replacements of Lightning's classes and NumPy's scalars in a file, for one call of `torch.load`."""
-    found: list[tuple[Callable[..., Any], str]] = []
+    found: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
     for name in names:
         if name.startswith(_LIGHTNING) and name.endswith(".AttributeDict"):  # the type of hyperparameters
             found.append((dict, name))
@@ -277,12 +405,11 @@ def _refused(path: Path, reason: str) -> UserError:
     logger.debug("%s: %s", path, reason)
     named = re.search(r"GLOBAL ([\w.]+)", reason)
     instruction = re.search(r"Unsupported operand (\d+)", reason)
+    opcodes = {opcode.code: opcode.name for opcode in pickletools.opcodes}
     if named is not None:
         content = f'"{printable(named[1])}", and loading that could run code'
-    elif instruction is not None and chr(int(instruction[1])) in pickletools.code2op:
-        content = (
-            f"the pickle instruction {pickletools.code2op[chr(int(instruction[1]))].name}, which weights never need"
-        )
+    elif instruction is not None and chr(int(instruction[1])) in opcodes:
+        content = f"the pickle instruction {opcodes[chr(int(instruction[1]))]}, which weights never need"
     elif re.search(r"call reduce|create new object|Can only build|persistent_load|persistent id", reason):
         content = "objects that could run code when loaded"
     else:
