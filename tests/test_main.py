@@ -1,9 +1,11 @@
 """`main.py`: errors, files of a run, and published names."""
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import main
 from ldm.cli import train
 from ldm.config.instantiate import get_obj_from_str
 from ldm.errors import UserError
-from ldm.training import options
+from ldm.training import configuration, options
 from ldm.training.configuration import make_plan
 from ldm.training.run import parse_gpus
 
@@ -131,6 +133,8 @@ REFUSED = [
         )
     ),
     ("learning rate", ["-b", "tiny.yaml", "model.base_learning_rate=fast"], None, "base_learning_rate"),
+    ("infinite learning rate", ["-b", "tiny.yaml", "model.base_learning_rate=.inf"], None, "base_learning_rate"),
+    ("learning rate of NaN", ["-b", "tiny.yaml", "model.base_learning_rate=.nan"], None, "base_learning_rate"),
     ("data parameter", ["-b", "tiny.yaml", "data.params.batchsize=3"], None, '"batch_size"'),
     ("batch size", ["-b", "tiny.yaml", "data.params.batch_size=0"], None, "must be an integer of at least 1, not 0"),
     ("batch size as text", ["-b", "tiny.yaml", "data.params.batch_size=many"], None, 'needs a number as "batch_size"'),
@@ -242,8 +246,11 @@ def test_every_argument_of_the_installed_trainer_is_known():
 
     from pytorch_lightning import Trainer
 
-    signature = inspect.signature(Trainer.__init__)
-    assert [*options.trainer_arguments()] == [*signature.parameters][1:]
+    parameters = inspect.signature(Trainer).parameters
+    known = {*options.TRAINER_OPTIONS, *options.CONFIGURED_ELSEWHERE}
+    assert known == {*parameters} == {*options.trainer_arguments(["other"])}
+    boolean = {name for name, parameter in parameters.items() if "bool" in str(parameter.annotation)}
+    assert boolean & {*options.TRAINER_OPTIONS} == options.BOOLEAN_OPTIONS
 
 
 def test_public_names_come_from_ldm_training():
@@ -284,6 +291,33 @@ def test_run_writes_documented_files(config, tmp_path):
     assert "loss.discriminator.main.0.weight" in checkpoint["state_dict"]
     # scale_lr: accumulated batches × devices × batch size × base
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(1 * 1 * 2 * 1e-3)
+
+
+def test_runs_started_in_the_same_second_have_separate_folders(config, tmp_path, monkeypatch):
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2025, 1, 1, 12)
+
+    monkeypatch.setattr(configuration, "datetime", Noon)
+    for steps in ("1", "2", "3"):
+        assert main.main(["-b", "tiny.yaml", "-t", "--max_steps", steps, *QUIET]) == 0
+    found = {
+        path.parents[1].name: torch.load(path, weights_only=True)["global_step"]
+        for path in tmp_path.glob("logs/*/checkpoints/last.ckpt")
+    }
+    name = "2025-01-01T12-00-00_tiny"
+    assert found == {name: 1, f"{name}_1": 2, f"{name}_2": 3}
+    for steps in (1, 2, 3):  # the name is free again after a debug run, but not below debug_runs
+        shutil.rmtree(tmp_path / "logs" / name, ignore_errors=True)
+        assert main.main(["-b", "tiny.yaml", "-t", "-d", "--max_steps", "1", *QUIET]) == 0
+        assert len(list((tmp_path / "logs" / "debug_runs").iterdir())) == steps
+
+
+def test_name_of_a_run_may_contain_an_equals_sign(config, tmp_path):
+    assert main.main(["-b", "tiny.yaml", "-t", "-n", "v1.0=best", "--max_steps", "1", *QUIET]) == 0
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert folder.name.endswith("_v1.0=best")
 
 
 def test_weights_without_training_state_cannot_be_resumed(config, tmp_path, capsys):

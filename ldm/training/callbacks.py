@@ -5,60 +5,88 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from omegaconf import OmegaConf
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import TQDMProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
+from ldm.errors import is_out_of_memory
 from ldm.io.grids import make_grid
 from ldm.io.images import save_png
+from ldm.io.pixels import in_random_colours
+from ldm.training.image_loggers import log_image
+from ldm.training.rng import preserved_rng
+from ldm.training.run_folder import save_configuration
 
 logger = logging.getLogger(__name__)
 
 
 class SetupCallback(Callback):
-    """Create the log folder and save the configuration when training starts.
+    """Create the log folder when training starts, and save the configuration.
+
+    A resumed run saves its configuration after its first batch, so that one that fails to start changes nothing.
 
     Args:
         resume: the checkpoint that the run resumes from, or None.
         now: time of the start, the prefix of the file names.
         logdir, ckptdir, cfgdir: the folders.
         config, lightning_config: the contents of `<now>-project.yaml` and `<now>-lightning.yaml`.
+        options: the content of `<now>-options.yaml`, if there is one.
     """
 
     def __init__(
-        self, resume: Any, now: str, logdir: Any, ckptdir: Any, cfgdir: Any, config: Any, lightning_config: Any
+        self,
+        resume: Any,
+        now: str,
+        logdir: Any,
+        ckptdir: Any,
+        cfgdir: Any,
+        config: Any,
+        lightning_config: Any,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.resume, self.now = resume, now
         self.logdir, self.ckptdir, self.cfgdir = Path(logdir), Path(ckptdir), Path(cfgdir)
-        self.config, self.lightning_config = config, lightning_config
+        self.config, self.lightning_config, self.options = config, lightning_config, options
+        self.started = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Create the folders and write the two files, in the first process only."""
+        """Create the folders and save the configuration of a new run, in the first process only."""
         if not trainer.is_global_zero:
             return
         for folder in (self.logdir, self.ckptdir, self.cfgdir):
             folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, self.cfgdir / f"{self.now}-project.yaml")
-        sections = OmegaConf.create({"lightning": self.lightning_config})
-        OmegaConf.save(sections, self.cfgdir / f"{self.now}-lightning.yaml")
+        if not self.resume:
+            self._save()
         logger.info('log folder: "%s"', self.logdir)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save the configuration of a resumed run after its first batch, in the first process only."""
+        is_trial = trainer.fast_dev_run  # type: ignore[attr-defined] # Lightning sets it without a declaration
+        if not self.started and self.resume and trainer.is_global_zero and not is_trial:
+            self._save()
+        self.started = True
+
+    def _save(self) -> None:
+        parts = {"project": self.config, "lightning": {"lightning": self.lightning_config}}
+        if self.options is not None:
+            parts["options"] = {"options": self.options}
+        save_configuration(self.cfgdir, self.now, parts)
 
 
 class ImageLogger(Callback):
-    """Write the model's images to `images/{train,val}` and to TensorBoard.
+    """Write the model's images to `images/{train,val}` and to every logger that shows images.
 
     The random numbers of training stay unchanged. A validation shows images of its first batch, at most as often as
-    training does.
+    training does. Images that cannot be generated or written are reported once, and training goes on.
 
     Args:
         batch_frequency: steps between two sets of images.
@@ -87,10 +115,12 @@ class ImageLogger(Callback):
         super().__init__()
         self.batch_freq, self.max_images = batch_frequency, max_images
         self.clamp, self.rescale, self.disabled = clamp, rescale, disabled
-        self.increase_log_steps = increase_log_steps
+        self.log_steps = [2**n for n in range(max(1, batch_frequency).bit_length())] if increase_log_steps else []
         self.log_on_batch_idx, self.log_first_step = log_on_batch_idx, log_first_step
         self.log_images_kwargs = dict(log_images_kwargs or {})
         self._last_step = {"train": 0, "val": 0}
+        self._since: int | None = None
+        self._reported: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the steps at which images were last written."""
@@ -100,14 +130,24 @@ class ImageLogger(Callback):
         """Restore the steps at which images were last written."""
         self._last_step.update(state_dict)
 
-    def check_frequency(self, step: int, since: int) -> bool:
-        """Return whether a step after `since`, up to and including `step`, is due for images."""
-        if step <= since:
+    def check_frequency(self, check_idx: int) -> bool:
+        """Return whether images are due at a step: a multiple of `batch_freq`, or one of `log_steps`.
+
+        In training, the steps between the last images and this one count too, because a step may take several batches.
+        """
+        since = check_idx - 1 if self._since is None else self._since
+        if check_idx <= since:
             return False
-        if step // self.batch_freq > since // self.batch_freq:
+        if check_idx // self.batch_freq > since // self.batch_freq:
             return True
-        highest_power = 1 << (min(step, self.batch_freq).bit_length() - 1)
-        return self.increase_log_steps and highest_power > since
+        return any(since < step <= check_idx for step in self.log_steps)
+
+    def _is_due(self, split: str, step: int) -> bool:
+        self._since = self._last_step[split]
+        try:
+            return self.check_frequency(step)
+        finally:
+            self._since = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from zero again if batches of the epoch count."""
@@ -115,14 +155,20 @@ class ImageLogger(Callback):
             self._last_step["train"] = 0
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Write images of the training batch if they are due."""
         step = batch_idx if self.log_on_batch_idx else trainer.global_step
         first = self.log_first_step and trainer.current_epoch == 0 and batch_idx == 0
-        if first or self.check_frequency(step, self._last_step["train"]):
+        if first or self._is_due("train", step):
             self._last_step["train"] = step
-            self.log_img(trainer, pl_module, batch, batch_idx, "train")
+            self.log_img(pl_module, batch, batch_idx, "train")
 
     def on_validation_batch_end(
         self,
@@ -135,33 +181,85 @@ class ImageLogger(Callback):
     ) -> None:
         """Write images of the first validation batch if they are due."""
         step = trainer.global_step
-        if batch_idx == 0 and not trainer.sanity_checking and self.check_frequency(step, self._last_step["val"]):
+        if batch_idx == 0 and not trainer.sanity_checking and self._is_due("val", step):
             self._last_step["val"] = step
-            self.log_img(trainer, pl_module, batch, batch_idx, "val")
+            self.log_img(pl_module, batch, batch_idx, "val")
 
-    def log_img(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, split: str) -> None:
+    def log_img(self, pl_module: LightningModule, batch: Any, batch_idx: int, split: str = "train") -> None:
         """Generate the model's images and write them, in the first process only."""
+        trainer = pl_module.trainer
         if self.disabled or self.max_images < 1 or not hasattr(pl_module, "log_images") or not trainer.is_global_zero:
             return
-        batch = _first_items(batch, self.max_images)
-        with isolate_rng(), torch.no_grad(), _eval_mode(pl_module), trainer.precision_plugin.forward_context():
-            images = pl_module.log_images(batch, split=split, **self.log_images_kwargs)
-        folder = Path(trainer.default_root_dir) / "images" / split
-        step, epoch = trainer.global_step, trainer.current_epoch
+        try:
+            images = dict(self._generate(trainer, pl_module, _first_items(batch, self.max_images), split))
+        except Exception as error:
+            self._report_failure(split, f"{split} images", error)
+            return
         for key, value in images.items():
-            grid = self._grid(value)
-            name = f"{key}_gs-{step:06}_e-{epoch:06}_b-{batch_idx:06}.png"
-            save_png(grid, folder / name)
-            for run_logger in trainer.loggers:
-                if isinstance(run_logger, TensorBoardLogger):
-                    run_logger.experiment.add_image(f"{split}/{key}", grid, global_step=step, dataformats="HWC")
+            try:
+                self._write(trainer, split, key, value, batch_idx)
+            except Exception as error:
+                self._report_failure(split, f'{split} images "{key}"', error)
 
-    def _grid(self, images: torch.Tensor) -> Any:
-        images = images.detach().float().cpu()
+    def _generate(self, trainer: Trainer, pl_module: Any, batch: Any, split: str) -> dict[str, torch.Tensor]:
+        """Return the images of a module with `log_images`."""
+        with preserved_rng(), torch.no_grad(), _eval_mode(pl_module), trainer.precision_plugin.forward_context():
+            return pl_module.log_images(batch, split=split, **self.log_images_kwargs)
+
+    def log_local(
+        self,
+        save_dir: str | Path,
+        split: str,
+        images: Mapping[str, torch.Tensor],
+        global_step: int,
+        current_epoch: int,
+        batch_idx: int,
+    ) -> None:
+        """Write a grid of each batch of images (B, C, H, W) to `images/<split>` in a folder."""
+        name = f"gs-{global_step:06}_e-{current_epoch:06}_b-{batch_idx:06}.png"
+        for key, value in images.items():
+            save_png(self._grid(value), Path(save_dir) / "images" / split / f"{key}_{name}")
+
+    def _write(self, trainer: Trainer, split: str, key: str, images: torch.Tensor, batch_idx: int) -> None:
+        """Write images to a file and to the loggers, unless some of their values are not finite."""
+        images, name = images.detach().float().cpu(), f"{split}/{key}"
+        if not images.isfinite().all():
+            self._warn_once(name, f'the images "{name}" are not finite and are not written; training goes on')
+            return
+        step, epoch = trainer.global_step, trainer.current_epoch
+        self.log_local(trainer.default_root_dir, split, {key: images}, step, epoch, batch_idx)
+        if not trainer.loggers:
+            return
+        grid = self._grid(images)
+        for run_logger in trainer.loggers:
+            try:
+                log_image(run_logger, name, grid, step)
+            except Exception as error:
+                place = type(run_logger).__name__
+                self._report_failure(place, f"images in {place}", error)
+
+    def _grid(self, images: torch.Tensor) -> np.ndarray:
         images = images[None] if images.dim() == 3 else images[: self.max_images]
         if not self.rescale:
             images = images * 2.0 - 1.0
+        if images.shape[1] not in (1, 3, 4):
+            images = in_random_colours(images)
         return make_grid(images.clamp(-1.0, 1.0) if self.clamp else images, nrow=4)
+
+    def _report_failure(self, place: str, what: str, error: Exception) -> None:
+        """Log one line for each place and type of error."""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if is_out_of_memory(error):
+            reason = "out of memory"
+            traceback.clear_frames(error.__traceback__)  # they hold tensors
+            torch.cuda.empty_cache()
+        logger.debug("no %s", what, exc_info=error)
+        self._warn_once(f"{place}: {type(error).__name__}", f"no {what}: {reason}; training goes on")
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._reported:
+            self._reported.add(kind)
+            logger.warning("%s", message)
 
 
 @contextmanager
@@ -199,12 +297,12 @@ class CUDACallback(Callback):
             torch.cuda.synchronize(trainer.strategy.root_device)
         self.start_time = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any = None) -> None:
         """Report time and memory, averaged over all processes."""
         device = trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-            memory = torch.cuda.max_memory_allocated(device)
+            memory: float = torch.cuda.max_memory_allocated(device)
         else:
             memory = _peak_resident_memory()
         values = torch.tensor([time.perf_counter() - self.start_time, memory / 2**20], device=device)
@@ -245,7 +343,7 @@ class ProgressBar(TQDMProgressBar):
         return metrics
 
     def _seconds_left(self, trainer: Trainer) -> float | None:
-        total = trainer.max_steps
+        total: float = trainer.max_steps
         if total < 0 and trainer.max_epochs and trainer.max_epochs > 0:
             total = trainer.max_epochs * trainer.num_training_batches // max(1, trainer.accumulate_grad_batches)
         if self._start is None or not 0 < total < float("inf") or trainer.global_step <= self._start[1]:

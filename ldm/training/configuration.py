@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,12 +18,13 @@ from ldm.config.assets import locate
 from ldm.errors import UserError, did_you_mean
 from ldm.io.files import check_writable
 from ldm.training.options import trainer_arguments
+from ldm.training.run_folder import find_run, saved_configurations, saved_options
 
 SECTIONS = ("model", "data", "lightning")
 LIGHTNING_SECTIONS = ("trainer", "logger", "modelcheckpoint", "callbacks")
 DEVICES = {"accelerator", "devices"}
-# Lightning runs the command again in one process per further device; all processes must use the same folder.
-START_TIME_VARIABLE = "LDM_START_TIME"
+# Options of the command whose values are saved with a run, and their defaults.
+DEFAULT_OPTIONS = {"seed": 23, "scale_lr": True}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Plan:
     Attributes:
         config: the sections `model` and `data`.
         lightning: the sections `trainer`, `logger`, `modelcheckpoint` and `callbacks`.
-        folder: the log folder.
+        folder: the log folder; a new run reserves it, or another one, when it starts.
         now: time of the start, the prefix of file names.
         checkpoint: the checkpoint to resume from.
         train, test: train, and test afterwards.
@@ -58,6 +59,11 @@ class Plan:
         """Folder of the checkpoints."""
         return self.folder / "checkpoints"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the command that are saved with the run."""
+        return {name: getattr(self, name) for name in DEFAULT_OPTIONS}
+
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Read and check the configurations, and choose the folders.
@@ -66,24 +72,22 @@ def make_plan(args: argparse.Namespace) -> Plan:
         UserError: a file is missing or invalid, a section or an argument of the Trainer is unknown, there is nothing
             to do, or the path to resume from is not a run.
     """
-    overrides = [*args.overrides, *(word for word in args.base if "=" in word)]
-    files = [locate(word) for word in args.base if "=" not in word]
-    folder, checkpoint = _find_run(Path(args.resume)) if args.resume else (None, None)
-    if folder is not None:
-        files = [*sorted((folder / "configs").glob("*.yaml")), *files]
-    if not files:
+    folder, checkpoint = find_run(Path(args.resume)) if args.resume else (None, None)
+    saved = [read_yaml(file) for file in saved_configurations(folder)] if folder else []
+    files = [locate(word) for word in args.base if not _is_override(word)]
+    if not (files or saved):
         raise UserError("there is no configuration; give --base CONFIG.yaml, or a run with --resume")
-    configs = [*(read_yaml(file) for file in files), _parse_overrides(overrides)]
-    try:
-        merged = OmegaConf.merge(*configs)
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise UserError(f"cannot merge the configurations: {_first_line(error)}") from None
+    overrides = _parse_overrides([*args.overrides, *filter(_is_override, args.base)])
+    merged = _merge([*saved, *(read_yaml(file) for file in files), overrides])
+    if checkpoint is not None:
+        _check_weights(_merge(saved), overrides)
     config, lightning = _split_sections(merged)
     _add_trainer_arguments(lightning, args.trainer)
-    if not args.train and checkpoint is None:
+    if not args.train and (checkpoint is None or args.no_test):
         raise UserError("there is nothing to do; give -t to train, or -r to test a trained model")
+    options = _choose_options(args, folder)
     check_writable(folder or Path(args.logdir), "--logdir" if folder is None else "--resume")
-    now = os.environ.get(START_TIME_VARIABLE) or datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     return Plan(
         config=config,
         lightning=lightning,
@@ -93,31 +97,100 @@ def make_plan(args: argparse.Namespace) -> Plan:
         train=args.train,
         test=not args.no_test,
         debug=args.debug,
-        seed=args.seed,
-        scale_lr=args.scale_lr,
+        **options,
     )
 
 
-def _find_run(path: Path) -> tuple[Path, Path]:
-    """Return the log folder and the checkpoint of the run whose log folder or checkpoint is `path`."""
-    if path.is_dir():
-        checkpoint = path / "checkpoints" / "last.ckpt"
-        if not checkpoint.is_file():
-            raise UserError(f'cannot resume from "{path}": it has no checkpoints/last.ckpt')
-        return path, checkpoint
-    if not path.is_file():
-        raise UserError(f'cannot resume from "{path}": there is no such folder or checkpoint')
-    folder = next((parent.parent for parent in path.parents if parent.name == "checkpoints"), None)
-    if folder is None:
+def _is_override(word: str) -> bool:
+    """Return whether a word after `--base` is an override such as `lightning=null`, and not a file."""
+    return (
+        bool(re.match(r"[A-Za-z_][\w.-]*=", word))
+        and not word.endswith((".yaml", ".yml"))
+        and not locate(word).is_file()
+    )
+
+
+def _merge(configs: Iterable[DictConfig]) -> DictConfig:
+    """Merge configurations; devices of a later one replace those of the others, also in the other spelling."""
+    merged = OmegaConf.create()
+    try:
+        for config in configs:
+            _remove_devices(_trainer_section(merged), _trainer_section(config))
+            merged = cast(DictConfig, OmegaConf.merge(merged, config))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UserError(f"cannot merge the configurations: {_first_line(error)}") from None
+    return merged
+
+
+def _trainer_section(config: DictConfig) -> Any:
+    lightning = config.get("lightning")
+    return lightning.get("trainer") if isinstance(lightning, DictConfig) else None
+
+
+def _remove_devices(trainer: Any, later: Any) -> None:
+    """Remove from `trainer` the devices that `later` replaces: `gpus`, or `accelerator` and `devices`."""
+    if not isinstance(trainer, DictConfig) or not isinstance(later, DictConfig | dict):
+        return
+    replaced = ("accelerator", "devices") if "gpus" in later else ("gpus",) if later.keys() & DEVICES else ()
+    for name in replaced:
+        trainer.pop(name, None)
+
+
+def _check_weights(saved: DictConfig, overrides: DictConfig) -> None:
+    """Raise UserError if an override names other initial weights for a resumed run."""
+    before = dict(_leaves(saved.get("model"), "model"))
+    for key, value in _leaves(overrides.get("model"), "model"):
+        if key.endswith("ckpt_path") and value is not None and value != before.get(key):
+            raise UserError(
+                f"{key} has no effect on a resumed run, whose checkpoint contains all weights; "
+                "leave it out, or start a new run from these weights without --resume"
+            )
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the values below `value` that are not mappings, with their dotted keys; interpolations stay as text."""
+    if isinstance(value, DictConfig):
+        value = OmegaConf.to_container(value, resolve=False)
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}")
+    else:
+        yield key, value
+
+
+def _choose_options(args: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
+    """Return the options that are saved with a run: as given, or those of the run to resume, or the defaults.
+
+    Raises:
+        UserError: another seed is given for a run to resume, which continues with its own random numbers.
+    """
+    saved = _read_options(folder)
+    if args.train and "seed" in saved and args.seed not in (None, saved["seed"]):
         raise UserError(
-            f'cannot resume from "{path}": it is not inside LOGDIR/checkpoints; '
-            "to start a new run from its weights, give model.params.ckpt_path=PATH"
+            f"--seed {args.seed} has no effect on a resumed run, which continues the random numbers of its seed "
+            f"{saved['seed']}; leave out --seed"
         )
-    return folder, path
+    given = {name: value for name, value in vars(args).items() if name in DEFAULT_OPTIONS and value is not None}
+    return DEFAULT_OPTIONS | saved | given
 
 
-def read_yaml(path: Path) -> DictConfig:
+def _read_options(folder: Path | None) -> dict[str, Any]:
+    file = saved_options(folder) if folder else None
+    options = read_yaml(file, ("options",)).get("options") if file else {}
+    _check_mapping(options, "options")
+    _check_keys(options, DEFAULT_OPTIONS, f'"{file}"')
+    for name, value in options.items():
+        if type(value) is not type(DEFAULT_OPTIONS[name]):
+            raise UserError(f'"{file}" has an invalid {name}: {value}')
+    return dict(options)
+
+
+def read_yaml(path: Path, sections: Iterable[str] = SECTIONS) -> DictConfig:
     """Read a configuration file and check its sections.
+
+    Args:
+        path: the file.
+        sections: the sections that it may have.
 
     Raises:
         UserError: the file is missing, is not valid YAML, or has an unknown section.
@@ -136,7 +209,7 @@ def read_yaml(path: Path) -> DictConfig:
         raise UserError(f'cannot read the configuration "{path}": {_first_line(error)}') from None
     if not isinstance(config, DictConfig):
         raise UserError(f'the configuration "{path}" has no sections; it needs at least "model:"')
-    _check_keys(config, SECTIONS, f'the configuration "{path}"')
+    _check_keys(config, sections, f'the configuration "{path}"')
     return config
 
 
@@ -147,6 +220,11 @@ def _parse_overrides(words: list[str]) -> DictConfig:
         raise UserError(f"cannot parse {' '.join(words)}: {_first_line(error)}; write key.sub=value") from None
     _check_keys(config, SECTIONS, "the command line")
     return config
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Return a section as plain values, with its interpolations resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 
 def _split_sections(merged: DictConfig) -> tuple[DictConfig, DictConfig]:
@@ -165,7 +243,7 @@ def _split_sections(merged: DictConfig) -> tuple[DictConfig, DictConfig]:
     _check_keys(lightning, LIGHTNING_SECTIONS, 'the section "lightning"')
     for name, section in lightning.items():
         if section:
-            _check_mapping(section, f"lightning.{name}")
+            _check_mapping(section, f"lightning.{name!s}")
     for name in ("logger", "modelcheckpoint"):
         if lightning.get(name):
             _check_mapping(lightning[name].get("params", {}), f"lightning.{name}.params")
@@ -176,12 +254,10 @@ def _add_trainer_arguments(lightning: DictConfig, arguments: dict[str, Any]) -> 
     if "gpus" in arguments and arguments.keys() & DEVICES:
         raise UserError("--gpus cannot be combined with --accelerator or --devices; give one of them")
     trainer = OmegaConf.create(lightning.get("trainer") or {})
-    # Devices on the command line replace those of the files, also when they use the other argument.
-    replaced = ("accelerator", "devices") if "gpus" in arguments else ("gpus",) if arguments.keys() & DEVICES else ()
-    for name in replaced:
-        trainer.pop(name, None)
-    trainer = OmegaConf.merge(trainer, arguments)
-    _check_keys(trainer, [*trainer_arguments(), "gpus"], 'the section "lightning.trainer"')
+    _remove_devices(trainer, arguments)
+    trainer = cast(DictConfig, OmegaConf.merge(trainer, arguments))
+    known = trainer_arguments({str(key) for key in trainer} - {"gpus"})
+    _check_keys(trainer, [*known, "gpus"], 'the section "lightning.trainer"')
     lightning.trainer = trainer
 
 
@@ -190,7 +266,7 @@ def _check_mapping(section: Any, where: str) -> None:
         raise UserError(f'the section "{where}" must be a mapping of keys to values, not: {_first_line(section)}')
 
 
-def _check_keys(config: DictConfig, known: Iterable[str], where: str) -> None:
+def _check_keys(config: Iterable[Any], known: Iterable[str], where: str) -> None:
     known = tuple(known)
     for key in config:
         if key not in known:

@@ -13,11 +13,13 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ldm.config.instantiate import instantiate_from_config
 from ldm.errors import UserError, did_you_mean
-from ldm.training.loader import ResumableLoader, StreamWorkerInit, seed_worker, shard_stream
+from ldm.training.loader import ResumableLoader, StreamWorkerInit, length_of, seed_worker, shard_stream
 
 logger = logging.getLogger(__name__)
 
 LATENT_CACHE_KEYS = ("variants", "path")
+# The data sets, and the names that Lightning has for them.
+PREFIXES = {"train": "train", "validation": "val", "test": "test", "predict": "predict"}
 
 
 class WrappedDataset(Dataset):
@@ -31,6 +33,11 @@ class WrappedDataset(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.data[index]
+
+
+def shown_name(prefix: str) -> str:
+    """Return the name of a data set in messages; `prefix` is the name that Lightning has for it."""
+    return next((f"data.params.{name}" for name, own in PREFIXES.items() if own == prefix), f"the {prefix} data")
 
 
 class DataModuleFromConfig(LightningDataModule):
@@ -83,9 +90,8 @@ class DataModuleFromConfig(LightningDataModule):
         self.dataset_configs = {name: config for name, config in configs.items() if config is not None}
         self.datasets: dict[str, Any] = {}
         # Lightning looks for the loaders' methods, so only existing data sets may have one.
-        hooks = {"train": "train", "validation": "val", "test": "test", "predict": "predict"}
         for name in self.dataset_configs:
-            setattr(self, f"{hooks[name]}_dataloader", getattr(self, f"_{hooks[name]}_dataloader"))
+            setattr(self, f"{PREFIXES[name]}_dataloader", getattr(self, f"_{PREFIXES[name]}_dataloader"))
 
     def prepare_data(self) -> None:
         """Build the data sets, which may download files; Lightning calls this in one process per machine."""
@@ -97,9 +103,13 @@ class DataModuleFromConfig(LightningDataModule):
             return
         datasets = {name: instantiate_from_config(config) for name, config in self.dataset_configs.items()}
         for name, dataset in datasets.items():
-            if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
-                raise UserError(f"the data set data.params.{name} is empty; check its files")
-            size = f"{len(dataset)} items" if hasattr(dataset, "__len__") else "a stream"
+            length, is_stream = length_of(dataset), isinstance(dataset, IterableDataset)
+            if length is None and not is_stream:
+                raise UserError(f"data.params.{name}: {type(dataset).__name__} has no length; define __len__")
+            if length == 0:
+                remedy = "set its number of records" if is_stream else "check its files"
+                raise UserError(f"the data set data.params.{name} is empty; {remedy}")
+            size = "a stream" if length is None else f"{length} items"
             logger.info("%s: %s, %s", name, type(dataset).__name__, size)
         self.datasets = {
             name: WrappedDataset(dataset) if self.wrap and not isinstance(dataset, IterableDataset) else dataset
@@ -107,8 +117,8 @@ class DataModuleFromConfig(LightningDataModule):
         }
 
     def _train_dataloader(self) -> ResumableLoader:
-        dataset = self.datasets["train"]
-        overfit = self.trainer is not None and self.trainer.overfit_batches > 0
+        dataset, trainer = self.datasets["train"], self._any_trainer()
+        overfit = trainer is not None and trainer.overfit_batches > 0
         return self._loader("train", shuffle=not overfit, limit=self._limit(dataset))
 
     def _val_dataloader(self) -> ResumableLoader:
@@ -120,12 +130,15 @@ class DataModuleFromConfig(LightningDataModule):
     def _predict_dataloader(self) -> ResumableLoader:
         return self._loader("predict", self.shuffle["predict"])
 
+    def _any_trainer(self) -> Any:
+        return self.trainer  # some of its attributes are set without a declaration
+
     def _loader(self, name: str, shuffle: bool, limit: int | None = None) -> ResumableLoader:
         dataset = self.datasets[name]
         rank, replicas = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         is_stream = isinstance(dataset, IterableDataset)
         if is_stream and self.num_workers == 0:
-            shard_stream(dataset, rank, replicas)
+            shard_stream(dataset, rank, replicas, self.batch_size if replicas > 1 else None)
         return ResumableLoader(
             dataset,
             self.batch_size,
@@ -134,8 +147,9 @@ class DataModuleFromConfig(LightningDataModule):
             rank=rank,
             replicas=replicas,
             limit=limit,
+            name=shown_name(PREFIXES[name]),
             num_workers=self.num_workers,
-            worker_init_fn=StreamWorkerInit(rank, replicas) if is_stream else seed_worker,
+            worker_init_fn=StreamWorkerInit(rank, replicas, self.batch_size) if is_stream else seed_worker,
             # Training workers restart in each epoch, so that a resumed run repeats the same augmentation.
             persistent_workers=self.num_workers > 0 and name != "train",
             pin_memory=torch.cuda.is_available(),
@@ -143,10 +157,11 @@ class DataModuleFromConfig(LightningDataModule):
 
     def _limit(self, dataset: Any) -> int | None:
         """Return the number of batches in an epoch if the trainer limits it."""
-        limit = self.trainer.limit_train_batches if self.trainer is not None else None
+        trainer = self._any_trainer()
+        limit = None if trainer is None else trainer.limit_train_batches
         if limit is None or isinstance(dataset, IterableDataset):
             return None
         if isinstance(limit, int):
             return limit
-        batches = -(-len(dataset) // (self.batch_size * self.trainer.world_size))
+        batches = -(-len(dataset) // (self.batch_size * trainer.world_size))
         return int(batches * limit)

@@ -12,12 +12,17 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from ldm.errors import UserError
+from ldm.io.batch_items import describe_items, item_names
 from ldm.io.checkpoint.reading import read_checkpoint
 from ldm.io.checkpoint.writing import save_atomically
+from ldm.io.files import check_writable
 from ldm.io.pixels import batch_entry, batch_images
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import CONDITIONING_KEY, LATENT_KEY, LatentDiffusion
-from ldm.training.data import DataModuleFromConfig
+from ldm.training.batch_check import BatchCheck
+from ldm.training.collate import Collate
+from ldm.training.data import DataModuleFromConfig, shown_name
+from ldm.training.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +69,8 @@ def cache_latents(
     """Replace the training set of `data` by its latents, according to its `latent_cache`.
 
     `variants` (default: 1) is the number of times each item is encoded, with the augmentation of the data set. `path`
-    (default: none) is a file for the result. An existing file is used if it comes from the same first stage and
-    settings; otherwise it is computed again.
+    (default: none) is a file for the result. An existing file is used if it comes from the same first stage, settings
+    and data (see `ldm.training.fingerprint`); otherwise it is computed again.
 
     Args:
         data: the data module.
@@ -74,19 +79,25 @@ def cache_latents(
         autocast_dtype: encode under autocast with this dtype.
 
     Raises:
-        UserError: the first stage is not an `AutoencoderKL`, the training set is a stream, or the cache cannot contain
-            the conditioning of the model.
+        UserError: the first stage is not an `AutoencoderKL`, the training set is a stream, the cache cannot contain
+            the conditioning of the model, an item is not what the model needs, or `path` is another file.
     """
     if not isinstance(getattr(model, "first_stage_model", None), AutoencoderKL):
         raise UserError("latent_cache needs an AutoencoderKL as the first stage; remove it from data.params")
     data.setup()
-    dataset, settings = data.datasets["train"], data.latent_cache
+    dataset, settings = data.datasets["train"], data.latent_cache or {}
     if isinstance(dataset, IterableDataset):
         raise UserError("latent_cache needs a training set with a length; remove it from data.params")
     variants, path = settings.get("variants", 1), settings.get("path")
-    key = _digest(model, data.dataset_configs["train"], len(dataset), variants, autocast_dtype)
+    key = {
+        "first stage": _model_digest(model),
+        "settings": _settings_digest(data.dataset_configs["train"], len(dataset), variants, autocast_dtype),
+        "data": "" if path is None else fingerprint(dataset),
+    }
     cached = _read_cache(path, key)
     if cached is None or not cached.has_conditioning(model):
+        if path is not None:
+            check_writable(Path(path).parent, "data.params.latent_cache.path")
         cached = _encode(dataset, model, variants, data.batch_size, torch.device(device), autocast_dtype)
         if path is not None:
             content = {"moments": cached.moments, "fields": cached.fields, "conditioning": cached.conditioning}
@@ -94,13 +105,21 @@ def cache_latents(
     data.datasets["train"] = cached
 
 
-def _read_cache(path: str | None, key: str) -> CachedLatents | None:
-    """Read the latents from the file `path` if it has this key."""
+def _read_cache(path: str | None, key: dict[str, str]) -> CachedLatents | None:
+    """Read the latents from the file `path` if it has this key.
+
+    Raises:
+        UserError: the file is not a cache of latents, and must not be replaced.
+    """
     if path is None or not Path(path).is_file():
         return None
     stored = read_checkpoint(path)
-    if stored.get("key") != key:
-        log.info("computing latents again: those in %s come from another first stage or data set", path)
+    if not {"key", "moments"} <= stored.keys():
+        raise UserError(f'data.params.latent_cache.path "{path}" is not a cache of latents; name another file')
+    stored_key = stored["key"] if isinstance(stored["key"], dict) else {}
+    changed = [part for part, value in key.items() if stored_key.get(part) != value]
+    if changed:
+        log.info("computing latents again: those in %s are of another state (%s)", path, ", ".join(changed))
         return None
     log.info("using the latents in %s", path)
     return CachedLatents(stored["moments"], stored["fields"], stored.get("conditioning"))
@@ -108,7 +127,7 @@ def _read_cache(path: str | None, key: str) -> CachedLatents | None:
 
 @torch.no_grad()
 def _encode(
-    dataset: Dataset,
+    dataset: Any,
     model: LatentDiffusion,
     variants: int,
     batch_size: int,
@@ -119,10 +138,13 @@ def _encode(
     moments: list[torch.Tensor] = []
     conditioning: list[torch.Tensor] = []
     fields: dict[str, list[Any]] = {}
-    loader = DataLoader(dataset, batch_size=batch_size)
+    name = shown_name("train")
+    check = BatchCheck(model)
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=Collate(name))
     with tqdm(total=variants * len(dataset), desc="encoding latents", unit="image") as progress:
         for _ in range(variants):
             for batch in loader:
+                check(batch, name)
                 batch_fields = _non_image_fields(batch, model.first_stage_key)
                 has_image_conditioning = _conditioning_entry(model) not in (None, *batch_fields)
                 images = batch_images(batch, model.first_stage_key).to(device)
@@ -130,6 +152,7 @@ def _encode(
                     if has_image_conditioning:
                         conditioning.append(_encode_conditioning(model, batch).to("cpu", torch.float16))
                     moments.append(model.first_stage_model.encode(images).parameters.to("cpu", torch.float16))
+                _check_finite(moments[-1], batch, name)
                 for key, values in batch_fields.items():
                     fields.setdefault(key, []).extend(values)
                 progress.update(len(images))
@@ -174,9 +197,23 @@ def _encode_conditioning(model: LatentDiffusion, batch: dict[str, Any]) -> torch
     return encoded
 
 
-def _digest(model: LatentDiffusion, *settings: Any) -> str:
-    """Return a hash of the settings and of the frozen stages' weights, which determine the latents."""
-    digest = hashlib.sha256(repr(settings).encode())
+def _check_finite(moments: torch.Tensor, batch: dict[str, Any], name: str) -> None:
+    """Raise UserError if latents of a batch are not finite in float16."""
+    finite = moments.flatten(1).isfinite().all(dim=1).tolist()
+    bad = [position for position, is_finite in enumerate(finite) if not is_finite]
+    if bad:
+        items = describe_items(item_names(batch), bad)
+        raise UserError(f"{name}: the latents of {items} in a batch are not finite; check images and first stage")
+
+
+def _settings_digest(*settings: Any) -> str:
+    """Return a hash of the settings."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()
+
+
+def _model_digest(model: LatentDiffusion) -> str:
+    """Return a hash of the frozen stages' weights, which determine the latents."""
+    digest = hashlib.sha256()
     stages = [model.first_stage_model]
     if _conditioning_entry(model) is not None and not model.cond_stage_trainable:
         digest.update(f"{model.cond_stage_key} {model.cond_stage_model}".encode())

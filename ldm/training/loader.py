@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
+
+from ldm.errors import UserError
+from ldm.training.collate import Collate
+from ldm.training.processes import any_process
+from ldm.training.signals import leave_signals_to_main_process
+
+logger = logging.getLogger(__name__)
+
+END = object()  # after the last batch
+
+
+def length_of(dataset: Any) -> int | None:
+    """Return the number of items of a data set, or None if it has no length, as many streams."""
+    try:
+        return len(dataset)
+    except TypeError:
+        return None
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -33,7 +52,7 @@ class EpochBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.size, generator=generator).tolist() if self.shuffle else list(range(self.size))
-        order += order[: -len(order) % self.replicas]
+        order = [*order, *padding(order, self.replicas)]
         indices = order[self.rank :: self.replicas]
         for first in range(self.start * self.batch_size, len(indices), self.batch_size):
             yield indices[first : first + self.batch_size]
@@ -42,40 +61,52 @@ class EpochBatches(Sampler[list[int]]):
         return math.ceil(math.ceil(self.size / self.replicas) / self.batch_size)
 
 
+def padding(items: Sequence[Any], count: int) -> list[Any]:
+    """Return the items that repeat `items`, from the first on, until the number of all is a multiple of `count`."""
+    return [items[i % len(items)] for i in range(-len(items) % count)] if len(items) else []
+
+
 class ResumableLoader(DataLoader):
     """Data loader that tracks its epoch and position, which Lightning saves in checkpoints.
+
+    All processes of a run receive the same number of batches. A stream ends for all when it ends for one of them.
 
     Args:
         dataset: the data set; an iterable one keeps its own order and restarts from its beginning.
         batch_size: number of items in a batch.
         limit: number of batches that the trainer uses of an epoch, if it does not use all.
+        name: name of the data set in messages, such as "data.params.train".
         shuffle, seed, rank, replicas: see `EpochBatches`.
         options: further arguments of `DataLoader`.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Any,
         batch_size: int,
         shuffle: bool = False,
         seed: int = 0,
         rank: int = 0,
         replicas: int = 1,
         limit: int | None = None,
+        name: str = "the data set",
         **options: Any,
     ) -> None:
         # With its own generator, the start of an epoch leaves PyTorch's global generator unchanged.
         options["generator"] = torch.Generator()
+        options.setdefault("collate_fn", Collate(name))
         if isinstance(dataset, IterableDataset):
             super().__init__(dataset, batch_size=batch_size, **options)
             self.batches = None
         else:
             self.batches = EpochBatches(len(dataset), batch_size, shuffle, seed, rank, replicas)
             super().__init__(dataset, batch_sampler=self.batches, **options)
-        self.seed, self.limit = seed, limit
+        self.seed, self.limit, self.name, self.replicas = seed, limit, name, replicas
+        self._items = batch_size * replicas
         self.epoch, self.position, self._used = 0, 0, False
+        self._is_short = False
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # Lightning may start an epoch twice; the epoch is over only if it returned a batch.
         if self._used:
             self.epoch, self.position, self._used = self.epoch + 1, 0, False
@@ -84,37 +115,135 @@ class ResumableLoader(DataLoader):
         self.generator.manual_seed(self.seed + self.epoch)
         return self._counted(super().__iter__())
 
+    def __len__(self) -> int:
+        if self.batches is None:
+            count = shared_length(self.dataset, self.batch_size or 1, self.replicas, self.num_workers)
+            return super().__len__() if count is None else count
+        return super().__len__()
+
     def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
+        """Iterate over batches and count them.
+
+        Raises:
+            UserError: an item cannot be read, or there is none.
+        """
+        while (batch := self._next(batches)) is not END:
             self.position, self._used = self.position + 1, True
             yield batch
+        if self.position == 0:
+            self._raise_empty()
+        if self.batches is None:
+            self._check_length()
+
+    def _raise_empty(self) -> NoReturn:
+        kind = type(self.dataset).__name__
+        if self.epoch == 0:
+            raise UserError(f"{self.name}: {kind} returned no item; check its files and filters")
+        raise UserError(
+            f"{self.name}: {kind} returned no item when it was read again; its __iter__ must start from the first item "
+            "each time"
+        )
+
+    def _check_length(self) -> None:
+        """Warn once if a stream was shorter than it says, because the trainer validates after its last batch."""
+        promised = length_of(self)
+        if promised is not None and self.position < promised and not self._is_short:
+            self._is_short = True
+            logger.warning(
+                "%s: %s returned %d batches, not %d as its __len__ says; validation waits for the last one",
+                *(self.name, type(self.dataset).__name__, self.position, promised),
+            )
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """Return the next batch, or `END` when this process, or for a stream any process, has no more."""
+        try:
+            batch = next(batches, END)
+        except (UserError, OSError) as error:
+            reason = worker_error(error)
+            if reason is None:
+                raise
+            raise UserError(reason) from error
+        if self.batches is not None or self.replicas == 1:
+            return batch
+        (is_over,) = any_process(batch is END)
+        return END if is_over else batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch, the number of batches returned in it, and the seed."""
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed}
+        """Return the epoch, the number of batches returned in it and their items in all processes, and the seed."""
+        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "items": self._items}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restore epoch, position and seed; the next iteration resumes the epoch or starts the next one."""
-        self.epoch, self.position, self.seed = state["epoch"], state["position"], state["seed"]
+        self.epoch, self.seed = state["epoch"], state["seed"]
+        # With another batch size, the epoch resumes at the same item or, if that is within a batch, at its first one.
+        self.position = state["position"] * state.get("items", self._items) // self._items
         if self.batches is None:
             self.position = 0
         elif self.position >= (len(self) if self.limit is None else min(self.limit, len(self))):
             self.epoch, self.position = self.epoch + 1, 0
 
 
+def worker_error(error: Exception) -> str | None:
+    """Return the message of an error in a worker, which PyTorch wraps in a traceback; None for other errors."""
+    text = str(error).rstrip()
+    if not re.match(r"Caught \w+ in .*worker process", text):
+        return None
+    last_line = text.rpartition("\n")[2]
+    return last_line.partition(": ")[2] or last_line
+
+
 def seed_worker(worker_id: int) -> None:
-    """Seed NumPy and `random` in a worker with PyTorch's seed, which differs in every worker and epoch."""
+    """Seed NumPy and `random` in a worker with PyTorch's seed, which differs in every worker and epoch.
+
+    OpenCV runs in the worker alone: its threads would compete with those of the other workers.
+    """
+    import cv2
+
+    cv2.setNumThreads(0)
+    leave_signals_to_main_process()
     seed = torch.initial_seed() % 2**32
     np.random.seed(seed)
     random.seed(seed)
 
 
-def shard_stream(dataset: Any, index: int, count: int) -> None:
-    """Restrict a stream, or each stream of a chain, to every `count`-th of its `valid_ids` from `index` on."""
-    for stream in getattr(dataset, "datasets", [dataset]):
+def shard_stream(dataset: Any, index: int, count: int, batch_size: int | None = None) -> None:
+    """Restrict a stream, or each stream of a chain, to every `count`-th of its `valid_ids` from `index` on.
+
+    Args:
+        dataset: the stream.
+        index: index of the share.
+        count: number of shares.
+        batch_size: repeat ids if the shares would otherwise have different numbers of batches of this size.
+    """
+    for stream in _streams(dataset):
         ids = getattr(stream, "valid_ids", None)
         if ids is not None:
+            repeated = padding(ids, count) if batch_size and not _has_equal_batches(dataset, count, batch_size) else []
+            ids = [*ids, *repeated]
             stream.sample_ids = [ids[i] for i in range(index, len(ids), count)]
+
+
+def _has_equal_batches(dataset: Any, count: int, batch_size: int) -> bool:
+    """Return whether all shares of a stream have the same number of batches."""
+    sizes = [len(ids) for stream in _streams(dataset) if (ids := getattr(stream, "valid_ids", None)) is not None]
+    shortest, longest = sum(size // count for size in sizes), sum(math.ceil(size / count) for size in sizes)
+    return math.ceil(shortest / batch_size) == math.ceil(longest / batch_size)
+
+
+def _streams(dataset: Any) -> Sequence[Any]:
+    """Return the streams of a chain, or the stream itself."""
+    return getattr(dataset, "datasets", [dataset])
+
+
+def shared_length(dataset: Any, batch_size: int, replicas: int, workers: int) -> int | None:
+    """Return the number of batches for each of several processes; None if the stream is not shared by its ids."""
+    streams = _streams(dataset)
+    sizes = [len(ids) for stream in streams if (ids := getattr(stream, "valid_ids", None)) is not None]
+    if replicas == 1 or len(sizes) < len(streams):
+        return None
+    workers = max(1, workers)
+    share = sum(math.ceil(size / (replicas * workers)) for size in sizes)
+    return workers * math.ceil(share / batch_size)
 
 
 @dataclass(frozen=True)
@@ -123,13 +252,16 @@ class StreamWorkerInit:
 
     Args:
         rank, replicas: index of this process, and number of processes.
+        batch_size: see `shard_stream`; all processes get the same number of batches of this size.
     """
 
     rank: int
     replicas: int
+    batch_size: int | None = None
 
     def __call__(self, worker_id: int) -> None:
         seed_worker(worker_id)
-        worker = get_worker_info()
+        worker: Any = get_worker_info()
         index = self.rank * worker.num_workers + worker_id
-        shard_stream(worker.dataset, index, self.replicas * worker.num_workers)
+        batch_size = self.batch_size if self.replicas > 1 else None
+        shard_stream(worker.dataset, index, self.replicas * worker.num_workers, batch_size)

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.core.optimizer import LightningOptimizer
+from pytorch_lightning.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.config.instantiate import instantiate_from_config
 from ldm.errors import UserError
+from ldm.models.lightning import Trainable, overridden_hooks
+from ldm.training.batch_check import BatchCheck
+from ldm.training.captions import CaptionWarning
+from ldm.training.data import shown_name
+from ldm.training.finite_steps import StepGuard, ValidationRecord
 from ldm.training.optimizers import fused
 from ldm.training.rng import rng_state, set_rng_state
 
@@ -35,17 +41,24 @@ class ManualOptimization:
 
 
 def lightning_module(model: nn.Module, manual: ManualOptimization | None = None) -> LightningModule:
-    """Return the adapter that trains `model`; a LightningModule is returned unchanged.
+    """Return the adapter that trains `model`; a LightningModule of the user's own is returned unchanged.
 
     Args:
-        model: a model with `adversarial_loss` (first stages) or `shared_step` (diffusion models and classifiers).
+        model: a model with `adversarial_loss` (first stages) or `shared_step` (diffusion models and classifiers). The
+            hooks that its class defines are called.
         manual: arguments that the adapter of a first stage applies instead of the Trainer.
 
     Raises:
-        UserError: the model has neither method.
+        UserError: the model has neither method, or its class has hooks that are not called.
     """
-    if isinstance(model, LightningModule):
-        return model
+    from ldm.training.own_hooks import OwnHooksTraining, refuse_hooks
+
+    if trains_itself(model):
+        return cast(LightningModule, model)
+    hooks = overridden_hooks(type(model))
+    if isinstance(model, Trainable) and hooks:
+        return OwnHooksTraining(model, hooks)
+    refuse_hooks(model, hooks)
     if hasattr(model, "adversarial_loss"):
         return AutoencoderTraining(model, manual or ManualOptimization())
     if hasattr(model, "noise_accuracies"):
@@ -58,16 +71,27 @@ def lightning_module(model: nn.Module, manual: ManualOptimization | None = None)
     )
 
 
+def trains_itself(model: nn.Module) -> bool:
+    """Return whether a model is a LightningModule of the user's own, which needs no adapter."""
+    return isinstance(model, LightningModule) and not isinstance(model, Trainable)
+
+
 class ModelTraining(LightningModule):
     """Base class of the adapters: state dict, random states in checkpoints, and sample images."""
+
+    model: Any  # a module with the methods that the adapter calls; the configuration chooses its class
+    hooks: frozenset[str] = frozenset()  # hooks of the model's class that the adapter calls
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self._saved_rng: dict[str, Any] | None = None
         self._training_rng: dict[str, Any] | None = None
+        self._check_batch = BatchCheck(model)
+        self._guard = StepGuard(self)
+        self._validation = ValidationRecord()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the state dict of the model."""
         return self.model.state_dict(*args, **kwargs)
 
@@ -83,6 +107,12 @@ class ModelTraining(LightningModule):
     def log_images(self, batch: Mapping[str, Any], **options: Any) -> dict[str, Tensor]:
         """Return the images that the model generates for a batch."""
         return self.model.log_images(batch, **options)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check a batch before it is copied to the device."""
+        stage = cast(RunningStage, self.trainer.state.stage)  # the Trainer sets it before it reads batches
+        self._check_batch(batch, shown_name(str(stage.dataloader_prefix)), warn=self.trainer.is_global_zero)
+        return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the random states, so that a resumed run repeats the random numbers of an uninterrupted one."""
@@ -104,8 +134,18 @@ class ModelTraining(LightningModule):
         """Save the random states, so that validation does not change training."""
         self._training_rng = rng_state()
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Report a step that was skipped, because its loss or gradients are not finite."""
+        self._guard.end_batch()
+
+    def log_validation(self, log: Mapping[str, Any], batch: Any, batch_idx: int) -> None:
+        """Log the values of a validation batch, averaged over the epoch and all processes."""
+        self._validation.record(log, batch, batch_idx, self.current_epoch)
+        self.log_dict(log, on_step=False, on_epoch=True, batch_size=_batch_size(batch), sync_dist=True)
+
     def on_validation_end(self) -> None:
-        """Restore the random states of training."""
+        """Report losses that are not finite, and restore the random states of training."""
+        self._validation.report()
         if self._training_rng is not None:
             set_rng_state(self._training_rng)
         self._training_rng = None
@@ -131,23 +171,36 @@ class OneLossTraining(ModelTraining):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
+        self._guard.begin(batch, batch_idx)
         loss, log = self.model.shared_step(batch)
+        self._guard.record(loss)
         size = _batch_size(batch)
         self.log_dict(log, prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
         self.log("global_step", float(self.global_step), prog_bar=False, on_step=True, on_epoch=False, batch_size=size)
         if getattr(self.model, "scheduler_config", None) is not None:
-            rate = self.optimizers().param_groups[0]["lr"]
+            rate = cast(LightningOptimizer, self.optimizers()).param_groups[0]["lr"]
             self.log("lr_abs", rate, prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Skip the step if its loss or gradients are not finite."""
+        self._guard.check(optimizer)
+        self._guard.drop_gradients(optimizer)
 
 
 class DiffusionTraining(OneLossTraining):
     """Adapter of a diffusion model, with a moving average of the weights."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._caption_warning = CaptionWarning()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Call the model before each batch, e.g. to measure the scale of its latents on the first batch of all."""
         first = self.current_epoch == 0 and self.global_step == 0 and batch_idx == 0
         self.model.before_training_batch(batch, first)
+        if self.trainer.is_global_zero:
+            self._caption_warning.check(self.model, batch)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step and update the moving average, so that checkpoints contain the average of their step."""
@@ -163,7 +216,7 @@ class DiffusionTraining(OneLossTraining):
             with self.model.ema_scope():
                 _, ema_log = self.model.shared_step(batch)
         log = {**log, **{f"{key}_ema": value for key, value in ema_log.items()}}
-        self.log_dict(log, on_step=False, on_epoch=True, batch_size=_batch_size(batch), sync_dist=True)
+        self.log_validation(log, batch, batch_idx)
 
 
 class ClassifierTraining(OneLossTraining):
@@ -172,10 +225,10 @@ class ClassifierTraining(OneLossTraining):
     @torch.no_grad()
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss and the accuracies at random timesteps, and the accuracy at each noise level."""
-        x = self.model.get_input(batch)
+        x = self.model.get_x_start(batch)
         _, log = self.model.shared_step(batch, x=x)
         log = {**log, **self.model.noise_accuracies(batch, x)}
-        self.log_dict(log, on_step=False, on_epoch=True, batch_size=_batch_size(batch), sync_dist=True)
+        self.log_validation(log, batch, batch_idx)
 
 
 class AutoencoderTraining(ModelTraining):
@@ -194,7 +247,7 @@ class AutoencoderTraining(ModelTraining):
         """Return Adam for the autoencoder and, if there is one, for the discriminator."""
         generator, discriminator = self.model.optimizer_parameters()
         factor = getattr(self.model, "lr_g_factor", 1.0)
-        optimizers = [fused(Adam, generator, lr=factor * self.learning_rate, betas=(0.5, 0.9))]
+        optimizers: list[Optimizer] = [fused(Adam, generator, lr=factor * self.learning_rate, betas=(0.5, 0.9))]
         if discriminator:
             optimizers.append(fused(Adam, discriminator, lr=self.learning_rate, betas=(0.5, 0.9)))
         return optimizers, self._schedulers(optimizers)
@@ -206,13 +259,14 @@ class AutoencoderTraining(ModelTraining):
         step = self.global_step
         is_step = (batch_idx + 1) % self.manual.accumulate_grad_batches == 0 or self.trainer.is_last_batch
 
+        self._guard.begin(batch, batch_idx)
         # The discriminator must not accumulate gradients of the autoencoder's loss.
         self.toggle_optimizer(optimizers[0])
         rec = self.model.reconstruct(batch)
         self._backward(rec, 0, step, batch, "aeloss")
         self.untoggle_optimizer(optimizers[0])
         if is_step:
-            self._clip(optimizers[0])
+            self._check_and_clip(optimizers[0], 0)
             optimizers[0].step()
             optimizers[0].zero_grad()
             if hasattr(self.model, "update_ema"):
@@ -220,7 +274,7 @@ class AutoencoderTraining(ModelTraining):
         if len(optimizers) > 1:
             self._backward(_detached(rec), 1, step, batch, "discloss")
             if is_step:
-                self._clip(optimizers[1])
+                self._check_and_clip(optimizers[1], 1)
                 self._uncounted_step(optimizers[1])
                 optimizers[1].zero_grad()
         if is_step:
@@ -229,18 +283,23 @@ class AutoencoderTraining(ModelTraining):
 
     def _backward(self, rec: Any, index: int, step: int, batch: Any, name: str) -> None:
         loss, log = self.model.adversarial_loss(rec, index, step, split="train")
+        self._guard.record(loss, index)
         size = _batch_size(batch)
         self.log(name, loss.detach(), prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
         self.log_dict(log, on_step=True, on_epoch=True, batch_size=size)
         self.manual_backward(loss / self.manual.accumulate_grad_batches)
 
-    def _clip(self, optimizer: LightningOptimizer) -> None:
-        if self.manual.gradient_clip_val:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Skip the step if its loss or gradients are not finite."""
+        self._guard.drop_gradients(optimizer)
+
+    def _check_and_clip(self, optimizer: LightningOptimizer, index: int) -> None:
+        if self._guard.check(optimizer, index) and self.manual.gradient_clip_val:
             algorithm = self.manual.gradient_clip_algorithm or "norm"
             # In float16 the gradients are still scaled here.
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
             limit = self.manual.gradient_clip_val * (scaler.get_scale() if scaler else 1.0)
-            self.clip_gradients(optimizer, limit, algorithm)
+            self.clip_gradients(optimizer, limit, algorithm)  # type: ignore[arg-type] # as Lightning documents it
 
     def _uncounted_step(self, optimizer: LightningOptimizer) -> None:
         """Step through the strategy, which handles the precision, without counting the step."""
@@ -249,16 +308,16 @@ class AutoencoderTraining(ModelTraining):
     @torch.no_grad()
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log both losses under `val/` and, with averaged weights, under `val_ema/`."""
-        self._validate(batch, "val")
+        self._validate(batch, batch_idx, "val")
         if getattr(self.model, "use_ema", False):
             with self.model.ema_scope():
-                self._validate(batch, "val_ema")
+                self._validate(batch, batch_idx, "val_ema")
 
-    def _validate(self, batch: Any, split: str) -> None:
+    def _validate(self, batch: Any, batch_idx: int, split: str) -> None:
         rec = self.model.reconstruct(batch)
         for index in range(len(_as_list(self.optimizers(use_pl_optimizer=False))) or 1):
             _, log = self.model.adversarial_loss(rec, index, self.global_step, split=split)
-            self.log_dict(log, on_step=False, on_epoch=True, batch_size=_batch_size(batch), sync_dist=True)
+            self.log_validation(log, batch, batch_idx)
 
 
 def _as_list(value: Any) -> list[Any]:

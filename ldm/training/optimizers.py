@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 
 FUSED_DEVICES = ("cpu", "cuda")
 
@@ -37,12 +37,12 @@ def fused(kind: type[Adam], parameters: Sequence[nn.Parameter], **options: Any) 
     return optimizer
 
 
-def _keep_fused(optimizer: Adam, state: dict[str, Any]) -> dict[str, Any]:
+def _keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     groups = [{**group, "fused": True, "foreach": None} for group in state["param_groups"]]
     return {**state, "param_groups": groups}
 
 
-def _match_layout(optimizer: Adam) -> None:
+def _match_layout(optimizer: Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():

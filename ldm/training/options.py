@@ -1,36 +1,54 @@
-"""Options that Lightning's Trainer adds to the command line, read without importing Lightning."""
+"""Options that Lightning's Trainer adds to the command line. Needs neither torch nor Lightning."""
 
 from __future__ import annotations
 
-import ast
 import importlib.util
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterable
 
 from ldm.config.distribution import install_hint
 from ldm.errors import UserError
 
-# Arguments of the Trainer that have their own section in the configuration.
-CONFIGURED_ELSEWHERE = frozenset({"logger", "callbacks", "plugins"})
-
-
-@cache
-def trainer_arguments() -> dict[str, bool]:
-    """Return every keyword of Lightning's Trainer, and whether its value is a boolean.
-
-    The source code of the installed Lightning provides them. Importing Lightning takes seconds, and `--help` and
-    misspelt options should not wait for it.
-
-    Raises:
-        UserError: Lightning is not installed.
-    """
-    spec = importlib.util.find_spec("pytorch_lightning")
-    if spec is None or spec.origin is None:
-        raise UserError(f"training needs Lightning; install it with {install_hint()}")
-    tree = ast.parse((Path(spec.origin).parent / "trainer" / "trainer.py").read_text(encoding="utf-8"))
-    trainer = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer")
-    init = next(node for node in trainer.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
-    return {
-        argument.arg: argument.annotation is not None and "bool" in ast.unparse(argument.annotation)
-        for argument in (*init.args.args[1:], *init.args.kwonlyargs)
+# Arguments of the Trainer that are options of the command. Any other argument of the installed Trainer can be given as
+# `lightning.trainer.NAME=VALUE`.
+VALUE_OPTIONS = frozenset(
+    {
+        *("accelerator", "strategy", "devices", "num_nodes", "precision", "profiler", "default_root_dir"),
+        *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time"),
+        *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
+        *("overfit_batches", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"),
+        *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "log_every_n_steps"),
+        *("reload_dataloaders_every_n_epochs", "model_registry"),
     }
+)
+# Options that mean true when they are given without a value.
+BOOLEAN_OPTIONS = frozenset(
+    {
+        *("fast_dev_run", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"),
+        *("deterministic", "benchmark", "inference_mode", "use_distributed_sampler", "detect_anomaly", "barebones"),
+        *("sync_batchnorm", "enable_autolog_hparams"),
+    }
+)
+TRAINER_OPTIONS = tuple(sorted(VALUE_OPTIONS | BOOLEAN_OPTIONS))
+# Arguments of the Trainer that have their own section in the configuration.
+CONFIGURED_ELSEWHERE = ("logger", "callbacks", "plugins")
+
+
+def check_lightning() -> None:
+    """Raise UserError if Lightning is not installed; the check does not import it, which takes seconds."""
+    if importlib.util.find_spec("pytorch_lightning") is None:
+        raise UserError(f"training needs Lightning; install it with {install_hint()}")
+
+
+def trainer_arguments(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the Trainer's arguments, for a check of `names`.
+
+    Lightning is imported only if one of `names` is not in the lists of this module.
+    """
+    listed = (*TRAINER_OPTIONS, *CONFIGURED_ELSEWHERE)
+    if set(names) <= set(listed):
+        return listed
+    import inspect
+
+    from pytorch_lightning import Trainer
+
+    return tuple(inspect.signature(Trainer).parameters)

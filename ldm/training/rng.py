@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,7 +13,8 @@ import torch
 
 def rng_state() -> dict[str, Any]:
     """Return the states of the generators of PyTorch, NumPy and Python, as tensors, numbers and tuples."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    state = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
+    name, keys, position, has_gauss, gauss = state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -29,3 +32,13 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Restore the states of all generators at the end of the block, also if it fails."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)

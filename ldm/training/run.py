@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import logging
+import math
 import os
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import OmegaConf
 
-from ldm.errors import UserError
+from ldm.errors import DiskFullError, UserError
+from ldm.io.files import reserve_folder
 from ldm.modules.precision import choose_training_precision
 from ldm.training.allocator import keep_freed_memory
-from ldm.training.configuration import START_TIME_VARIABLE, Plan
+from ldm.training.configuration import Plan, plain
+from ldm.training.processes import end_launched, failed_process, spawns, user_error_of
+from ldm.training.run_folder import reserved_folder
 
 if TYPE_CHECKING:
     from ldm.training.assembly import Components
@@ -33,34 +41,44 @@ IRRELEVANT_WARNINGS = (
     ".*sync_dist=True.*",
     ".*treespec, LeafSpec.*",
     ".*not supported by the model summary.*",
+    ".*overridden `on_before_batch_transfer`.*",
 )
+
+
+# Settings of the Trainer that end a run.
+LIMITS = ("max_steps", "max_epochs", "max_time", "limit_train_batches", "overfit_batches")
 
 
 def run(plan: Plan) -> None:
     """Train and test according to a plan.
 
     Raises:
-        UserError: a component of the plan cannot be built; nothing has been written.
+        UserError: a component of the plan cannot be built, and nothing has been written; or there is nothing to do.
     """
+    _filter_logs()
+    with _short_thread_errors():
+        if plan.checkpoint is not None:
+            _run(plan)
+            return
+        with reserved_folder(plan.folder) as folder:
+            _run(dataclasses.replace(plan, folder=folder))
+
+
+def _run(plan: Plan) -> None:
     settings = trainer_settings(plan)
     check_values(plan, settings)
     if settings["accelerator"] == "cpu":
         keep_freed_memory()
-    _filter_logs()
     from pytorch_lightning import seed_everything
 
     from ldm.training.assembly import assemble
 
     seed_everything(plan.seed, workers=True, verbose=False)
     components = assemble(plan, settings)
-    os.environ[START_TIME_VARIABLE] = plan.now
-    try:
-        if plan.train:
-            fit(plan, components)
-        if plan.test:
-            test(plan, components)
-    finally:
-        os.environ.pop(START_TIME_VARIABLE, None)
+    if plan.train:
+        fit(plan, components)
+    if plan.test:
+        test(plan, components)
 
 
 def _filter_logs() -> None:
@@ -69,6 +87,24 @@ def _filter_logs() -> None:
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_not_tip)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         logging.getLogger("ldm").setLevel(logging.WARNING)
+
+
+@contextmanager
+def _short_thread_errors() -> Iterator[None]:
+    """Log failed writing of other threads in one line; loggers write in a thread, and then raise the error as well."""
+    previous = threading.excepthook
+
+    def report(arguments: threading.ExceptHookArgs) -> None:
+        if isinstance(arguments.exc_value, OSError):
+            logger.warning("writing the logs has failed: %s", arguments.exc_value)
+        else:
+            previous(arguments)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
 
 
 def _is_not_tip(record: logging.LogRecord) -> bool:
@@ -81,7 +117,7 @@ def trainer_settings(plan: Plan) -> dict[str, Any]:
     Raises:
         UserError: the machine does not have the requested GPUs.
     """
-    settings: dict[str, Any] = OmegaConf.to_container(plan.lightning.trainer, resolve=True)
+    settings = plain(plan.lightning.trainer)
     gpus = settings.pop("gpus", None)
     if gpus is not None:
         settings |= {"accelerator": "gpu", "devices": parse_gpus(gpus)}
@@ -129,7 +165,8 @@ def _check_gpus(devices: Any) -> None:
 
 def check_values(plan: Plan, settings: dict[str, Any]) -> None:
     """Raise UserError if the learning rate or the number of accumulated batches is invalid."""
-    if plan.train and not isinstance(plan.config.model.get("base_learning_rate"), float | int):
+    rate = plan.config.model.get("base_learning_rate")
+    if plan.train and not (isinstance(rate, float | int) and math.isfinite(rate)):
         raise UserError("model.base_learning_rate must be a number, e.g. 4.5e-6; add it to the configuration")
     batches = settings.get("accumulate_grad_batches", 1)
     if not isinstance(batches, int) or batches < 1:
@@ -137,17 +174,25 @@ def check_values(plan: Plan, settings: dict[str, Any]) -> None:
 
 
 def fit(plan: Plan, components: Components) -> None:
-    """Train, resuming from the checkpoint of the plan if there is one."""
+    """Train, resuming from the checkpoint of the plan if there is one.
+
+    Raises:
+        UserError: no batch was trained, because a limit of the Trainer had been reached before.
+    """
     trainer = components.trainer
-    components.last.install_handlers()
+    components.last.install_handlers(trainer)
     checkpoint = str(plan.checkpoint) if plan.checkpoint else None
     try:
         trainer.fit(components.module, datamodule=components.data, ckpt_path=checkpoint)
     except SystemExit:
+        end_launched(trainer)
         if trainer.interrupted:  # Lightning exits this way after Ctrl-C
             raise KeyboardInterrupt from None
         raise
     except Exception as error:
+        reported = _reported_error(plan, components, error)
+        if reported is not error:
+            raise reported from error
         if plan.debug and not isinstance(error, UserError) and sys.stdin.isatty():
             import pdb
 
@@ -157,12 +202,43 @@ def fit(plan: Plan, components: Components) -> None:
         components.last.restore_handlers()  # Lightning would leave Ctrl-C ignored
         if plan.debug and plan.checkpoint is None and trainer.is_global_zero and plan.folder.is_dir():
             _move_to_debug_runs(plan.folder)
+    if not components.setup.started and not spawns(trainer):  # new processes keep the state of callbacks to themselves
+        limits = {name: plan.lightning.trainer[name] for name in LIMITS if name in plan.lightning.trainer}
+        stated = ", ".join(f"{name}: {value}" for name, value in limits.items()) or "none is given"
+        raise UserError(f"no batch was trained; give larger limits of lightning.trainer ({stated})")
+
+
+def _reported_error(plan: Plan, components: Components, error: Exception) -> BaseException:
+    """Return the error to report for one that has ended the run, and end the other processes."""
+    trainer = components.trainer
+    failed = failed_process(trainer) if isinstance(error, RuntimeError) else None
+    end_launched(trainer)
+    if spawns(trainer) and components.last.requests.stop_requested:  # processes that stop on request report an error
+        return KeyboardInterrupt()
+    if is_disk_full(error):
+        return disk_full_error(plan, error)
+    if failed is not None:
+        return UserError(f"process {failed} of the run has failed; its error is above")
+    return user_error_of(error) or error
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Return whether a file could not be written because the disk, or the quota of the user, is full."""
+    return isinstance(error, DiskFullError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_full_error(plan: Plan, error: Exception) -> DiskFullError:
+    """Return the error of a run that a full disk has ended. Checkpoints that exist are complete."""
+    reason = str(error).partition(";")[0] if isinstance(error, DiskFullError) else str(error)
+    again = f'continue with --resume "{plan.folder}"' if (plan.checkpoints / "last.ckpt").is_file() else "start again"
+    return DiskFullError(f"the run has ended: {reason}; free some space, then {again}")
 
 
 def _move_to_debug_runs(folder: Path) -> None:
-    target = folder.parent / "debug_runs" / folder.name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder.rename(target)
+    target = reserve_folder(folder.parent / "debug_runs" / folder.name)
+    for path in folder.iterdir():
+        path.rename(target / path.name)
+    folder.rmdir()
     logger.info('moved the log folder to "%s"', target)
 
 
@@ -171,7 +247,10 @@ def test(plan: Plan, components: Components) -> None:
     from pytorch_lightning.utilities.model_helpers import is_overridden
 
     if not is_overridden("test_step", components.module) or not is_overridden("test_dataloader", components.data):
-        logger.info("skipping the test: the model has no test step, or the data has no test set")
+        reason = "the model has no test step, or the data has no test set"
+        if not plan.train:
+            raise UserError(f"there is nothing to do: {reason}; give -t to train")
+        logger.info("skipping the test: %s", reason)
         return
     checkpoint = str(plan.checkpoint) if plan.checkpoint and not plan.train else None
     components.trainer.test(components.module, datamodule=components.data, ckpt_path=checkpoint)

@@ -5,9 +5,10 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
+from ldm.errors import UserError
 from ldm.training.callbacks import CUDACallback, ImageLogger, ProgressBar, SetupCallback
 from ldm.training.loader import ResumableLoader
 
@@ -40,9 +41,9 @@ def batches(count):
     return ResumableLoader([{"image": torch.zeros(8, 8, 3), "caption": "x"}] * (4 * count), 4)
 
 
-def fit(folder, *callbacks, count=6, epochs=1, validate=True, logger=False, **options):
+def fit(folder, *callbacks, count=6, epochs=1, validate=True, logger=False, kind=RandomImages, **options):
     torch.manual_seed(0)
-    module = RandomImages()
+    module = kind()
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -61,6 +62,10 @@ def fit(folder, *callbacks, count=6, epochs=1, validate=True, logger=False, **op
 
 def steps(folder, split="train", key="noise"):
     return sorted(int(path.name.split("_gs-")[1][:6]) for path in (folder / "images" / split).glob(f"{key}_*.png"))
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
 @pytest.mark.parametrize(
@@ -128,13 +133,154 @@ def test_images_are_logged_to_tensorboard(tmp_path):
     assert set(events.Tags()["images"]) == {"train/noise", "train/row"}
 
 
+class LoggerWithImages(CSVLogger):
+    """Logger with Lightning's interface for images, that of `WandbLogger`."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.images = []
+
+    def log_image(self, key, images, step=None, **options):
+        assert isinstance(images, list)
+        self.images.append((key, [image.shape for image in images], step))
+
+
+class Recorder:
+    """Experiment of a logger that records the calls of one method."""
+
+    def __init__(self, method):
+        self.calls = []
+        setattr(self, method, lambda *args, **options: self.calls.append((args, options)))
+
+
+class LoggerWithExperiment(CSVLogger):
+    def __init__(self, folder, method, **attributes):
+        super().__init__(folder)
+        self.recorder = Recorder(method)
+        vars(self).update(attributes)
+
+    @property
+    def experiment(self):
+        return self.recorder
+
+    def save(self):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+
+def test_images_reach_every_logger_that_shows_images(tmp_path):
+    wandb, comet = LoggerWithImages(tmp_path / "a"), LoggerWithExperiment(tmp_path / "b", "log_image")
+    mlflow = LoggerWithExperiment(tmp_path / "c", "log_image", run_id="run")
+    tensorboard = LoggerWithExperiment(tmp_path / "d", "add_image")
+    batch = LoggerWithExperiment(tmp_path / "e", "add_images")
+    plain = CSVLogger(tmp_path / "f")
+    fit(tmp_path, ImageLogger(1, 2), count=1, validate=False, logger=[wandb, comet, mlflow, tensorboard, batch, plain])
+    noise, row = (12, 22, 3), (8, 24, 3)
+    assert wandb.images == [("train/noise", [noise], 1), ("train/row", [row], 1)]
+    calls = comet.recorder.calls
+    assert [(args[0].shape, options) for args, options in calls] == [
+        (noise, {"name": "train/noise", "step": 1}),
+        (row, {"name": "train/row", "step": 1}),
+    ]
+    (run, image), options = mlflow.recorder.calls[0]
+    assert (run, image.shape, options) == ("run", noise, {"key": "train/noise", "step": 1})
+    (key, image), options = tensorboard.recorder.calls[0]
+    assert (key, image.shape, options) == ("train/noise", noise, {"global_step": 1, "dataformats": "HWC"})
+    (key, image), options = batch.recorder.calls[1]
+    assert (key, image.shape, options) == ("train/row", (1, *row), {"global_step": 1, "dataformats": "NHWC"})
+
+
+def test_failure_of_one_logger_is_reported_once_and_others_go_on(tmp_path, caplog):
+    failing, working = LoggerWithImages(tmp_path / "a"), LoggerWithImages(tmp_path / "b")
+
+    def fail(**options):
+        raise ConnectionError("no\nnetwork")
+
+    failing.log_image = lambda *args, **options: fail()
+    fit(tmp_path, ImageLogger(1, 2), count=3, validate=False, logger=[failing, working])
+    assert len(working.images) == 6
+    assert warnings(caplog) == ["no images in LoggerWithImages: no network; training goes on"]
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+class FailingImages(RandomImages):
+    """Module whose images cannot be generated; each call uses random numbers first."""
+
+    error: BaseException = ValueError("the sampler\n  needs more")
+
+    def log_images(self, batch, split, **options):
+        torch.rand(5)
+        self.net.weight.grad = None
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("the sampler\n  needs more"), "the sampler needs more"),
+        (UserError("choose 100 steps"), "choose 100 steps"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (ZeroDivisionError(), "ZeroDivisionError"),
+    ],
+)
+def test_failure_of_images_is_reported_once_and_training_goes_on(error, reason, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(FailingImages, "error", error)
+    module = fit(tmp_path, ImageLogger(1, 2), kind=FailingImages, count=4, validate=False)
+    assert len(module.random_numbers) == 4
+    assert warnings(caplog) == [f"no train images: {reason}; training goes on"]
+    assert module.training and not module.dropout.training
+
+
+def test_failing_images_leave_random_numbers_unchanged(tmp_path):
+    failing = fit(tmp_path, ImageLogger(1, 2), kind=FailingImages)
+    assert failing.random_numbers == fit(tmp_path).random_numbers
+
+
+def test_interruption_while_images_are_generated_stops_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(FailingImages, "error", KeyboardInterrupt())
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path, ImageLogger(1, 2), kind=FailingImages, validate=False)
+
+
+def test_images_that_are_not_finite_are_reported_and_not_written(tmp_path, caplog):
+    bad = torch.zeros(1, 3, 8, 8)
+    bad[0, 0, 2, 2] = float("nan")
+    fit(tmp_path, ImageLogger(1, 2, log_images_kwargs={"bad": bad}), count=2, validate=False)
+    assert steps(tmp_path, key="bad") == []
+    assert steps(tmp_path, key="noise") == [1, 2]
+    assert warnings(caplog) == ['the images "train/bad" are not finite and are not written; training goes on']
+
+
+def test_failure_to_write_one_image_keeps_the_others(tmp_path, caplog):
+    for name in ("noise", "maps"):
+        (tmp_path / "images" / "train" / f"{name}_gs-000001_e-000000_b-000000.png").mkdir(parents=True)
+    maps = {"maps": torch.zeros(1, 3, 8, 8)}
+    fit(tmp_path, ImageLogger(1, 2, log_images_kwargs=maps), count=2, validate=False)
+    assert steps(tmp_path, key="row") == [1, 2]
+    (line,) = warnings(caplog)
+    assert line.startswith('no train images "noise": ')
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 7])
+def test_images_of_any_number_of_channels_are_written(channels, tmp_path, caplog):
+    values = torch.rand(2, channels, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    fit(tmp_path, ImageLogger(1, 2, log_images_kwargs={"maps": values}), count=1, validate=False)
+    image = Image.open(tmp_path / "images" / "train" / "maps_gs-000001_e-000000_b-000000.png")
+    assert (image.mode, image.size) == ("RGB", (2 * 8 + 6, 8 + 4))
+    assert image.getextrema()[0][1] > 100
+    assert warnings(caplog) == []
+
+
 def test_last_logged_step_is_restored_from_state():
     before = ImageLogger(5, 2)
     before._last_step = {"train": 7, "val": 5}
     after = ImageLogger(5, 2)
     after.load_state_dict(before.state_dict())
-    assert not after.check_frequency(9, after._last_step["train"])
-    assert after.check_frequency(10, after._last_step["train"])
+    assert not after._is_due("train", 9)
+    assert after._is_due("train", 10)
 
 
 def test_time_and_memory_are_logged_every_epoch(tmp_path, caplog):

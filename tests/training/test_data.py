@@ -30,6 +30,16 @@ class Stream(IterableDataset):
         return iter(range(6))
 
 
+class EmptyStream(Stream):
+    def __len__(self):
+        return 0
+
+
+class Endless:
+    def __getitem__(self, index):
+        return index
+
+
 @pytest.fixture
 def target(monkeypatch):
     """Return `target("Numbers")`, the configuration of a class in this module."""
@@ -106,6 +116,10 @@ def test_data_sets_are_built_once(target):
 def test_invalid_parameters_raise_user_error(target):
     with pytest.raises(UserError, match="train is empty"):
         build(batch_size=1, train=target("Numbers", size=0))
+    with pytest.raises(UserError, match=r"the data set data\.params\.train is empty; set its number of records"):
+        build(batch_size=1, train=target("EmptyStream"))
+    with pytest.raises(UserError, match=r"data\.params\.train: Endless has no length; define __len__"):
+        build(batch_size=1, train=target("Endless"))
     with pytest.raises(UserError, match="must be an integer of at least 1, not 0"):
         build(batch_size=0)
     with pytest.raises(UserError, match='did you mean "variants"'):
@@ -120,3 +134,9 @@ def test_latent_cache_settings_are_stored():
 def test_batches_are_tensors(target):
     module = build(batch_size=4, train=target("Numbers"))
     assert all(isinstance(batch, torch.Tensor) for batch in module.train_dataloader())
+
+
+def test_errors_of_loaders_name_the_data_set(target):
+    module = build(batch_size=2, train=target("Numbers"), validation=target("Numbers"))
+    assert module.train_dataloader().name == "data.params.train"
+    assert module.val_dataloader().name == module.val_dataloader().collate_fn.name == "data.params.validation"

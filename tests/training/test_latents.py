@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
+from images_on_disk import write
 from tiny_models import inpainting_config, randomise, superresolution_config, text_config
 
 from ldm.config.instantiate import instantiate_from_config
@@ -70,6 +73,94 @@ def test_file_is_reused_until_first_stage_or_data_change(model, tmp_path):
     assert not torch.allclose(first_moments(), stored)
 
 
+class Faces:
+    """Data module of the images in a folder, with their names."""
+
+    def __new__(cls, folder, path):
+        train = {"target": "ldm.data.faceshq.FacesBase", "params": {"size": 16, "data_root": str(folder)}}
+        return DataModuleFromConfig(batch_size=2, train=train, num_workers=0, latent_cache={"path": str(path)})
+
+
+def cached_faces(folder, path, model):
+    data = Faces(folder, path)
+    cache_latents(data, model)
+    cached = data.datasets["train"]
+    return cached.fields["relative_file_path_"], cached.moments
+
+
+def test_replaced_renamed_and_added_images_are_encoded_again(model, tmp_path, caplog):
+    folder, path = tmp_path / "images", tmp_path / "latents.pt"
+    caplog.set_level(logging.INFO, "ldm")
+    for seed, name in enumerate(("a.png", "b.png")):
+        write(folder / name, seed=seed)
+    model.model.conditioning_key = None
+    names, moments = cached_faces(folder, path, model)
+    assert names == ["a.png", "b.png"]
+    assert torch.equal(cached_faces(folder, path, model)[1], moments)
+    assert caplog.records[-1].getMessage() == f"using the latents in {path}"
+
+    write(folder / "b.png", seed=7)
+    _, replaced = cached_faces(folder, path, model)
+    assert torch.equal(replaced[0], moments[0]) and not torch.allclose(replaced[1], moments[1])
+    message = f"computing latents again: those in {path} are of another state (data)"
+    assert message in [record.getMessage() for record in caplog.records]
+
+    (folder / "a.png").rename(folder / "c.png")
+    names, renamed = cached_faces(folder, path, model)
+    assert names == ["b.png", "c.png"] and torch.equal(renamed, replaced.flip(0))
+    write(folder / "d.png", seed=3)
+    names, _ = cached_faces(folder, path, model)
+    assert names == ["b.png", "c.png", "d.png"]
+
+
+def test_log_names_what_has_changed(model, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "ldm")
+    path = str(tmp_path / "latents.pt")
+    cache_latents(module(path), model)
+    cache_latents(module(path, variants=2), model)
+    assert f"those in {path} are of another state (settings)" in caplog.text
+    with torch.no_grad():
+        model.first_stage_model.quant_conv.weight *= 2
+    cache_latents(module(path, variants=2), model)
+    assert f"those in {path} are of another state (first stage)" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"not a checkpoint", None], ids=["text", "checkpoint"])
+def test_another_file_is_not_replaced(content, model, tmp_path):
+    path = tmp_path / "model.ckpt"
+    if content is None:
+        torch.save({"state_dict": {"weight": torch.zeros(1)}}, path)
+    else:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"is not a cache of latents; name another file|model\.ckpt"):
+        cache_latents(module(str(path)), model)
+    assert path.read_bytes() == before
+
+
+def test_unsuitable_path_is_found_before_encoding(model, tmp_path):
+    (tmp_path / "file").touch()
+    model.first_stage_model.encode = None
+    with pytest.raises(UserError, match=r"data\.params\.latent_cache\.path .*is a file"):
+        cache_latents(module(str(tmp_path / "file" / "latents.pt")), model)
+
+
+def test_unsuitable_images_raise_user_error(model, monkeypatch):
+    data = module()
+    monkeypatch.setattr(data, "setup", lambda: data.datasets.update(train=[{"image": torch.zeros(16, 16, 3).byte()}]))
+    with pytest.raises(UserError, match=r'data\.params\.train: "image" is a tensor .* of uint8'):
+        cache_latents(data, model)
+
+
+def test_latents_that_are_not_finite_raise_user_error(model, monkeypatch):
+    items = [{"image": torch.zeros(16, 16, 3), "caption": "a", "file_path_": f"{name}.png"} for name in "abc"]
+    items[1]["image"] = torch.full((16, 16, 3), float("nan"))
+    data = module()
+    monkeypatch.setattr(data, "setup", lambda: data.datasets.update(train=items))
+    with pytest.raises(UserError, match=r'data\.params\.train: the latents of "b\.png" in a batch are not finite'):
+        cache_latents(data, model)
+
+
 def test_full_disk_raises_user_error(model, tmp_path, monkeypatch):
     def fail(content, path):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
@@ -130,7 +221,7 @@ def test_rows_of_integers_are_cached(model, layouts, tmp_path):
     [
         ("segmentation", 'latent_cache cannot contain "segmentation", the model\'s cond_stage_key'),
         ("image", 'latent_cache cannot contain "image"'),
-        ("caption", 'the dataset returns no "caption"'),
+        ("caption", 'data.params.train returns no "caption"'),
     ],
 )
 def test_uncached_conditioning_raises_user_error_before_encoding(key, message, model, layouts):

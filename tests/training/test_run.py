@@ -1,6 +1,9 @@
 """Runs of the diffusion model, with several processes, failures and interruptions."""
 
+import errno
+import re
 import sys
+import threading
 import types
 
 import pytest
@@ -133,6 +136,51 @@ def test_failure_before_first_step_saves_no_checkpoint(run, tmp_path, monkeypatc
     with pytest.raises(ZeroDivisionError):
         run(text_config(), "lightning.callbacks.image_logger=null", "--num_sanity_val_steps", "0")
     assert not list(tmp_path.glob("logs/*/checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("good", "again"), [(0, "free some space, then start again"), (1, 'free some space, then continue with --resume "')]
+)
+def test_full_disk_ends_the_run_with_one_line(good, again, run, tmp_path, monkeypatch, capsys):
+    original, count = torch.save, []
+
+    def save(content, path):
+        count.append(path)
+        if len(count) > 2 * good:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(content, path)
+
+    monkeypatch.setattr(torch, "save", save)
+    assert run(text_config(), "--max_epochs", "3", "lightning.callbacks.image_logger=null") == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert re.match(r'error: the run has ended: cannot write ".*last\.ckpt": No space left on device; ' + again, error)
+    saved = list((the_run(tmp_path) / "checkpoints").iterdir())
+    assert [torch.load(path, weights_only=True)["global_step"] for path in saved] == [3] * 2 * good
+    monkeypatch.setattr(torch, "save", original)
+    words = ["lightning.callbacks.image_logger=null", *QUIET]
+    assert not good or main.main(["-r", error.split('"')[-2], "-t", "--max_epochs", "2", *words]) == 0
+
+
+def test_failed_writing_of_a_thread_is_logged_in_one_line(run, monkeypatch, caplog, capsys):
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+    original = LatentDiffusion.shared_step
+
+    def write():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def step(self, batch):
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+        return original(self, batch)
+
+    monkeypatch.setattr(LatentDiffusion, "shared_step", step)
+    hook = threading.excepthook
+    words = ["--num_sanity_val_steps", "0", "--limit_val_batches", "0", "lightning.callbacks.image_logger=null"]
+    assert run(text_config(), "--max_steps", "1", *words) == 0
+    assert caplog.text.count("writing the logs has failed: [Errno 28] No space left on device") == 1
+    assert "Traceback" not in capsys.readouterr().err and threading.excepthook is hook
 
 
 def test_ctrl_c_finishes_the_batch_saves_and_exits_with_130(run, tmp_path, monkeypatch):

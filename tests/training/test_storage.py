@@ -26,9 +26,19 @@ def test_unfinished_run_can_be_resumed(tmp_path):
         check_resumable(tmp_path / "last.ckpt", MODEL, 3)
 
 
+def test_model_with_names_like_those_of_a_wrapper_can_be_resumed(tmp_path):
+    model = nn.ModuleDict({"module": MODEL})
+    torch.save({**RUN, "state_dict": model.state_dict()}, tmp_path / "last.ckpt")
+    check_resumable(tmp_path / "last.ckpt", model, 4)
+    with pytest.raises(UserError, match=r'differs from it in "module\.weight"'):
+        check_resumable(tmp_path / "last.ckpt", MODEL, 4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"state_dict": 3, "model": MODEL.state_dict()}, "contains no weights"),
+        ({"state_dict": {}, "model": MODEL.state_dict()}, "contains no weights"),
         ({"state_dict": 3}, "contains no weights"),
         ({"state_dict": {"w": 3}}, "contains no weights"),
         ({"state_dict": {**MODEL.state_dict(), "bias": 3}}, 'differs from it in "bias"'),
