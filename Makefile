@@ -20,15 +20,16 @@ demo: $(VENV)/.installed ## generate images from text with the bundled model
 train-demo: $(VENV)/.installed ## train a small model from scratch on the CPU, then sample from it
 	@$(BIN)/python scripts/train_demo.py
 
-test: lint ## check the style, then run every test
+test: lint ## check style and types, then run every test
 	$(BIN)/python -m pytest -q
 
 smoke: $(VENV)/.installed-test ## run the tests that take seconds
 	$(BIN)/python -m pytest -q -m "not slow"
 
-lint: $(VENV)/.installed-test ## check the style
+lint: $(VENV)/.installed-test ## check style and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(VENV)/.installed-test ## correct the style
 	$(BIN)/python -m ruff check --fix .

@@ -37,7 +37,7 @@ DISTRIBUTIONS = {
 # Needed although nothing imports them: Lightning logs to tensorboard; torchmetrics contains weights of LPIPS.
 USED_BY_NAME = {"tensorboard", "torchmetrics"}
 # Extras that add functions to the packages and the scripts; the others are for development.
-FOR_USERS = ("clip", "data", "evaluation", "retrieval")
+FOR_USERS = ("clip", "data", "diffusers", "retrieval")
 
 
 def read(path: str) -> str:
@@ -142,6 +142,14 @@ def test_supported_python_versions_are_tested():
     matrix = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"]["test"]["strategy"]["matrix"]["python"]
     assert set(matrix) <= set(PYTHONS)
     assert matrix[0] == PYTHONS[0], "the oldest version breaks first"
+    classifiers = [text.rpartition(" :: ")[2] for text in PROJECT["classifiers"]]
+    assert [name for name in classifiers if re.fullmatch(r"3\.\d+", name)] == PYTHONS
+
+
+def test_type_checker_assumes_the_oldest_supported_python():
+    settings = tomllib.loads(read("pyproject.toml"))["tool"]["mypy"]
+    assert settings["python_version"] == PYTHONS[0]
+    assert "python -m mypy\n" in read("Makefile")
 
 
 def text_files() -> Iterator[Path]:

@@ -153,7 +153,7 @@ def _not_finite(item: Item, values: str, pipeline: Pipeline, model: Any) -> User
             remedies.append("lower the guidance scale")
         if pipeline.eta != 0:
             remedies.append("lower eta")
-    remedy = " or ".join(remedies) or "check the weights of the model"
+    remedy = " or ".join([*remedies, "check the weights of the model"])
     return UserError(f"the {values} of image {item.index} (seed {item.seed}) are not finite; {remedy}")
 
 

@@ -106,7 +106,7 @@ class ResumableLoader(DataLoader):
         self.epoch, self.position, self._used = 0, 0, False
         self._is_short = False
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # torch states a private class
         # Lightning may start an epoch twice; the epoch is over only if it returned a batch.
         if self._used:
             self.epoch, self.position, self._used = self.epoch + 1, 0, False

@@ -167,7 +167,8 @@ def check_values(plan: Plan, settings: dict[str, Any]) -> None:
     """Raise UserError if the learning rate or the number of accumulated batches is invalid."""
     rate = plan.config.model.get("base_learning_rate")
     if plan.train and not (isinstance(rate, float | int) and math.isfinite(rate)):
-        raise UserError("model.base_learning_rate must be a number, e.g. 4.5e-6; add it to the configuration")
+        given = "it is missing" if rate is None else f"got {rate}"
+        raise UserError(f"model.base_learning_rate must be a finite number, e.g. 4.5e-6; {given}")
     batches = settings.get("accumulate_grad_batches", 1)
     if not isinstance(batches, int) or batches < 1:
         raise UserError(f"lightning.trainer.accumulate_grad_batches must be an integer of at least 1, not {batches}")

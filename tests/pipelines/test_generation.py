@@ -180,12 +180,12 @@ def test_latents_that_are_not_finite_are_an_error_of_their_image(model, value, d
 @pytest.mark.parametrize(
     ("settings", "dtype", "remedy"),
     [
-        ({"scale": 1e30}, torch.float32, "lower the guidance scale"),
-        ({"scale": 1.0, "eta": 1.0}, torch.float32, "lower eta"),
+        ({"scale": 1e30}, torch.float32, "lower the guidance scale or check the weights of the model"),
+        ({"scale": 1.0, "eta": 1.0}, torch.float32, "lower eta or check the weights of the model"),
         (
             {"scale": 1e30, "eta": 1.0},
             torch.bfloat16,
-            "use the precision float32 or lower the guidance scale or lower eta",
+            "use the precision float32 or lower the guidance scale or lower eta or check the weights of the model",
         ),
     ],
 )
