@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from ldm.cli.train import main
+from ldm.cli.train import make_parser as get_parser
+from ldm.compat import published_names
 from ldm.config.targets import MAIN_NAMES
+
+__all__ = ["get_parser", "main"]
 
 # Configurations name these classes as `target: main.NAME`. They are defined in ldm.training, so that the program and
 # the module `main` share the same classes.
-
-
-def __getattr__(name: str) -> Any:
-    if name not in MAIN_NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(MAIN_NAMES[name]), name)
+__getattr__ = published_names("main", MAIN_NAMES)
 
 
 def __dir__() -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldm.errors import UserError
+    from ldm.errors import PartialResultError, UserError
     from ldm.pipelines.classes import class_to_image, unconditional
     from ldm.pipelines.image import image_to_image
     from ldm.pipelines.inpainting import inpaint
@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from ldm.pipelines.semantic import semantic_to_image
     from ldm.pipelines.super_resolution import super_resolve
     from ldm.pipelines.text import text_to_image
+    from ldm.training.modules import lightning_module
 
 _HOMES = {
+    "PartialResultError": "ldm.errors",
     "UserError": "ldm.errors",
     "load": "ldm.pipelines.loading",
+    "lightning_module": "ldm.training.modules",
     "text_to_image": "ldm.pipelines.text",
     "image_to_image": "ldm.pipelines.image",
     "class_to_image": "ldm.pipelines.classes",
@@ -42,11 +45,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "PartialResultError",
     "UserError",
     "class_to_image",
     "image_to_image",
     "inpaint",
     "layout_to_image",
+    "lightning_module",
     "load",
     "reconstruct",
     "retrieval_to_image",

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from ldm.compat import published_names
 from ldm.config.instantiate import get_obj_from_str, instantiate_from_config
 
 T = TypeVar("T")
@@ -20,18 +21,11 @@ __all__ = [
     "ismap",
     "log_txt_as_img",  # noqa: F822
     "mean_flat",  # noqa: F822
+    "parallel_data_prefetch",  # noqa: F822
 ]
 
-# These modules import torch, which commands do only after they have checked their options.
-_LAZY = {"log_txt_as_img": "ldm.io.grids", "mean_flat": "ldm.modules.diffusionmodules.util"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_LAZY[name]), name)
+# These names are defined in modules that import torch, which commands do only after they have checked their options.
+__getattr__ = published_names(__name__)
 
 
 def exists(x: Any) -> bool:
@@ -39,11 +33,11 @@ def exists(x: Any) -> bool:
     return x is not None
 
 
-def default(value: T | None, fallback: T | Callable[[], T]) -> T:
-    """Return `value`, or `fallback` if it is None; a `fallback` that is a function is called."""
-    if value is not None:
-        return value
-    return cast(T, fallback() if inspect.isfunction(fallback) else fallback)
+def default(val: T | None, d: T | Callable[[], T]) -> T:
+    """Return `val`, or the default `d` if it is None; a `d` that is a function is called."""
+    if val is not None:
+        return val
+    return cast(T, d() if inspect.isfunction(d) else d)
 
 
 def ismap(x: Any) -> bool:

@@ -25,18 +25,18 @@ LEVELS = [
     (r"ldm\.cli(\..*)?", 5),
     (r"taming(\..*)?|ldm|ldm\.lr_scheduler", 4),
     (r"ldm\.(training|data|pipelines|retrieval)(\..*)?", 4),
-    (r"ldm\.models\.diffusion\.(ddpm|preview|classifier)", 3),
+    (r"ldm\.models\.diffusion\.(ddpm|preview|classifier|stable_diffusion)", 3),
     (r"ldm\.models(\..*)?", 2),
     (r"ldm\.modules(\..*)?", 1),
-    (r"ldm\.(config|io)(\..*)?|ldm\.(errors|util)", 0),
+    (r"ldm\.(config|io)(\..*)?|ldm\.(compat|errors|util)", 0),
 ]
 # Samplers work with any object that has `apply_model` and the tables of the schedule, so they import no model.
 SAMPLERS = tuple(f"ldm.models.diffusion.{name}" for name in ("sampler", "ancestral", "ddim", "plms", "dpm_solver"))
 
 # Packages that take seconds to import, or that sampling does not need: functions that use them import them.
-HEAVY = {"transformers", "torchvision", "kornia", "lpips", "pytorch_lightning", "tensorboard", "scipy"}
+HEAVY = {"transformers", "torchvision", "kornia", "lpips", "pytorch_lightning", "tensorboard", "scipy", "cv2"}
 # Optional packages: every module imports without them.
-OPTIONAL = ["scann", "clip", "gradio", "wandb", "emoji", "diffusers", "albumentations", "cv2", "faiss"]
+OPTIONAL = ["scann", "clip", "gradio", "wandb", "emoji", "diffusers", "albumentations", "faiss"]
 
 
 @cache
@@ -120,7 +120,7 @@ def test_imports_point_down(path):
 
 @every(*SAMPLERS)
 def test_samplers_import_no_model(path):
-    allowed = {*SAMPLERS, "ldm.models.diffusion.conditioning"}
+    allowed = {*SAMPLERS, "ldm.models.diffusion.attributes", "ldm.models.diffusion.conditioning"}
     assert not [name for name, _ in imports(path) if name.startswith("ldm.models") and name not in allowed]
 
 

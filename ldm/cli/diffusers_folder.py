@@ -11,7 +11,7 @@ from ldm.cli.command import say
 from ldm.config.assets import locate
 from ldm.config.distribution import install_hint
 from ldm.config.model_config import read_config
-from ldm.config.model_files import MODEL_FOLDERS, ModelFiles, find_model
+from ldm.config.model_files import MODEL_FOLDERS, ModelFiles, find_model, named_model
 from ldm.errors import UserError
 from ldm.io.diffusers import files
 from ldm.io.files import atomic_folder, sha256
@@ -32,11 +32,8 @@ def find_source(source: str, config: str | None) -> ModelFiles:
         UserError: it does not exist, or its configuration is unknown.
     """
     if config is not None or locate(source).is_file():
-        found = find_model(None, config, source)
-    else:
-        found = find_model(source, folders=MODEL_FOLDERS)
-    assert found is not None
-    return found
+        return find_model(None, config, source)
+    return named_model(source, MODEL_FOLDERS)
 
 
 def check_folder(folder: Path, source: ModelFiles, overwrite: bool) -> None:

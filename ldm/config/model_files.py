@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import overload
 
 from ldm.config.assets import locate, search_path
 from ldm.errors import UserError, did_you_mean
@@ -50,6 +51,19 @@ class ModelFiles:
     checkpoint: Path
     vae: Path | None = None
     loras: tuple[tuple[Path, float], ...] = ()
+
+
+@overload
+def find_model(name: None, config: str | None, ckpt: str, folders: Sequence[Path] = (MODELS,)) -> ModelFiles: ...
+
+
+@overload
+def find_model(
+    name: str | None = None,
+    config: str | None = None,
+    ckpt: str | None = None,
+    folders: Sequence[Path] = (MODELS,),
+) -> ModelFiles | None: ...
 
 
 def find_model(

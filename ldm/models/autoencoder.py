@@ -329,7 +329,7 @@ class VQModelInterface(VQModel):
     def __init__(self, embed_dim: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "embed_dim": embed_dim})
 
-    def encode(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def encode(self, x: Tensor) -> Tensor:  # type: ignore[override] # as published, only the latent
         """Encode an image to the latent before quantization."""
         return self.encode_to_prequant(x)
 

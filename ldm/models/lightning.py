@@ -84,7 +84,7 @@ def plain_models() -> Iterator[None]:
         _plain = before
 
 
-def lightning_class() -> type | None:
+def lightning_class() -> type[Any] | None:
     """Return the class LightningModule of the package that the program has imported, or None."""
     for package in PACKAGES:
         found = getattr(sys.modules.get(package), "LightningModule", None)
@@ -93,10 +93,12 @@ def lightning_class() -> type | None:
     return None
 
 
-def with_lightning(cls: type) -> type:
+def with_lightning(cls: type[Any]) -> type[Any]:
     """Return the class that derives from `cls` and from LightningModule; `cls` itself if there is no need."""
     base = lightning_class()
-    return cls if base is None or issubclass(cls, base) else _derived(cls, base)
+    if base is None or issubclass(cls, base):
+        return cls
+    return _derived(cls, base)  # type: ignore[arg-type] # mypy takes classes for unhashable
 
 
 def attach_lightning(model: Any) -> None:
@@ -111,7 +113,7 @@ def attach_lightning(model: Any) -> None:
 
 
 @cache
-def _derived(cls: type, base: type) -> type:
+def _derived(cls: type[Any], base: type[Any]) -> type[Any]:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls, base), {**names, "__reduce_ex__": _reduce, "plain_class": cls})
 

@@ -122,7 +122,7 @@ class _Replacement:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer
-        layer.forward = self  # type: ignore[assignment]
+        layer.forward = self  # type: ignore[assignment] # a layer calls any function of this name
 
     def suspend(self) -> None:
         """Let the layer compute with its plain weight until its `forward` is this object again."""

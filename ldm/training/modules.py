@@ -48,6 +48,12 @@ def lightning_module(model: nn.Module, manual: ManualOptimization | None = None)
             hooks that its class defines are called.
         manual: arguments that the adapter of a first stage applies instead of the Trainer.
 
+    Returns:
+        A LightningModule, for `Trainer.fit(ldm.lightning_module(model), data)`.
+
+    Returns:
+        A LightningModule for `Trainer.fit`. Its state dict is that of the model.
+
     Raises:
         UserError: the model has neither method, or its class has hooks that are not called.
     """

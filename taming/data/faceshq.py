@@ -1,3 +1,13 @@
-from ldm.data.faceshq import CelebAHQTrain, CelebAHQValidation, FFHQTrain, FFHQValidation
+from ldm.data.faceshq import CelebAHQTrain, CelebAHQValidation, FacesBase, FFHQTrain, FFHQValidation
+from taming.data.base import ConcatDatasetWithIndex, ImagePaths, NumpyPaths
 
-__all__ = ["CelebAHQTrain", "CelebAHQValidation", "FFHQTrain", "FFHQValidation"]
+__all__ = [
+    "CelebAHQTrain",
+    "CelebAHQValidation",
+    "ConcatDatasetWithIndex",
+    "FFHQTrain",
+    "FFHQValidation",
+    "FacesBase",
+    "ImagePaths",
+    "NumpyPaths",
+]

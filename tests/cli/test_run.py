@@ -190,7 +190,9 @@ def test_image_with_values_that_are_not_finite_is_an_error(model, tmp_path, capl
     options = ["--model", str(model), "--ddim_steps", "3", "--outdir", str(tmp_path), "--scale", "1e30", "--seed", "7"]
     assert command_of(Txt2Img())([*options, "--n_samples", "2", "--skip_grid"]) == 2
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
-        f"the latents of image {index} (seed {7 + index}) are not finite; lower the guidance scale or check the weights of the model" for index in (0, 1)
+        f"the latents of image {index} (seed {7 + index}) are not finite; "
+        "lower the guidance scale or check the weights of the model"
+        for index in (0, 1)
     ]
     assert capsys.readouterr().err.strip().endswith("error: 2 of 2 failed; see above")
     assert not list(tmp_path.rglob("*.png"))

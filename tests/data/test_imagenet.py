@@ -128,3 +128,21 @@ def test_super_resolution_pairs_have_class_labels(cache):
     labels = ImageNetTrain(process_images=False)[3]
     assert {key: value for key, value in item.items() if key in labels} == labels
     assert "image" not in labels
+
+
+def test_parameters_by_position_are_the_published_ones(cache):
+    assert "image" not in ImageNetValidation(False, str(cache))[0]
+    dataset = ImageNetValidation(config={"size": 24})
+    assert dataset.class_labels == [0, 0, 1, 2, 3] and dataset.synset2idx["n03000001"] == 3
+    assert dataset.abspaths[4] == str(cache / dataset.relpaths[4]) and dataset.config == {"size": 24}
+
+
+def test_subclass_chooses_the_images_of_super_resolution(cache):
+    class Client(ImageNetSRTrain):
+        def get_base(self):
+            return torch.utils.data.Subset(super().get_base(), [2])
+
+    dataset = Client(size=16, degradation="cv_area", min_crop_f=1.0, random_crop=False)
+    whole = ImageNetSRTrain(size=16, degradation="cv_area", min_crop_f=1.0, random_crop=False)
+    assert len(dataset) == 1 and dataset[0]["synsets"] == whole[2]["synsets"] == "n02084071"
+    assert np.array_equal(dataset[0]["LR_image"], whole[2]["LR_image"])

@@ -340,3 +340,37 @@ def test_classifier_guides_its_diffusion_model(diffusion):
     eps = -math.sqrt(1 - alpha) * 1e4 * guidance.gradient(x_T, t)
     slope = math.sqrt(1 - alpha_prev) - math.sqrt(alpha_prev * (1 - alpha) / alpha)
     assert_close(guided - plain, slope * eps, 1e-4)
+
+
+def test_published_methods_read_entries_and_targets(diffusion):
+    model = classifier(diffusion)
+    batch = label_batch()
+    assert torch.equal(model.get_conditioning(batch), batch["class_label"]) and model.numd == 1
+    assert model.get_input(batch, "image").shape == (4, 3, 16, 16)
+    assert (model.use_scheduler, model.log_steps) == (False, 10) and "unet_config" in model.diffusion_config["params"]
+    maps = classifier(diffusion, label_key="segmentation")
+    targets = maps.get_conditioning({"segmentation": torch.eye(6)[torch.randint(6, (2, 16, 16))]})
+    assert targets.shape == (2, 6, 8, 8) and targets.sum(dim=1).eq(1).all()
+
+
+def test_top_k_of_each_item():
+    logits, labels = torch.eye(4), torch.tensor([0, 1, 3, 3])
+    compute = NoisyLatentImageClassifier.compute_top_k
+    assert compute(None, logits, labels, k=1, reduction="none").tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert compute(None, logits, labels, 1, "mean").item() == 0.75
+
+
+def test_overridden_builders_are_called(diffusion):
+    calls = []
+
+    class Client(NoisyLatentImageClassifier):
+        def load_diffusion(self):
+            calls.append("diffusion")
+            super().load_diffusion()
+
+        def load_classifier(self, ckpt_path, pool):
+            calls.append((ckpt_path, pool))
+            super().load_classifier(ckpt_path, "adaptive")
+
+    assert Client(str(diffusion[0]), 6, label_key="class_label").model.pool == "adaptive"
+    assert calls == ["diffusion", (None, "attention")]

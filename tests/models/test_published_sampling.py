@@ -24,7 +24,7 @@ QUIET = {"x_T": X_T, "verbose": False}
 
 def class_model(**params):
     torch.manual_seed(0)
-    model = randomise(instantiate_from_config(class_config(**params))).eval()
+    model = randomise(instantiate_from_config(class_config(**{"timesteps": 20, **params}))).eval()
     cond = model.get_learned_conditioning({"class_label": torch.tensor([1, 2])})
     return model, cond.detach()
 
@@ -81,7 +81,7 @@ def test_samplers_have_the_tables_of_the_model_and_of_the_steps():
     with pytest.raises(AttributeError, match="has no ddim_alphas before make_schedule"):
         sampler.ddim_alphas  # noqa: B018
     sampler.make_schedule(ddim_num_steps=5, ddim_eta=0.5, verbose=False)
-    assert sampler.ddpm_num_timesteps == 100 and sampler.schedule == "linear"
+    assert sampler.ddpm_num_timesteps == 20 and sampler.schedule == "linear"
     assert sampler.betas is model.betas and sampler.alphas_cumprod_prev is model.alphas_cumprod_prev
     alphas = model.alphas_cumprod[sampler.ddim_timesteps]
     assert torch.equal(sampler.ddim_alphas, alphas)
@@ -90,7 +90,7 @@ def test_samplers_have_the_tables_of_the_model_and_of_the_steps():
     previous = sampler.ddim_alphas_prev
     sigmas = 0.5 * ((1 - previous) / (1 - alphas) * (1 - alphas / previous)).sqrt()
     torch.testing.assert_close(sampler.ddim_sigmas, sigmas)
-    assert sampler.ddim_sigmas_for_original_num_steps.shape == (100,)
+    assert sampler.ddim_sigmas_for_original_num_steps.shape == (20,)
     sampler.register_buffer("own", torch.ones(1))
     sampler.betas = None
     assert sampler.own.device == model.device and sampler.betas is None
@@ -159,9 +159,7 @@ def test_step_of_another_method_is_refused_at_construction():
     with pytest.raises(UserError, match=r"Client.p_sample_ddim is never called by PLMS sampling; override plms_samp"):
         counting(PLMSSampler, "p_sample_ddim")(Gaussian())
     solver = type("Client", (DPMSolverSampler,), {"p_sample_ddim": lambda self, *args: None})
-    with pytest.raises(
-        UserError, match=r"Client.p_sample_ddim is never called by DPM-Solver\+\+ sampling; override step"
-    ):
+    with pytest.raises(UserError, match=r"Client.p_sample_ddim is never called by DPM-Solver"):
         solver(Gaussian())
 
 
@@ -184,10 +182,10 @@ def test_loop_over_all_timesteps_of_the_model():
     whole.make_schedule(ddim_num_steps=5, ddim_eta=0.0, verbose=False)
     x_T = torch.randn(2, 3, 8, 8)
     found, steps = whole.ddim_sampling(cond, x_T.shape, x_T=x_T, ddim_use_original_steps=True, log_every_t=1)
-    expected, _ = DDIMSampler(model).sample(100, 2, (3, 8, 8), cond, x_T=x_T, verbose=False)
-    assert len(steps["x_inter"]) == 101
+    expected, _ = DDIMSampler(model).sample(20, 2, (3, 8, 8), cond, x_T=x_T, verbose=False)
+    assert len(steps["x_inter"]) == 21
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    shorter, steps = whole.ddim_sampling(cond, x_T.shape, x_T=x_T, timesteps=4, log_every_t=1)
+    _, steps = whole.ddim_sampling(cond, x_T.shape, x_T=x_T, timesteps=4, log_every_t=1)
     assert len(steps["x_inter"]) == 4, "as published, one step fewer"
 
 
@@ -201,7 +199,7 @@ def test_encoding_noises_to_a_position_of_the_grid():
     x0, noise = torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)
     t = torch.tensor([0, 4, 10])
     found = sampler.stochastic_encode(x0, t, noise=noise)
-    timesteps = torch.tensor([*sampler.ddim_timesteps[[0, 4]], 99])
+    timesteps = torch.tensor([*sampler.ddim_timesteps[[0, 4]], 19])
     torch.testing.assert_close(found, model.q_sample(x0, timesteps, noise))
     torch.testing.assert_close(sampler.stochastic_encode(x0, timesteps, use_original_steps=True, noise=noise), found)
 
@@ -217,7 +215,7 @@ def test_decoding_runs_the_first_steps(original):
     assert numbers == [0, 1, 2, 3]
     assert sampler.decode(x, cond, 0) is x
     reference = DDIMSampler(model)
-    reference.make_schedule(100 if original else 10, verbose=False)
+    reference.make_schedule(20 if original else 10, verbose=False)
     expected, _ = reference.run(x.shape, grid, cond, SamplingOptions(verbose=False), x)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -231,7 +229,7 @@ def test_inversion_finds_the_latents_of_a_sample():
     options = {"use_original_steps": True, "callback": numbers.append}
     encoded, out = sampler.encode(x0, None, 1000, return_intermediates=2, **options)
     exact = sampler.model.flow(x0, 1.0, sampler.model.alphas_cumprod[-1])
-    assert (encoded - exact).abs().max() < 2e-2
+    assert (encoded - exact).abs().max() < 5e-2
     assert (sampler.decode(encoded, None, 1000, use_original_steps=True) - x0).abs().max() < 2e-2
     assert numbers == list(range(1000)) and out["intermediate_steps"] == [0, 500, 998, 999]
     assert torch.equal(out["x_encoded"], encoded) and torch.equal(out["intermediates"][-1], encoded)
@@ -248,11 +246,11 @@ def test_ancestral_steps_of_the_model_make_up_its_loop():
     torch.manual_seed(1)
     expected = model.p_sample_loop(cond, x_T.shape, x_T=x_T, verbose=False)
     torch.manual_seed(1)
-    for i in reversed(range(100)):
+    for i in reversed(range(20)):
         t = torch.full((2,), i)
         x, x_start = model.p_sample(x, cond, t, return_x0=True)
     assert torch.equal(x, expected) and x_start.shape == x.shape
-    mean, variance, log_variance, estimate = model.p_mean_variance(
+    mean, variance, _, estimate = model.p_mean_variance(
         x_T, cond, torch.tensor([9, 9]), clip_denoised=True, return_x0=True
     )
     assert estimate.abs().max() <= 1.0 and torch.equal(variance, model.posterior_variance[[9, 9]].view(2, 1, 1, 1))
@@ -261,7 +259,7 @@ def test_ancestral_steps_of_the_model_make_up_its_loop():
 
 def test_sampling_methods_of_pixel_models_have_no_conditioning():
     torch.manual_seed(0)
-    model = randomise(instantiate_from_config(pixel_config())).eval()
+    model = randomise(instantiate_from_config(pixel_config(timesteps=20))).eval()
     torch.manual_seed(2)
     first, steps = model.sample(2, True, verbose=False)
     torch.manual_seed(2)
@@ -297,6 +295,13 @@ class OwnStep(LatentDiffusion):
         return (2 * x_prev if int(t[0]) == 0 else x_prev), x0
 
 
+class OwnEstimate(DDPM):
+    """Client whose estimate of x_0 is zero."""
+
+    def predict_start_from_noise(self, x_t, t, noise):
+        return 0 * super().predict_start_from_noise(x_t, t, noise)
+
+
 class OwnMoments(DDPM):
     """Client that clips its estimates in another way."""
 
@@ -306,7 +311,7 @@ class OwnMoments(DDPM):
 
 
 def test_overridden_steps_of_models_are_used_by_every_ancestral_run():
-    config = class_config()
+    config = class_config(timesteps=20)
     torch.manual_seed(0)
     model = randomise(OwnStep(**config["params"])).eval()
     plain, cond = class_model()
@@ -325,8 +330,10 @@ def test_overridden_steps_of_models_are_used_by_every_ancestral_run():
     with pytest.raises(ValueError, match="OwnStep overrides p_sample, which has no guidance"):
         guidance = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": cond}
         model.sample(cond, 2, verbose=False, **guidance)
-    pixels = randomise(OwnMoments(**pixel_config()["params"])).eval()
+    pixels = randomise(OwnMoments(**pixel_config(timesteps=20)["params"])).eval()
     assert pixels.sample(2, verbose=False).abs().max() <= 0.1
+    empty = randomise(OwnEstimate(**pixel_config(timesteps=20)["params"])).eval()
+    assert not empty.sample(2, verbose=False).any()
 
 
 # -- construction ----------------------------------------------------------------------------------------------
@@ -352,11 +359,11 @@ def test_overridden_builders_are_called():
             calls.append("cond stage")
             super().instantiate_cond_stage(config)
 
-    model = Client(**class_config(num_timesteps_cond=5)["params"])
-    assert calls == [("schedule", "linear", 100), ("cond schedule", 5), "first stage", "cond stage"]
+    model = Client(**class_config(num_timesteps_cond=5, timesteps=20)["params"])
+    assert calls == [("schedule", "linear", 20), ("cond schedule", 5), "first stage", "cond stage"]
     plain, _ = class_model(beta_schedule="cosine")
     assert torch.equal(model.betas, plain.betas) and model.cond_ids.sum() == 0
-    assert (plain.num_downs, plain.linear_start, plain.v_posterior) == (0, 0.0015, 0.0)
+    assert (plain.num_downs, plain.linear_start, plain.v_posterior) == (1, 0.0015, 0.0)
 
 
 def test_tiling_is_switched_off_by_deletion():
@@ -372,3 +379,18 @@ def test_tiling_is_switched_off_by_deletion():
     assert model.meshgrid(2, 3)[1, 2].tolist() == [1, 2] and model.delta_border(3, 3)[1, 1] == 0.5
     del model.split_input_params
     assert model.split_input_params is None
+
+
+def test_overridden_tiling_is_refused_if_it_is_never_called():
+    class Client(LatentDiffusion):
+        def get_weighting(self, h, w, Ly, Lx, device):
+            return torch.ones(1, h * w, Ly * Lx)
+
+    class Own(Client):
+        def apply_model(self, x_noisy, t, cond, return_ids=False):
+            return self.get_weighting(1, 1, 1, 1, None)
+
+    params = {"ks": (4, 4), "stride": (2, 2), "clip_min_weight": 0.01, "clip_max_weight": 0.5}
+    with pytest.raises(UserError, match=r"Client.get_weighting is never called by tiled processing"):
+        Client(**class_config(timesteps=20)["params"]).split_input_params = params
+    Own(**class_config(timesteps=20)["params"]).split_input_params = params

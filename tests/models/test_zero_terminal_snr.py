@@ -215,7 +215,7 @@ def test_losses_and_gradients_are_finite_at_zero_snr(parameterization, options):
     config = pixel_config(**{**ZERO_SNR, "parameterization": parameterization, "learn_logvar": True, **options})
     model = make_model(config).train().requires_grad_(True)
     x_start, noise = torch.randn(2, 2, 3, 8, 8)
-    loss, log = model.p_losses(x_start, None, torch.tensor([99, 99]), noise)
+    loss, log = model.p_losses(x_start, torch.tensor([99, 99]), noise)
     loss.backward()
     assert loss.isfinite() and all(value.isfinite() for value in log.values())
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

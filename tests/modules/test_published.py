@@ -196,3 +196,30 @@ def test_processor_encodes_with_a_frozen_first_stage(reshape):
     assert torch.equal(net(torch.ones(1, 3, 16, 16)), net(torch.ones(1, 3, 16, 16))), "the mode of the posterior"
     with pytest.raises(ValueError, match="pretrained_model or a pretrained_config"):
         model.FirstStagePostProcessor([1], 4)
+
+
+def test_losses_take_the_published_arguments_by_position():
+    from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+    from ldm.modules.losses import LPIPSWithDiscriminator
+
+    loss = LPIPSWithDiscriminator(0, perceptual_weight=0.0, disc_num_layers=1)
+    layer = nn.Conv2d(3, 3, 1)
+    images, posterior = torch.rand(2, 3, 16, 16), DiagonalGaussianDistribution(torch.zeros(2, 2, 4, 4))
+    value, log = loss(images, layer(images), posterior, 0, 1, layer.weight, None, "val")
+    assert value.requires_grad and "val/d_weight" in log and log["val/d_weight"] > 0
+    with pytest.raises(ValueError, match="needs last_layer"):
+        loss.calculate_adaptive_weight(value, value)
+
+
+def test_encoders_know_the_device_of_their_weights():
+    from ldm.modules.encoders.modules import BERTEmbedder, SpatialRescaler, TransformerEmbedder
+
+    encoder = BERTEmbedder(8, 1, vocab_size=10, max_seq_len=4, use_tokenizer=False, device="cuda")
+    assert encoder.device == torch.device("cpu") == TransformerEmbedder(8, 1, 10).device
+    assert encoder.to("meta").device == torch.device("meta")
+    encoder.device = "elsewhere"
+    assert encoder.device == "elsewhere"
+    rescaler = SpatialRescaler(2, out_channels=5)
+    x = torch.rand(1, 3, 8, 8)
+    assert rescaler.remap_output and not SpatialRescaler().remap_output
+    assert rescaler.interpolator(x, scale_factor=0.5).shape == (1, 3, 4, 4)

@@ -20,6 +20,7 @@ NAMES = {
     "image_to_image",
     "inpaint",
     "layout_to_image",
+    "lightning_module",
     "load",
     "reconstruct",
     "retrieval_to_image",

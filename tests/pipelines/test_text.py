@@ -83,7 +83,8 @@ def test_cut_prompts_are_one_line_each(model, caplog):
     options = {"steps": 2, "seed": 1, "batch_size": 2, "progress": False}
     ldm.text_to_image(model, [long, "fox", long, other, long], negative_prompt=negative, **options)
     assert [record.getMessage() for record in caplog.records] == [
-        f'the {kind} "{start}" has {tokens} tokens (start and end token included), and the model reads 16; cut: "… {cut}"'
+        f'the {kind} "{start}" has {tokens} tokens (start and end token included), '
+        f'and the model reads 16; cut: "… {cut}"'
         for kind, start, tokens, cut in (
             ("prompt", "Red Heart Red Heart Red Heart Red Heart…", 22, "Red Heart Red Heart Red Heart"),
             ("prompt", "fox fox fox fox fox fox fox fox fox fox…", 17, "fox"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,6 +49,10 @@ class Layer:
             return [value]
         rows = value.reshape(self.heads, len(self.theirs), -1, *value.shape[1:])
         return [part.flatten(0, 1) for part in rows.unbind(dim=1)]
+
+    def part(self, index: int, value: Tensor) -> Tensor:
+        """Return the weight of diffusers at `index` of `theirs`, from ours."""
+        return self.split(value)[index]
 
 
 class Translation:
@@ -97,10 +102,7 @@ class Translation:
             KeyError: it has no counterpart.
         """
         layer, rest = self._layer(name)
-        return [
-            (part + rest, lambda value, index=index: layer.split(value)[index])  # type: ignore[misc]
-            for index, part in enumerate(layer.theirs)
-        ]
+        return [(part + rest, partial(layer.part, index)) for index, part in enumerate(layer.theirs)]
 
     def _layer(self, name: str) -> tuple[Layer, str]:
         hit = _longest_prefix(self._ours, name)

@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from ldm.models.diffusion.attributes import is_overridden
 from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.sampler import Denoiser, Sampler
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor
@@ -46,6 +47,8 @@ class AncestralSampler(Sampler):
         self.clip_denoised = clip_denoised
         overridden = getattr(model, "overridden_step", None)  # a model of a subclass may have its own step
         self.model_step: Callable[..., Any] | None = overridden() if overridden is not None else None
+        own_estimate = getattr(model, "predict_start_from_noise", None)
+        self.own_estimate: Callable[..., Any] | None = own_estimate if is_overridden(own_estimate) else None
         self.x: torch.Tensor | None = None  # the result of the last step
 
     def before_step(self, x: torch.Tensor, index: int) -> torch.Tensor:
@@ -65,14 +68,16 @@ class AncestralSampler(Sampler):
         x_start = self.estimate(x, cond, t)
         mean, _, log_variance = self.model.q_posterior(x_start=x_start, x_t=x, t=t)
         noise = self.noise(x, index)
-        if self.timesteps[index] == 0:
+        if self.timestep(index) == 0:
             return mean, x_start
         return mean + (0.5 * log_variance).exp() * noise, x_start
 
     def estimate(self, x: torch.Tensor, cond: Conditioning, t: torch.Tensor) -> torch.Tensor:
         """Return the estimate of x_start for x at timesteps t (B,), clamped and quantized as the run says."""
         alpha = extract_into_tensor(self.model.alphas_cumprod, t, x.shape).to(x.dtype)
-        x_start = self.predict(x, 0, self.conditioning_at(cond, t), t, alpha).x_start
+        eps, x_start = self.predict(x, 0, self.conditioning_at(cond, t), t, alpha)
+        if self.own_estimate is not None and self.model.parameterization == "eps":
+            x_start = self.own_estimate(x, t=t, noise=eps)
         if self.clip_denoised:
             x_start = x_start.clamp(-1.0, 1.0)
         return self.quantized(x_start)

@@ -16,7 +16,7 @@ from ldm.errors import UserError
 LOOPS_AND_STEPS = ("ddim_sampling", "p_sample_ddim", "plms_sampling", "p_sample_plms")
 # The modules that define published methods of samplers and models. A file that a program adds is not one of them.
 _SAMPLERS = ("ancestral", "ddim", "dpm_solver", "plms", "sampler")
-_MODELS = ("ddpm", "process", "sampling_methods", "stable_diffusion")
+_MODELS = ("ddpm", "latent_space", "process", "sampling_methods", "stable_diffusion", "tiling")
 OWN_MODULES = frozenset(f"ldm.models.diffusion.{name}" for name in (*_SAMPLERS, *_MODELS))
 
 
@@ -54,8 +54,8 @@ class StepTable:
 
 
 def is_overridden(method: Any) -> bool:
-    """Return whether a method of a sampler or diffusion model is defined outside this package."""
-    return getattr(method, "__module__", None) not in OWN_MODULES
+    """Return whether a method of a sampler or diffusion model is defined outside this package; False for None."""
+    return method is not None and getattr(method, "__module__", None) not in OWN_MODULES
 
 
 def check_overrides(sampler: Any, called: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -233,7 +233,11 @@ class DDIMSampler(GridSampler):
     def values_at(self, index: int) -> tuple[float, float, float]:
         """Return ᾱ at a grid index, ᾱ after the step from it, and σ of the step."""
         if self.use_original_steps:
-            tables = (self.alphas_cumprod, self.alphas_cumprod_prev, self.ddim_sigmas_for_original_num_steps)
+            tables: Iterable[Any] = (
+                self.alphas_cumprod,
+                self.alphas_cumprod_prev,
+                self.ddim_sigmas_for_original_num_steps,
+            )
         else:
             tables = tuple(self.tables[name] for name in ("ddim_alphas", "ddim_alphas_prev", "ddim_sigmas"))
         alpha, alpha_prev, sigma = (float(table[index]) for table in tables)

@@ -293,7 +293,9 @@ class DDPM(TrainingHooks, PixelSampling, EmaMixin, DiffusionProcess):
         return preview.pixel_previews(self, batch, N, *args, **options)
 
 
-class LatentDiffusion(LatentSampling, LatentSpace, ConditioningStage, DDPM):
+class LatentDiffusion(  # type: ignore[misc] # the published methods of both mixins for sampling differ
+    LatentSampling, LatentSpace, ConditioningStage, DDPM
+):
     """Diffusion model of the latents of a first stage, optionally conditional (arXiv:2112.10752).
 
     Args:
@@ -464,7 +466,7 @@ class LatentDiffusion(LatentSampling, LatentSpace, ConditioningStage, DDPM):
         x = super().get_input(batch, k)[:bs]
         return x, self.encode_first_stage(x.to(next(self.first_stage_model.parameters(), x).dtype))
 
-    def p_losses(  # type: ignore[override]  # as published, with a conditioning
+    def p_losses(  # type: ignore[override] # as published, with a conditioning
         self, x_start: torch.Tensor, cond: Conditioning, t: torch.Tensor, noise: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the training loss of latents at timesteps t, and the values to log."""
@@ -475,7 +477,7 @@ class LatentDiffusion(LatentSampling, LatentSpace, ConditioningStage, DDPM):
         z, c = self.get_input(batch, self.first_stage_key)
         return self(z, c)
 
-    def forward(  # type: ignore[override]  # as published, with a conditioning
+    def forward(
         self, x: torch.Tensor, c: Any = None, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of latents (B, c, h, w) at random timesteps, and the values to log.

@@ -158,6 +158,7 @@ class LatentSpace(TilingMethods, nn.Module):
     def split_input_params(self, params: Mapping[str, Any] | None) -> None:
         if params is not None:
             check_params(params)
+            self.check_tiling()
         self._split_input_params = params
 
     @split_input_params.deleter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -108,9 +108,9 @@ class PLMSSampler(DDIMSampler):
         Args:
             old_eps: the last noise predictions, at most three, from the earliest to the latest.
             t_next: timesteps (B,) that the model sees in the second evaluation.
-            x, c, t, index, repeat_noise, use_original_steps, quantize_denoised, temperature, noise_dropout,
-                score_corrector, corrector_kwargs, unconditional_guidance_scale, unconditional_conditioning,
-                dynamic_threshold: see `DDIMSampler.p_sample_ddim`.
+            x, c, t, index, repeat_noise, use_original_steps: see `DDIMSampler.p_sample_ddim`.
+            quantize_denoised, temperature, noise_dropout, score_corrector, corrector_kwargs: see there.
+            unconditional_guidance_scale, unconditional_conditioning, dynamic_threshold: see there.
 
         Returns:
             x at the next index, the estimate of x_start, and the noise prediction.
@@ -145,7 +145,7 @@ class PLMSSampler(DDIMSampler):
         """Return the prediction to step with: a combination of the given one for x with earlier or later ones."""
         alpha, alpha_prev, _ = self.values_at(index)
         eps, is_noise = prediction.eps, alpha == 0.0
-        past_grid = alpha_prev == 1.0 and self.timesteps[index] > 0
+        past_grid = alpha_prev == 1.0 and self.timestep(index) > 0
         if index == 0 and (is_noise or (past_grid and not old_eps)):
             return prediction  # there is no timestep for a second evaluation
         if is_noise:
@@ -154,7 +154,8 @@ class PLMSSampler(DDIMSampler):
         if old_eps:
             history = [eps, *reversed(old_eps[-3:])]
             weights = WEIGHTS[len(history) - 1]
-            return self.prediction_of(x, index, sum(w * e for w, e in zip(weights, history, strict=True)))
+            combined = cast(torch.Tensor, sum(w * e for w, e in zip(weights, history, strict=True)))
+            return self.prediction_of(x, index, combined)
         following = self.following(x, index, cond, self.prediction_of(x, index, eps), t_next)
         return self.prediction_of(x, index, (eps + following.eps) / 2)
 

@@ -211,7 +211,12 @@ class Sampler:
     @property
     def start_index(self) -> int:
         """Grid index that the run starts from."""
-        return len(self.timesteps) - 1 if self.start is None else self.start
+        return len(self._grid_of_run()) - 1 if self.start is None else self.start
+
+    def _grid_of_run(self) -> np.ndarray:
+        if self.timesteps is None:
+            raise RuntimeError("a sampler has timesteps only during a run")
+        return self.timesteps
 
     def before_step(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Return the input of a step: x with the known region, noised to the timestep of `index`."""
@@ -240,9 +245,13 @@ class Sampler:
         mask = mask.to(x)
         return known * mask + (1.0 - mask) * x
 
+    def timestep(self, index: int) -> int:
+        """Return the model timestep at grid index `index`."""
+        return int(self._grid_of_run()[index])
+
     def timesteps_at(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Return the model timestep at grid index `index` for the batch x, (B,) int64."""
-        return torch.full((x.shape[0],), int(self.timesteps[index]), device=x.device, dtype=torch.long)
+        return torch.full((x.shape[0],), self.timestep(index), device=x.device, dtype=torch.long)
 
     def alpha_at(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Return ᾱ at grid index `index` for the batch x, (B, 1, 1, 1)."""
@@ -279,7 +288,8 @@ class Sampler:
         if options.score_corrector is not None:
             if model.parameterization != "eps":
                 raise ValueError("score correction needs a model that predicts the noise")
-            output = options.score_corrector.modify_score(model, output, x, t, cond, **options.corrector_kwargs)
+            arguments = options.corrector_kwargs or {}
+            output = options.score_corrector.modify_score(model, output, x, t, cond, **arguments)
         return interpret(model.parameterization, output, x, self.alpha_at(x, index) if alpha is None else alpha)
 
     def quantized(self, x_start: torch.Tensor) -> torch.Tensor:
@@ -305,7 +315,7 @@ class Sampler:
             noise = self.sample_noise(x.shape, options.repeat_noise)
         temperature = options.temperature
         if not isinstance(temperature, (int, float)):
-            temperature = temperature[int(self.timesteps[index])]
+            temperature = temperature[self.timestep(index)]
         noise = noise * temperature
         if options.noise_dropout > 0.0:
             noise = torch.nn.functional.dropout(noise, p=options.noise_dropout)
@@ -418,9 +428,9 @@ class GridSampler(Sampler):
             strength: run only the steps of the grid below this share of the model's timesteps, in (0, 1]. The run
                 starts from `x_T` or, without it, from the option `x0`, noised to the first of these steps (SDEdit,
                 arXiv:2108.01073).
-            callback, normals_sequence, img_callback, quantize_x0, mask, x0, temperature, noise_dropout,
-                score_corrector, corrector_kwargs, verbose, log_every_t, unconditional_guidance_scale,
-                unconditional_conditioning, dynamic_threshold, ucg_schedule: see `SamplingOptions`.
+            callback, normals_sequence, img_callback, quantize_x0, mask, x0: see `SamplingOptions`.
+            temperature, noise_dropout, score_corrector, corrector_kwargs, verbose, log_every_t: see there.
+            unconditional_guidance_scale, unconditional_conditioning, dynamic_threshold, ucg_schedule: see there.
             **options: other fields of `SamplingOptions`.
 
         Returns:
@@ -473,7 +483,7 @@ class GridSampler(Sampler):
         if self.own_loop is None:
             return self.run(shape, self.ddim_timesteps, cond, options, x_T, start)
         self.options, self.start = options, start  # what the published arguments do not state
-        arguments = {"callback": options.callback, "img_callback": options.img_callback}
+        arguments: dict[str, Any] = {"callback": options.callback, "img_callback": options.img_callback}
         arguments |= {"mask": options.mask, "x0": options.x0, "x_T": x_T, "log_every_t": options.log_every_t}
         if options.ucg_schedule is not None:
             arguments["ucg_schedule"] = options.ucg_schedule

@@ -9,7 +9,7 @@ Shapes: x, x_T (B, C, H, W); timesteps t (B,) int64.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,20 +19,27 @@ from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.attributes import is_overridden
 from ldm.models.diffusion.conditioning import Conditioning, slice_batch
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.process import DiffusionProcess
 from ldm.models.diffusion.sampler import SamplingOptions
 from ldm.util import default
 
 Steps = tuple[torch.Tensor, dict[str, list[torch.Tensor]]]
 
 
-class AncestralMethods(nn.Module):
+class AncestralMethods(DiffusionProcess):
     """Base of the mixins: one ancestral step, and the loop over steps."""
 
-    num_timesteps: int
+    parameterization: str
+    p_sample: Callable[..., Any]
+    p_mean_variance: Callable[..., Any]
     channels: int
     image_size: int
     log_every_t: int
     clip_denoised: bool
+
+    def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning = None) -> torch.Tensor:
+        """Return the network's prediction for x_noisy (B, C, H, W) at timesteps t."""
+        raise NotImplementedError
 
     def _moments(
         self, x: torch.Tensor, c: Conditioning, t: torch.Tensor, clip_denoised: bool, options: SamplingOptions
@@ -332,4 +339,5 @@ class LatentSampling(AncestralMethods):
         if not ddim:
             return self.sample(cond=cond, batch_size=batch_size, return_intermediates=True, **kwargs)
         shape = (self.channels, self.image_size, self.image_size)
-        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, slice_batch(cond, batch_size), **kwargs)
+        steps = cast(int, ddim_steps)  # None is for ancestral sampling
+        return DDIMSampler(self).sample(steps, batch_size, shape, slice_batch(cond, batch_size), **kwargs)

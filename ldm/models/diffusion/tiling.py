@@ -23,6 +23,7 @@ from einops import rearrange, repeat
 from torch.nn import functional as F
 
 from ldm.errors import UserError, did_you_mean
+from ldm.models.diffusion.attributes import is_overridden
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 KEYS = (
@@ -95,6 +96,17 @@ class TilingMethods:
     """
 
     split_input_params: Mapping[str, Any] | None
+    apply_model: Callable[..., Any]
+    tiling_methods = ("meshgrid", "delta_border", "get_weighting", "get_fold_unfold")
+
+    def check_tiling(self) -> None:
+        """Raise UserError if a subclass overrides one of these methods, and tiled processing would not call it."""
+        for name in self.tiling_methods:
+            if is_overridden(getattr(self, name)) and not is_overridden(self.apply_model):
+                raise UserError(
+                    f"{type(self).__name__}.{name} is never called by tiled processing; override apply_model, or leave "
+                    "out split_input_params"
+                )
 
     def meshgrid(self, h: int, w: int) -> torch.Tensor:
         """Return the row and the column of every pixel, (h, w, 2) int64."""

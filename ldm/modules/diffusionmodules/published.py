@@ -89,8 +89,8 @@ class Model(nn.Module):
 
     Args:
         use_timestep: embed the timestep.
-        ch, out_ch, ch_mult, num_res_blocks, attn_resolutions, dropout, resamp_with_conv, in_channels, resolution,
-            use_linear_attn, attn_type: see `Encoder` and `Decoder`.
+        ch, out_ch, ch_mult, num_res_blocks, attn_resolutions, dropout: see `Encoder` and `Decoder`.
+        resamp_with_conv, in_channels, resolution, use_linear_attn, attn_type: see `Encoder` and `Decoder`.
     """
 
     def __init__(
@@ -302,8 +302,8 @@ class MergedRescaleEncoder(nn.Module):
     Args:
         out_ch: channels of the result.
         rescale_factor, rescale_module_depth: `factor` and `depth` of the `LatentRescaler`.
-        in_channels, ch, resolution, num_res_blocks, attn_resolutions, dropout, resamp_with_conv, ch_mult: see
-            `Encoder`.
+        in_channels, ch, resolution, num_res_blocks, attn_resolutions: see `Encoder`.
+        dropout, resamp_with_conv, ch_mult: see `Encoder`.
     """
 
     def __init__(

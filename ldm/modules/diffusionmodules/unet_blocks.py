@@ -30,7 +30,9 @@ class TimestepBlock(nn.Module):
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """Sequence of layers that passes the timestep embedding or the context to the layers that take one."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override] # nn.Sequential declares one input
+        self, x: Tensor, emb: Tensor, context: Tensor | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, TimestepBlock):
                 x = layer(x, emb)

@@ -1,0 +1,3 @@
+from ldm.training.lr_scheduler import LambdaWarmUpCosineScheduler
+
+__all__ = ["LambdaWarmUpCosineScheduler"]
