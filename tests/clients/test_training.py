@@ -269,12 +269,12 @@ def test_main_trains_the_control_network_and_resumes(tmp_path, monkeypatch, allo
     allow = ["--allow-target", __name__]
     assert main.main(["-b", "control.yaml", "-t", "--no-test", *allow, *words]) == 0
     (run,) = (tmp_path / "logs").iterdir()
-    first = torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+    first = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert any(name.startswith("control_model.") for name in first)
     assert sorted(path.name[:7] for path in (run / "images" / "train").iterdir())[0] == "conditi"
     resumed = ["-r", str(run), "-t", "--no-test", "--max_epochs", "2", *allow, *words]
     assert main.main(resumed) == 0
-    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["global_step"] == 4
     changed = {
         name.partition(".")[0] for name, value in state["state_dict"].items() if not torch.equal(value, first[name])
@@ -361,7 +361,7 @@ def test_hooks_of_a_subclass_are_called_by_our_trainer(tmp_path):
     assert model.seen == [(0, 0, 0), (1, 0, 0), "epoch end"]
     assert {"train/loss_epoch", "global_step"} <= set(trainer.callback_metrics)
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    saved = torch.load(tmp_path / "plain.ckpt", weights_only=False)
+    saved = torch.load(tmp_path / "plain.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == set(model.state_dict()) and "rng" in saved
 
 
@@ -407,6 +407,8 @@ def test_models_without_hooks_train_as_before():
         plain = LatentDiffusion(**class_config()["params"])
         own = hooked(LatentDiffusion, configure_optimizers=lambda self: None)(**class_config()["params"])
     assert type(plain) is LatentDiffusion and not isinstance(plain, pl.LightningModule)
+    with pytest.raises(RuntimeError, match="training hooks need Lightning: import it before the model is built"):
+        plain.training_step({}, 0)
     assert isinstance(own, pl.LightningModule)
     assert type(lightning_module(plain)) is DiffusionTraining
     model = LatentDiffusion(**class_config()["params"])

@@ -29,26 +29,33 @@ class TrainingHooks(Trainable):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch, and log its values."""
-        trainer_methods: Any = self
-        loss, log = trainer_methods.shared_step(batch)
+        model = self._as_lightning_module()
+        loss, log = model.shared_step(batch)
         size = _batch_size(batch)
-        trainer_methods.log_dict(log, prog_bar=True, logger=True, on_step=True, on_epoch=True, batch_size=size)
-        step = float(trainer_methods.global_step)
-        trainer_methods.log("global_step", step, prog_bar=False, on_step=True, on_epoch=False, batch_size=size)
+        model.log_dict(log, prog_bar=True, logger=True, on_step=True, on_epoch=True, batch_size=size)
+        step = float(model.global_step)
+        model.log("global_step", step, prog_bar=False, on_step=True, on_epoch=False, batch_size=size)
         if self.use_scheduler:
-            rate = trainer_methods.optimizers().param_groups[0]["lr"]
-            trainer_methods.log("lr_abs", rate, prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
+            rate = model.optimizers().param_groups[0]["lr"]
+            model.log("lr_abs", rate, prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
         return loss
 
     @torch.no_grad()
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss of a batch, and under names with `_ema` that of the averaged weights."""
-        trainer_methods: Any = self
-        _, log = trainer_methods.shared_step(batch)
-        with trainer_methods.ema_scope():
-            _, averaged = trainer_methods.shared_step(batch)
+        model = self._as_lightning_module()
+        _, log = model.shared_step(batch)
+        with model.ema_scope():
+            _, averaged = model.shared_step(batch)
         log = {**log, **{f"{name}_ema": value for name, value in averaged.items()}}
-        trainer_methods.log_dict(log, on_step=False, on_epoch=True, batch_size=_batch_size(batch))
+        model.log_dict(log, on_step=False, on_epoch=True, batch_size=_batch_size(batch))
+
+    def _as_lightning_module(self) -> Any:
+        if not hasattr(self, "log_dict"):
+            raise RuntimeError(
+                "training hooks need Lightning: import it before the model is built, or use ldm.lightning_module(model)"
+            )
+        return self
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over the model's `optimizer_parameters`, with its learning-rate schedule if it has one."""
@@ -65,7 +72,7 @@ class TrainingHooks(Trainable):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Prepare the model for a batch, e.g. measure the scale of its latents on the first one of a new run."""
-        model: Any = self
+        model = self._as_lightning_module()
         model.before_training_batch(batch, model.current_epoch == 0 and model.global_step == 0 and batch_idx == 0)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
