@@ -106,6 +106,19 @@ class GumbelVQ(VQModel):
         )
         self.vocab_size = n_embed
         self.temperature_scheduler = instantiate_from_config(temperature_scheduler_config)
+        self.temperature_scheduling()
+
+    def temperature_scheduling(self, step: int = 0) -> None:
+        """Set the temperature of a training step."""
+        self.quantize.temperature = self.temperature_scheduler(step)
+
+    def adversarial_loss(
+        self, rec: autoencoder.Reconstruction, optimizer_idx: int, global_step: int, split: str = "train"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of `Autoencoder.adversarial_loss`, and set the temperature of the next training step."""
+        if split == "train":
+            self.temperature_scheduling(global_step + 1)
+        return super().adversarial_loss(rec, optimizer_idx, global_step, split)
 
     def build_quantizer(self, ddconfig: Mapping[str, Any], remap: str | None) -> None:
         """Replace the quantizer by a `GumbelQuantize`."""

@@ -99,6 +99,21 @@ def test_models_encode_and_decode():
     torch.testing.assert_close(sampled.decode_code(ids), sampled.decode(quant), rtol=0, atol=1e-4)
 
 
+def test_temperature_follows_the_training_steps():
+    loss = {"target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"}
+    loss["params"] = {"disc_start": 10, "perceptual_weight": 0.0, "disc_num_layers": 1}
+    schedule = {"target": "ldm.lr_scheduler.LambdaWarmUpCosineScheduler"}
+    schedule["params"] = {"warm_up_steps": 4, "lr_min": 0.1, "lr_max": 0.0, "lr_start": 2.0, "max_decay_steps": 10}
+    model = GumbelVQ(**{**VQ, "lossconfig": loss}, temperature_scheduler_config=schedule)
+    temperatures = [model.quantize.temperature]
+    for step in range(3):
+        rec = model.reconstruct({"image": torch.rand(2, 16, 16, 3)})
+        value, _ = model.adversarial_loss(rec, 0, step)
+        model.adversarial_loss(rec, 0, 9, split="val")
+        temperatures.append(model.quantize.temperature)
+    assert temperatures == [2.0, 1.5, 1.0, 0.5] and value.requires_grad
+
+
 def test_override_of_encode_and_decode_is_called():
     class Client(VQModel):
         def decode(self, quant):
