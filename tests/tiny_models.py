@@ -187,64 +187,6 @@ def retrieval_config(width: int = 10, **params: Any) -> dict[str, Any]:
     return config
 
 
-def stable_diffusion_config(version: int = 1, vocabulary: Path | None = None, **params: Any) -> dict[str, Any]:
-    """Return the same for a text-to-image model in the structure of Stable Diffusion, with latents of four channels.
-
-    Args:
-        version: 1 (CLIP) or 2 (OpenCLIP).
-        vocabulary: folder of a vocabulary of 56 tokens, see `write_clip`.
-        **params: parameters of the model that replace others.
-    """
-    encoder = {"tokenizer": str(vocabulary or "openai/clip-vit-large-patch14")}
-    if version == 1:
-        size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        encoder["text_config"] = {**size, "vocab_size": 56, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-        target = "ldm.modules.encoders.modules.FrozenCLIPEmbedder"
-    else:
-        encoder["text_config"] = {"vocab_size": 56, "width": 32, "heads": 2, "layers": 3, "embed_dim": 32}
-        encoder["layer"] = "penultimate"
-        target = "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"
-    config = text_config(
-        **{
-            "first_stage_key": "jpg",
-            "cond_stage_key": "txt",
-            "channels": 4,
-            "cond_stage_trainable": False,
-            "cond_stage_config": {"target": target, "params": encoder},
-            "scale_factor": 0.18215,
-            **params,
-        }
-    )
-    unet = config["params"]["unet_config"]["params"]
-    unet.update(in_channels=4, out_channels=4, legacy=False)
-    if version == 2:
-        del unet["num_heads"]
-        unet.update(num_head_channels=16, use_linear_in_transformer=True)
-    first_stage = config["params"]["first_stage_config"]["params"]
-    first_stage["embed_dim"] = first_stage["ddconfig"]["z_channels"] = 4
-    return config
-
-
-def text_inpainting_config(version: int = 1, vocabulary: Path | None = None, **params: Any) -> dict[str, Any]:
-    """Return the same for a model that fills masked images by a text."""
-    params = {"conditioning_key": "hybrid", "finetune_keys": None, **params}
-    config = stable_diffusion_config(version, vocabulary, **params)
-    config["params"]["unet_config"]["params"]["in_channels"] = 9
-    return {**config, "target": "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"}
-
-
-def upscaler_config(vocabulary: Path | None = None, **params: Any) -> dict[str, Any]:
-    """Return the same for a model that doubles the sides of images by a text."""
-    low_scale = {
-        "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
-        "params": {"noise_schedule_config": {"linear_start": 1e-4, "linear_end": 2e-2}, "max_noise_level": 350},
-    }
-    params = {"conditioning_key": "hybrid-adm", "low_scale_config": low_scale, "low_scale_key": "lr", **params}
-    config = stable_diffusion_config(2, vocabulary, **{"parameterization": "v", **params})
-    config["params"]["unet_config"]["params"].update(in_channels=7, num_classes=1000)
-    return {**config, "target": "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion"}
-
-
 def make_model(config: dict[str, Any], name: str = "tiny") -> torch.nn.Module:
     """Return a model with random weights, in evaluation mode and without gradients."""
     torch.manual_seed(0)

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny_models import stable_diffusion_config, text_config
+from tiny_models import text_config
+from tiny_stable_diffusion import stable_diffusion_config
 from torch import nn
 
 from benchmarks.memory import LiveBytes, count, main

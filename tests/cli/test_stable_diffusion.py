@@ -10,15 +10,8 @@ from library_tasks import half_mask, random_images
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from task_checks import assert_one_line, pixels, samples
-from tiny_models import (
-    inpainting_config,
-    stable_diffusion_config,
-    superresolution_config,
-    text_inpainting_config,
-    upscaler_config,
-    write_clip,
-    write_model,
-)
+from tiny_models import inpainting_config, superresolution_config, write_clip, write_model
+from tiny_stable_diffusion import stable_diffusion_config, text_inpainting_config, upscaler_config
 
 import ldm
 from ldm.cli import img2img, inpaint, replay, superres, txt2img

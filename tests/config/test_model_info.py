@@ -10,13 +10,11 @@ from tiny_models import (
     layout_config,
     map_config,
     pixel_config,
-    stable_diffusion_config,
     superresolution_config,
     text_config,
-    text_inpainting_config,
     unconditional_config,
-    upscaler_config,
 )
+from tiny_stable_diffusion import stable_diffusion_config, text_inpainting_config, upscaler_config
 
 from ldm.config.instantiate import instantiate_from_config
 from ldm.config.model_config import read_config

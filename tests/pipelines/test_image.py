@@ -8,7 +8,8 @@ import torch
 from library_tasks import random_images
 from parity_cases import assert_close, build, load_case
 from PIL import Image, ImageOps
-from tiny_models import make_model, stable_diffusion_config, text_config, write_clip
+from tiny_models import make_model, text_config, write_clip
+from tiny_stable_diffusion import stable_diffusion_config
 
 import ldm
 from ldm.config.model_info import ModelInfo

@@ -6,7 +6,8 @@ import pytest
 import torch
 from parity_cases import assert_close, build, load_case
 from text_images import sample_text
-from tiny_models import make_model, stable_diffusion_config, text_config, write_clip, write_model
+from tiny_models import make_model, text_config, write_clip, write_model
+from tiny_stable_diffusion import stable_diffusion_config
 
 import ldm
 from ldm.config.model_config import read_config

@@ -7,7 +7,8 @@ import pytest
 import torch
 from library_tasks import half_mask, random_images
 from parity_cases import assert_close, build, load_case
-from tiny_models import inpainting_config, make_model, stable_diffusion_config, text_inpainting_config, write_clip
+from tiny_models import inpainting_config, make_model, write_clip
+from tiny_stable_diffusion import stable_diffusion_config, text_inpainting_config
 
 import ldm
 from ldm.config.instantiate import instantiate_from_config

@@ -7,7 +7,8 @@ import pytest
 import torch
 from library_tasks import random_images
 from parity_cases import assert_close, build, load_case
-from tiny_models import make_model, stable_diffusion_config, superresolution_config, upscaler_config, write_clip
+from tiny_models import make_model, superresolution_config, write_clip
+from tiny_stable_diffusion import stable_diffusion_config, upscaler_config
 
 import ldm
 from ldm.config.instantiate import instantiate_from_config
