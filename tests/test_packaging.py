@@ -37,7 +37,7 @@ DISTRIBUTIONS = {
 # Needed although nothing imports them: Lightning logs to tensorboard; torchmetrics contains weights of LPIPS.
 USED_BY_NAME = {"tensorboard", "torchmetrics"}
 # Extras that add functions to the packages and the scripts; the others are for development.
-FOR_USERS = ("clip", "data", "diffusers", "retrieval")
+FOR_USERS = ("clip", "data", "diffusers", "retrieval", "datasets")
 
 
 def read(path: str) -> str:
