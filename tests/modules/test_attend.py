@@ -76,3 +76,65 @@ def test_large_products_are_computed_in_float32():
     """Check the error for large products; products in bfloat16 would have several times this error."""
     q, k, v = ((4 * each).detach().requires_grad_() for each in tensors(64, 64, torch.bfloat16))
     assert (attend(q, k, v).double() - exact(q, k, v)).abs().mean() < 6e-3
+
+
+# -- large maps ------------------------------------------------------------------------------------------------
+
+
+def large_tensors(spread: float = 1.0, n: int = 2100, m: int = 2300, width: int = 24) -> list[torch.Tensor]:
+    """Return q, k and v in bfloat16; the scores of a query have this standard deviation, around a value of its own."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, count, 16, generator=generator) * spread**0.5 for count in (n, m))
+    common = torch.randn(1, 2, 1, 16, generator=generator)
+    return [each.bfloat16() for each in (q, k + 3 * common, torch.randn(1, 2, m, width, generator=generator))]
+
+
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((result.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0, 6.0, 20.0])
+@torch.no_grad()
+def test_large_maps_are_exact_to_a_rounding_step(monkeypatch, spread):
+    """A step of bfloat16 is 2⁻⁸ of a value."""
+    monkeypatch.setattr(attend_module, "scaled_dot_product_attention", None)
+    q, k, v = large_tensors(spread)
+    result, expected = attend(q, k, v), exact(q, k, v)
+    assert result.dtype == torch.bfloat16 and result.shape == expected.shape
+    assert error(result, expected) < 1.25 * 2**-8
+
+
+@torch.no_grad()
+def test_items_of_large_maps_do_not_depend_on_their_batch():
+    q, k, v = (torch.cat([each, each.flip(-2)]) for each in large_tensors())
+    together = attend(q, k, v)
+    assert torch.equal(together[1:], attend(q[1:], k[1:], v[1:]))
+    assert torch.equal(together[:, 1:], attend(q[:, 1:], k[:, 1:], v[:, 1:]))
+
+
+@torch.no_grad()
+def test_scores_far_above_their_estimate_are_exact(monkeypatch):
+    """Keys that no estimate sees have scores of hundreds; the values of both are averaged."""
+    monkeypatch.setattr(attend_module, "scaled_dot_product_attention", None)
+    q, k, v = large_tensors()
+    k[..., [1, 3], :] = 50 * q[:, :, :1].sign()
+    result, expected = attend(q, k, v), exact(q, k, v)
+    assert error(result[:, :, 0], v[:, :, [1, 3]].double().mean(2)) < 2**-8
+    assert error(result, expected) < 1.25 * 2**-8
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (lambda x: x.float(), {}),
+        (lambda x: x.half(), {}),
+        (lambda x: x[:, :, :2047], {}),
+        (lambda x: x.requires_grad_(), {}),
+        (lambda x: x, {"is_causal": True}),
+    ],
+    ids=["float32", "float16", "smaller", "gradients", "causal"],
+)
+def test_other_large_maps_use_torch(monkeypatch, change, options):
+    monkeypatch.setattr(attend_module, "attend_in_rows", None)
+    q, k, v = (change(each) for each in large_tensors())
+    assert torch.equal(attend(q, k, v, **options), scaled_dot_product_attention(q, k, v, **options))
