@@ -21,6 +21,7 @@ from ldm.errors import UserError
 from ldm.io.checkpoint.loading import load_weights, without_ema
 from ldm.io.checkpoint.reading import read_checkpoint, read_state_dict, training_step
 from ldm.io.checkpoint.writing import save_checkpoint, save_safetensors
+from ldm.models.diffusion.ddpm import DDPM
 from ldm.modules.ema import LitEma
 
 
@@ -154,6 +155,20 @@ def test_weights_are_copied_and_converted(tmp_path, model):
     assert not report.missing and not report.unexpected
     assert all(value.dtype == torch.float32 for value in fresh.state_dict().values())
     assert equal(fresh.state_dict(), {name: value.float() for name, value in half.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_table_of_the_configuration_replaces_its_rounded_copy(dtype):
+    schedule = {"linear_start": 0.00085, "linear_end": 0.012}
+    config = {"target": "torch.nn.Identity"}
+    model, other = (DDPM(config, timesteps=10, conditioning_key=None, **each) for each in (schedule, {}))
+    half = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    exact = {name: getattr(model, name).clone() for name in model.computed_buffers}
+    load_weights(model, half)
+    assert all(torch.equal(getattr(model, name), table) for name, table in exact.items())
+    assert not torch.equal(half["alphas_cumprod"].float(), exact["alphas_cumprod"])
+    load_weights(other, half)
+    assert torch.equal(other.alphas_cumprod, half["alphas_cumprod"].float()), "the schedule of the file is another one"
 
 
 def test_mismatched_names_are_logged(model, caplog):

@@ -46,7 +46,8 @@ def load_weights(
 ) -> LoadReport:
     """Copy weights into `module`, convert them to its dtypes, and log every name without a counterpart.
 
-    A log line also names weights with NaN or infinite values.
+    A log line also names weights with NaN or infinite values. Tables in half precision that `module` has computed from
+    its configuration in full precision are not copied.
 
     Args:
         module: receives the weights; unchanged if they do not fit.
@@ -69,10 +70,12 @@ def load_weights(
 
     _check_shapes(own, selected, type(module).__name__, where)
     _check_complete(module, set(missing), ignored, where, selected)
-    # Scalars may be stored with or without a dimension.
-    module.load_state_dict({name: value.reshape(own[name].shape) for name, value in fitting.items()}, strict=False)
-    parameters = dict(module.named_parameters())
     tables = _computed_buffers(module)
+    # Scalars may be stored with or without a dimension.
+    shaped = {name: value.reshape(own[name].shape) for name, value in fitting.items()}
+    rounded = {name for name in tables & shaped.keys() if _is_rounded_copy(shaped[name], own[name])}
+    module.load_state_dict({name: value for name, value in shaped.items() if name not in rounded}, strict=False)
+    parameters = dict(module.named_parameters())
     known = set() if tables & fitting.keys() else tables  # files of other programs may hold no table
     unnamed = [name for name in missing if name not in known and not name.startswith((*ignored, *UNUSED_PREFIXES))]
     log_names("missing from", where, unnamed)
@@ -88,6 +91,19 @@ def _computed_buffers(module: nn.Module) -> set[str]:
         for prefix, child in module.named_modules()
         for name in getattr(child, "computed_buffers", ())
     }
+
+
+def _is_rounded_copy(value: Tensor, own: Tensor) -> bool:
+    """Return whether `value` is `own` in half precision, to a rounding step.
+
+    A table of the noise schedule loses its first timesteps in half precision: 1 - ᾱ is 0.00085 there, and a rounding
+    step of ᾱ 0.0005. The table that the configuration determines is exact.
+    """
+    if value.dtype not in (torch.float16, torch.bfloat16) or own.dtype not in (torch.float32, torch.float64):
+        return False
+    info = torch.finfo(value.dtype)
+    value, limited = value.to(own), own.clamp(info.min, info.max)  # 1 / ᾱ may exceed the range of float16
+    return torch.allclose(value.clamp(info.min, info.max), limited, rtol=info.eps, atol=info.tiny * info.eps)
 
 
 def _in_own_spelling(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
