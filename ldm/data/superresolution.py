@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from ldm.config.instantiate import instantiate_from_config
 from ldm.data.image_files import (
@@ -77,54 +77,91 @@ class SuperResolution(Dataset):
         self.size = size
         self.min_crop_f, self.max_crop_f = min_crop_f, max_crop_f
         self.random_crop = random_crop
+        self.LR_size = size // downscale_f
         self.degrade = find_degradation(degradation, size // downscale_f, downscale_f)
 
     def __len__(self) -> int:
         return len(cast(Sized, self.images))
 
+    @property
+    def base(self) -> Dataset:
+        """The image files, by the published name."""
+        return self.images
+
+    @property
+    def center_crop(self) -> bool:
+        """Whether crops are at the centre."""
+        return not self.random_crop
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        entries = self._entries(index)
-        pixels = read_pixels(Path(entries["file_path_"]))
+        entries, pixels = self._read(index)
         fraction = self.min_crop_f + (self.max_crop_f - self.min_crop_f) * torch.rand(()).item()
         side = max(1, int(min(pixels.shape[:2]) * fraction))
         pixels = resize_smaller_side(crop_square(pixels, side, self.random_crop), self.size, "area")
         small = self.degrade(np.ascontiguousarray(pixels))
         return {**entries, "image": to_image(pixels), "LR_image": to_image(small)}
 
-    def _entries(self, index: int) -> dict[str, Any]:
-        """Return the entries of an image file except `image`."""
-        images = self.images
-        return images.entries(index) if isinstance(images, ImageFiles) else plain_entries(images[index])
+    def _read(self, index: int) -> tuple[dict[str, Any], np.ndarray]:
+        """Return the entries of an image file except `image`, and its pixels."""
+        images: Any = self.images
+        while isinstance(images, Subset):
+            images, index = images.dataset, images.indices[index]
+        if isinstance(images, ImageFiles):
+            index, pixels = images.readable(index)
+            return images.entries(index), pixels
+        entries = plain_entries(images[index])
+        return entries, read_pixels(Path(entries["file_path_"]))
 
 
 class SmallerPictures(Dataset):
     """Wrapper that adds a version `downscale_f` times smaller to each item of a data set of square images.
 
     Items: `image`, texts and numbers of the wrapped data set, and `LR_image` (S / downscale_f, …, 3) float32 in
-    [-1, 1].
+    [-1, 1]. PyTorch's global generator determines the random degradations.
 
     Args:
         dataset: `target` and `params` of the wrapped data set.
         degradation, downscale_f: as in `SuperResolution`.
+        fixed: derive each degradation from the index of the item instead, for validation.
 
     Raises:
-        UserError: the degradation is unknown, or the image size is not divisible by `downscale_f`.
+        UserError: the degradation is unknown, or an image is not square or not divisible by `downscale_f`.
     """
 
-    def __init__(self, dataset: Mapping[str, Any], degradation: str = "pil_bicubic", downscale_f: int = 4) -> None:
+    def __init__(
+        self,
+        dataset: Mapping[str, Any],
+        degradation: str = "pil_bicubic",
+        downscale_f: int = 4,
+        fixed: bool = False,
+    ) -> None:
         self.dataset = instantiate_from_config(dataset)
-        size = self.dataset[0]["image"].shape[0]
-        if size % downscale_f:
-            raise UserError(f"SmallerPictures: images of {size} px are not divisible by downscale_f ({downscale_f})")
-        self.degrade = find_degradation(degradation, size // downscale_f, downscale_f)
+        self.shape = self.dataset[0]["image"].shape
+        self.fixed = fixed
+        height, width = self.shape[:2]
+        if height != width:
+            raise UserError(f"SmallerPictures: images must be square, not {width} × {height} px; crop them")
+        if height % downscale_f:
+            raise UserError(f"SmallerPictures: images of {height} px are not divisible by downscale_f ({downscale_f})")
+        self.degrade = find_degradation(degradation, height // downscale_f, downscale_f)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = plain_entries(self.dataset[index])
+        if item["image"].shape != self.shape:
+            sizes = " and ".join(f"{width} × {height}" for height, width, _ in (self.shape, item["image"].shape))
+            raise UserError(f"SmallerPictures: images must have one size, not {sizes} px; set their size")
         pixels = to_pixels((item["image"] + 1.0) / 2.0)
-        return {**item, "LR_image": to_image(self.degrade(pixels))}
+        return {**item, "LR_image": to_image(self._degraded(pixels, index))}
+
+    def _degraded(self, pixels: np.ndarray, index: int) -> np.ndarray:
+        if not self.fixed:
+            return self.degrade(pixels)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(index)
+            return self.degrade(pixels)
 
 
 def find_degradation(name: str | None, size: int, factor: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
+import logging
 import os
 import secrets
 import shutil
@@ -14,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ldm.errors import DiskFullError, UserError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -141,19 +144,28 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> UserError:
 
 
 @contextmanager
-def locked(path: Path, message: str) -> Iterator[None]:
+def locked(path: Path, message: str, wait: bool = False) -> Iterator[None]:
     """Hold the lock file `path`, which is deleted afterwards; it excludes other processes that do the same.
 
     The system releases the lock of a process that was killed. Systems without such locks exclude nobody.
 
+    Args:
+        path: the lock file; a missing folder is created.
+        message: the error if another process holds the lock.
+        wait: wait for that process instead.
+
     Raises:
-        UserError: another process holds the lock, with this message; or the folder cannot be written to.
+        UserError: another process holds the lock; or the folder cannot be written to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_locked(path)
-    except BlockingIOError:
-        raise UserError(message) from None
+        try:
+            descriptor = _open_locked(path)
+        except BlockingIOError:
+            if not wait:
+                raise UserError(message) from None
+            logger.warning("%s; waiting until it has finished", message)
+            descriptor = _open_locked(path, wait=True)
     except OSError as error:
         raise write_error(path, error) from error
     try:
@@ -164,18 +176,18 @@ def locked(path: Path, message: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_locked(path: Path) -> int:
+def _open_locked(path: Path, wait: bool = False) -> int:
     """Create, open and lock a file.
 
     Raises:
-        BlockingIOError: another process holds the lock.
+        BlockingIOError: another process holds the lock, and `wait` is False.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             import fcntl
 
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise

@@ -159,21 +159,28 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Te
     return to_batch(images)
 
 
-def draw_boxes(wh: tuple[int, int], boxes: Sequence[Sequence[float]], labels: Sequence[str], size: int = 10) -> Tensor:
-    """Draw outlines of boxes on white, each with its label in the upper left corner.
+def draw_boxes(
+    wh: tuple[int, int],
+    boxes: Sequence[Sequence[float]],
+    labels: Sequence[str],
+    size: int = 10,
+    background: np.ndarray | None = None,
+) -> Tensor:
+    """Draw outlines of boxes, each with its label in the upper left corner.
 
     Args:
         wh: width and height in pixels.
         boxes: (left, top, right, bottom) of each box in [0, 1]; parts outside are cut off.
         labels: label of each box; equal labels have the same colour.
         size: font size in pixels.
+        background: image (H, W, 3) uint8 to draw on, with white behind the labels; white by default.
 
     Returns:
         `(3, H, W)` float32 in [-1, 1].
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    image = Image.new("RGB", (wh[0], wh[1]), "white")
+    image = Image.new("RGB", (wh[0], wh[1]), "white") if background is None else Image.fromarray(background)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size)
     order = sorted(set(labels))
     colours = [BOX_COLOURS[order.index(label) % len(BOX_COLOURS)] for label in labels]
@@ -186,5 +193,8 @@ def draw_boxes(wh: tuple[int, int], boxes: Sequence[Sequence[float]], labels: Se
     for (x0, y0, *_), colour, label in zip(
         corners, colours, labels, strict=True
     ):  # text last, so that no line covers it
-        draw.text((max(x0, 0) + 2, max(y0, 0) + 1), label, fill=colour, font=font)
+        corner = (max(x0, 0) + 2, max(y0, 0) + 1)
+        if background is not None:
+            draw.rectangle(draw.textbbox(corner, label, font=font), fill="white")
+        draw.text(corner, label, fill=colour, font=font)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0

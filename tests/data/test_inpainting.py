@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 
+from ldm.config.instantiate import instantiate_from_config
 from ldm.data.emoji import EmojiValidation
 from ldm.data.inpainting import MAX_COVERAGE, MaskedPictures, masked, random_mask
+from ldm.data.masks import find_masks
 from ldm.data.superresolution import SmallerPictures
 from ldm.errors import UserError
 
@@ -63,3 +67,30 @@ def test_smaller_images_are_resized_by_pillow():
     assert "mask" not in item and item["caption"].startswith(("rocket", "fox"))
     with pytest.raises(UserError, match="not divisible by downscale_f"):
         SmallerPictures(SOURCE, downscale_f=5)
+
+
+def test_default_masks_stay_as_they_were():
+    """The first masks of seed 0: their hash was computed before other kinds of masks existed."""
+    torch.manual_seed(0)
+    dataset = MaskedPictures(SOURCE)
+    digest = hashlib.sha256(b"".join((dataset[0]["mask"] > 0).tobytes() for _ in range(5)))
+    assert digest.hexdigest()[:16] == "85fa12c45a2a3f57"
+
+
+@pytest.mark.parametrize("kind", ["thin", "medium", "thick", "box", "half"])
+def test_kind_of_masks_is_a_parameter(kind):
+    config = {"target": "ldm.data.inpainting.MaskedPictures", "params": {"dataset": SOURCE, "masks": kind}}
+    dataset = instantiate_from_config(config)
+    torch.manual_seed(3)
+    item = dataset[0]
+    torch.manual_seed(3)
+    expected = find_masks(kind)(64, 64, np.random.default_rng(int(torch.randint(2**31, ()))))
+    assert np.array_equal(item["mask"], expected) and item["mask"].shape == (64, 64, 1)
+    assert np.array_equal(item["masked_image"], masked(item["image"], expected))
+    fixed = MaskedPictures(SOURCE, fixed=True, masks=kind)
+    assert np.array_equal(fixed[1]["mask"], find_masks(kind)(64, 64, np.random.default_rng(1)))
+
+
+def test_unknown_masks_raise_user_error():
+    with pytest.raises(UserError, match='there are no masks "brush"'):
+        MaskedPictures(SOURCE, masks="brush")

@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 
 from ldm.config.instantiate import instantiate_from_config
 from ldm.data.image_files import ImageFiles
-from ldm.data.superresolution import DEGRADATIONS, SuperResolution
+from ldm.data.superresolution import DEGRADATIONS, SmallerPictures, SuperResolution, find_degradation
 from ldm.errors import UserError
 from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light
 
@@ -115,3 +115,63 @@ def test_model_trains_on_pairs(images):
     loss.backward()
     first = model.model.diffusion_model.input_blocks[0][0].weight.grad
     assert first[:, 3:].norm() > 0, "the network uses the channels of the low-resolution image"
+
+
+# -- wrapper ---------------------------------------------------------------------------------------------------
+
+SOURCE = {"target": "ldm.data.emoji.EmojiValidation", "params": {"size": 64, "names": ["rocket", "fox"]}}
+
+
+@pytest.mark.parametrize("degradation", DEGRADATIONS)
+def test_wrapper_adds_a_degraded_version(degradation):
+    config = {"target": "ldm.data.superresolution.SmallerPictures"}
+    config["params"] = {"dataset": SOURCE, "degradation": degradation, "downscale_f": 4}
+    dataset = instantiate_from_config(config)
+    torch.manual_seed(5)
+    item = dataset[1]
+    assert item["LR_image"].shape == (16, 16, 3) and item["LR_image"].dtype == np.float32
+    assert item["LR_image"].min() >= -1 and item["LR_image"].max() <= 1 and len(dataset) == 2
+    pixels = ((item["image"] + 1) * 127.5).round().astype(np.uint8)
+    torch.manual_seed(5)
+    assert np.array_equal(item["LR_image"], values(find_degradation(degradation, 16, 4)(pixels)))
+    batch = default_collate([dataset[0], dataset[1]])
+    assert batch["LR_image"].shape == (2, 16, 16, 3) and len(batch["caption"]) == 2
+
+
+@pytest.mark.parametrize("degradation", ["bsrgan", "bsrgan_light"])
+def test_fixed_degradations_depend_on_the_index(degradation):
+    fixed, random = (SmallerPictures(SOURCE, degradation, fixed=value) for value in (True, False))
+    torch.manual_seed(1)
+    first, state = fixed[0]["LR_image"], torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator stays as it was"
+    torch.manual_seed(2)
+    assert np.array_equal(fixed[0]["LR_image"], first) and not np.array_equal(random[0]["LR_image"], first)
+
+
+def test_wrapper_needs_squares_of_one_size(tmp_path):
+    write(tmp_path / "a.png", height=32, width=32)
+    write(tmp_path / "b.png", height=16, width=16)
+    source = {"target": "ldm.data.openimages.FullOpenImagesValidation", "params": {"data_root": str(tmp_path)}}
+    dataset = SmallerPictures(source)
+    assert dataset[0]["LR_image"].shape == (8, 8, 3)
+    with pytest.raises(UserError, match=r"images must have one size, not 32 × 32 and 16 × 16 px; set their size"):
+        dataset[1]
+    wide = {"target": "ldm.data.image_files.ImageFiles", "params": {"paths": [tmp_path / "c.png"], "labels": {}}}
+    write(tmp_path / "c.png", height=16, width=32)
+    with pytest.raises(UserError, match="images must be square, not 32 × 16 px"):
+        SmallerPictures(wide)
+
+
+def test_unreadable_image_is_replaced_by_the_next(images, caplog):
+    images.paths[0].write_bytes(b"no image")
+    dataset = SuperResolution(images, 16, "cv_area")
+    assert [dataset[0]["number"], dataset[0]["number"]] == [1, 1]
+    assert caplog.text.count("a.png") == 1
+    subset = SuperResolution(torch.utils.data.Subset(images, [1, 0]), 16, "cv_area")
+    assert [subset[0]["number"], subset[1]["number"]] == [1, 1]
+
+
+def test_published_attributes(images):
+    dataset = SuperResolution(images, 16, "cv_area", downscale_f=2, random_crop=False)
+    assert (dataset.LR_size, dataset.center_crop, dataset.base) == (8, True, images)

@@ -216,3 +216,20 @@ def test_a_lock_excludes_others_until_it_is_released(tmp_path):
                 pass
             assert lock.exists()
         assert not os.listdir(tmp_path / "new")
+
+
+def test_a_lock_can_be_waited_for(tmp_path, caplog):
+    lock, events = tmp_path / "lock", []
+
+    def wait():
+        with locked(lock, "another process is busy", wait=True):
+            events.append("waited")
+
+    thread = threading.Thread(target=wait)
+    with locked(lock, "another process is busy"):
+        thread.start()
+        thread.join(0.2)
+        events.append("released")
+    thread.join(10)
+    assert events == ["released", "waited"] and not lock.exists()
+    assert caplog.messages == ["another process is busy; waiting until it has finished"]

@@ -5,6 +5,9 @@ a square grid over the layout, counted row by row. The last token of the vocabul
 A sequence of 3 n + 2 tokens ends with the two corners of a window, the part of the layout that the image shows.
 
 Positions are (left, top, right, bottom), relative to width and height in [0, 1].
+
+A class token may also hold attributes of the object, as published for OpenImages: the token is
+`label + classes * bits`, where `bits` has one bit for each of `ATTRIBUTES`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from ldm.errors import UserError
 from ldm.io.checkpoint.names import first_names
 
 FULL_WINDOW = (0.0, 0.0, 1.0, 1.0)
+ATTRIBUTES = ("group", "occluded", "depiction", "inside")  # the bits 1, 2, 4 and 8 of an object
 Position = tuple[float, float, float, float]
 
 
@@ -28,6 +32,11 @@ class Box(NamedTuple):
     label: int
     position: Position
     name: str = ""
+
+
+def attribute_names(bits: int) -> list[str]:
+    """Return the names of the attributes whose bits are set."""
+    return [name for number, name in enumerate(ATTRIBUTES) if bits & (1 << number)]
 
 
 class LayoutTokens:
@@ -63,11 +72,20 @@ class LayoutTokens:
         ending = self._corners(window) if length % 3 == 2 else [self.none] * (length % 3)
         return torch.tensor([*(token for triple in triples for token in triple), *ending], dtype=torch.int64)
 
-    def decode(self, tokens: torch.Tensor) -> list[Box]:
-        """Decode tokens (L,) to boxes with positions relative to the window; they may exceed [0, 1]."""
+    def window(self, tokens: torch.Tensor) -> Position:
+        """Return the window at the end of tokens (L,), and the whole layout if they have none."""
+        ids = [int(token) for token in tokens[-2:]]
+        return (self._position(*ids) if len(tokens) % 3 == 2 else None) or FULL_WINDOW
+
+    def decode(self, tokens: torch.Tensor, window: Position | None = None) -> list[Box]:
+        """Decode tokens (L,) to boxes with positions relative to a window; they may exceed [0, 1].
+
+        Args:
+            tokens: the tokens of a layout.
+            window: the window; None means that of the tokens, `FULL_WINDOW` the whole layout.
+        """
         ids = [int(token) for token in tokens]
-        window = self._position(*ids[-2:]) if len(ids) % 3 == 2 else FULL_WINDOW
-        left, top, right, bottom = window or FULL_WINDOW
+        left, top, right, bottom = self.window(tokens) if window is None else window
         width, height = max(right - left, 1 / self.side), max(bottom - top, 1 / self.side)
         boxes = []
         for start in range(0, len(ids) - len(ids) % 3, 3):
@@ -78,16 +96,23 @@ class LayoutTokens:
                 boxes.append(Box(label, relative))
         return boxes
 
+    def corner(self, x: float, y: float) -> int:
+        """Return the token of the cell at (x, y)."""
+        column, row = (round(value * (self.side - 1)) for value in (x, y))
+        return row * self.side + column
+
+    def coordinates(self, token: int) -> tuple[float, float]:
+        """Return the position (x, y) of the cell of a corner token."""
+        row, column = divmod(token, self.side)
+        return column / (self.side - 1), row / (self.side - 1)
+
     def _corners(self, position: Position) -> list[int]:
         if not all(0 <= value <= 1 for value in position):
             raise UserError(f"a box extends from {position[:2]} to {position[2:]}; positions must lie in [0, 1]")
-        column0, row0, column1, row1 = (round(value * (self.side - 1)) for value in position)
-        return [row0 * self.side + column0, row1 * self.side + column1]
+        return [self.corner(*position[:2]), self.corner(*position[2:])]
 
     def _position(self, first: int, last: int) -> Position | None:
         """Return the position of two corner tokens, or None if one of them is not a corner."""
         if not (0 <= first < self.side**2 and 0 <= last < self.side**2):
             return None
-        (row0, column0), (row1, column1) = (divmod(corner, self.side) for corner in (first, last))
-        x0, y0, x1, y1 = (cell / (self.side - 1) for cell in (column0, row0, column1, row1))
-        return x0, y0, x1, y1
+        return *self.coordinates(first), *self.coordinates(last)
