@@ -3,19 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import ConcatDataset
 
+from ldm.data.faceshq import ConcatDatasetWithIndex
 from ldm.data.image_files import ImageFiles, fit_square, read_pixels, to_image
 
 __all__ = ["ConcatDatasetWithIndex", "ImagePaths", "NumpyPaths"]
-
-
-class ConcatDatasetWithIndex(ConcatDataset):
-    """Concatenation of data sets whose items are pairs of an item and the index of its data set."""
-
-    def __getitem__(self, idx: int) -> tuple[Any, int]:
-        number = int(np.searchsorted(self.cumulative_sizes, idx % len(self), side="right"))
-        return super().__getitem__(idx), number
 
 
 class ImagePaths(ImageFiles):
@@ -45,8 +37,13 @@ class ImagePaths(ImageFiles):
         pixels = read_pixels(Path(image_path))
         return to_image(fit_square(pixels, self.size, self.random_crop) if self.size else pixels)
 
+    def read(self, index: int) -> np.ndarray:
+        """Return the image of an item; `preprocess_image` reads it."""
+        return self.preprocess_image(self.labels["file_path_"][index])
+
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return {**self.entries(i), "image": self.preprocess_image(self.labels["file_path_"][i])}
+        index, image = self.readable(i)
+        return {**self.entries(index), "image": image}
 
 
 class NumpyPaths(ImagePaths):

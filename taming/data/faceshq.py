@@ -1,5 +1,14 @@
-from ldm.data.faceshq import CelebAHQTrain, CelebAHQValidation, FacesBase, FFHQTrain, FFHQValidation
-from taming.data.base import ConcatDatasetWithIndex, ImagePaths, NumpyPaths
+from ldm.data.faceshq import (
+    CelebAHQTrain,
+    CelebAHQValidation,
+    ConcatDatasetWithIndex,
+    FacesBase,
+    FacesHQTrain,
+    FacesHQValidation,
+    FFHQTrain,
+    FFHQValidation,
+)
+from taming.data.base import ImagePaths, NumpyPaths
 
 __all__ = [
     "CelebAHQTrain",
@@ -8,6 +17,8 @@ __all__ = [
     "FFHQTrain",
     "FFHQValidation",
     "FacesBase",
+    "FacesHQTrain",
+    "FacesHQValidation",
     "ImagePaths",
     "NumpyPaths",
 ]

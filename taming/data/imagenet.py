@@ -1,32 +1,54 @@
 from collections.abc import Iterable
 
-from ldm.data.imagenet import ImageNetBase, parse_indices, read_index_of_synsets
+from ldm.data.imagenet import ImageNetBase, parse_indices
+from ldm.data.imagenet_files import read_index_of_synsets
 from taming.data.base import ImagePaths
+from taming.data.imagenet_depth import (
+    BaseWithDepth,
+    DRINExamples,
+    ImageNetTrainWithDepth,
+    ImageNetValidationWithDepth,
+    RINTrainWithDepth,
+    RINValidationWithDepth,
+    rgba_to_depth,
+)
+from taming.data.imagenet_scale import (
+    ImageNetEdges,
+    ImageNetEdgesTrain,
+    ImageNetEdgesValidation,
+    ImageNetScale,
+    ImageNetScaleTrain,
+    ImageNetScaleValidation,
+)
+from taming.data.imagenet_splits import ImageNetTrain, ImageNetValidation
+from taming.data.preprocessing import get_preprocessor, imscale
 from taming.util import download, retrieve
 
 __all__ = [
+    "BaseWithDepth",
+    "DRINExamples",
     "ImageNetBase",
+    "ImageNetEdges",
+    "ImageNetEdgesTrain",
+    "ImageNetEdgesValidation",
+    "ImageNetScale",
+    "ImageNetScaleTrain",
+    "ImageNetScaleValidation",
     "ImageNetTrain",
+    "ImageNetTrainWithDepth",
     "ImageNetValidation",
+    "ImageNetValidationWithDepth",
     "ImagePaths",
+    "RINTrainWithDepth",
+    "RINValidationWithDepth",
     "download",
+    "get_preprocessor",
     "give_synsets_from_indices",
+    "imscale",
     "retrieve",
+    "rgba_to_depth",
     "str_to_indices",
 ]
-
-
-class ImageNetTrain(ImageNetBase):
-    """Training images of ImageNet; the first parameter is `config`."""
-
-    name = "ILSVRC2012_train"
-    random_crop = True
-
-
-class ImageNetValidation(ImageNetBase):
-    """Validation images of ImageNet; the first parameter is `config`."""
-
-    name = "ILSVRC2012_validation"
 
 
 def give_synsets_from_indices(

@@ -9,8 +9,12 @@ import numpy as np
 
 from ldm.errors import UserError
 from ldm.io.download import fetch
+from ldm.training.collate import Collate
+from taming.data.helper_types import Annotation
 
 __all__ = [
+    "Annotation",
+    "custom_collate",
     "download_url",
     "download_urls",
     "get_root",
@@ -21,6 +25,15 @@ __all__ = [
     "reporthook",
     "unpack",
 ]
+
+
+def custom_collate(batch: list[Any]) -> Any:
+    """Return the batch of items; lists of annotations stay lists, because images have different numbers of them.
+
+    Raises:
+        UserError: the items cannot be batched.
+    """
+    return Collate("the data set")(batch)
 
 
 def unpack(path: str) -> None:

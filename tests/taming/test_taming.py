@@ -184,6 +184,19 @@ def test_lists_of_images_are_data_sets(tmp_path):
     assert [joined[index][1] for index in (0, 2, 3, 5, -1)] == [0, 0, 1, 1, 1]
 
 
+def test_unreadable_image_of_a_list_is_replaced(tmp_path, caplog):
+    paths = [tmp_path / f"{n}.png" for n in range(3)]
+    for n, path in enumerate(paths):
+        write(path, seed=n)
+    paths[1].write_bytes(b"no image")
+    (tmp_path / "list.txt").write_text("\n".join(map(str, [*paths, tmp_path / "absent.png"])))
+    dataset = custom.CustomTest(24, str(tmp_path / "list.txt"))
+    assert [dataset[n]["file_path_"] for n in (1, 1, 3)] == [str(paths[2]), str(paths[2]), str(paths[0])]
+    assert caplog.text.count("1.png") == 1 and caplog.text.count("absent.png") == 1
+    with pytest.raises(UserError, match=r"ImagePaths: 2 of 4 images cannot be read"):
+        custom.CustomTest(24, str(tmp_path / "list.txt")).data.check_files()
+
+
 def test_override_of_preprocessing_is_called(tmp_path):
     class Client(base.ImagePaths):
         def preprocess_image(self, image_path):
