@@ -35,6 +35,11 @@ _TORCH_NN = (
     "Identity Embedding L1Loss MSELoss SmoothL1Loss HuberLoss CrossEntropyLoss BCELoss BCEWithLogitsLoss KLDivLoss "
     "GaussianNLLLoss ReLU LeakyReLU ELU GELU SiLU Mish Softplus Sigmoid Tanh Hardtanh PixelShuffle PixelUnshuffle"
 )
+# Transforms of images for `image_transforms` of shards, without functions among their parameters.
+_TRANSFORMS = (
+    "CenterCrop ColorJitter GaussianBlur Grayscale Pad RandomAdjustSharpness RandomAutocontrast RandomCrop "
+    "RandomGrayscale RandomHorizontalFlip RandomPerspective RandomResizedCrop RandomRotation RandomVerticalFlip Resize"
+)
 # Classes for the sections `lightning.callbacks`, `lightning.logger` and `lightning.modelcheckpoint`. Of the loggers
 # that use a server, only the most common one is listed. TestTubeLogger no longer exists; it is listed so that older
 # configurations get an error about a missing name.
@@ -50,6 +55,7 @@ _LIGHTNING = {
 LISTED = frozenset(
     [
         *(f"torch.nn.{name}" for name in _TORCH_NN.split()),
+        *(f"torchvision.transforms.{name}" for name in _TRANSFORMS.split()),
         *(
             f"{package}.{module}.{name}"
             for package in ("pytorch_lightning", "lightning.pytorch")  # two names of the same classes
@@ -96,7 +102,7 @@ def allowing(*prefixes: str) -> Iterator[None]:
 
 def resolve(target: Any) -> Any:
     """Return the full target of a published `main.NAME`, and any other target unchanged."""
-    if isinstance(target, str) and not _is_allowed(target):
+    if isinstance(target, str) and not is_allowed(target):
         module, _, name = target.partition(".")
         if module == "main" and name in MAIN_NAMES:
             return f"{MAIN_NAMES[name]}.{name}"
@@ -109,7 +115,7 @@ def refusal(target: Any) -> str | None:
         return 'is not a dotted path of public names such as "package.module.Class"'
     target = resolve(target)
     package = target.partition(".")[0]
-    if _is_allowed(target) or target in LISTED:
+    if is_allowed(target) or target in LISTED:
         return None
     if package not in OWN_PACKAGES:
         module, _, name = target.rpartition(".")
@@ -131,10 +137,10 @@ def object_refusal(target: str, found: Any) -> str | None:
     """Return why `found`, the object at `target`, must not be built, or None."""
     home = getattr(found, "__module__", None)
     home = home if isinstance(home, str) else type(found).__name__
-    if _is_allowed(target):
+    if is_allowed(target):
         if not (inspect.isclass(found) or inspect.isroutine(found)):
             return "is refused: it is neither a class nor a function"
-        if home.partition(".")[0] != target.partition(".")[0] and not _is_allowed(f"{home}."):
+        if home.partition(".")[0] != target.partition(".")[0] and not is_allowed(f"{home}."):
             return f"is refused: it is defined in {home}; if you trust that too, give --allow-target {home}"
         return None
     if not inspect.isclass(found):
@@ -149,7 +155,8 @@ def shown(value: Any, limit: int = 80) -> str:
     return f'"{text}"' if len(text) <= limit else f'"{text[: limit - 3]}..."'
 
 
-def _is_allowed(path: str) -> bool:
+def is_allowed(path: str) -> bool:
+    """Return whether `allow` or `--allow-target` has allowed a dotted path, or one of its prefixes."""
     return any(path == prefix or path.startswith(f"{prefix}.") for prefix in _allowed)
 
 

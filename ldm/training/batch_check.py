@@ -73,7 +73,7 @@ class BatchCheck:
             fault = entry.fault(value) or (entry.first_batch_fault(value) if is_first else None)
             if fault is not None:
                 raise UserError(f'{name}: "{entry.key}" {fault}')
-            if warn and (is_first or isinstance(entry, Labels)):
+            if warn and is_first:
                 self._warn_once(entry, value, name)
         self._checked.add(name)
 

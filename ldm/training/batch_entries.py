@@ -112,20 +112,20 @@ class Labels(Integers):
     """Class labels (B,).
 
     Attributes:
-        reserved: label that no item should have, because it stands for the empty conditioning; None if there is none.
+        reserved: label that no item may have, because it stands for the empty conditioning; None if there is none.
     """
 
     reserved: int | None = None
 
     def fault(self, value: Any) -> str | None:
         """Return text that says what is wrong, or None."""
-        return self._type_fault(value, 1, "the number of the class, an integer") or self._range_fault(value)
-
-    def warning(self, value: Tensor) -> str | None:
-        """Return text if an item has the reserved label."""
-        if self.reserved is None or value.device.type != "cpu" or not (value == self.reserved).any():
-            return None
-        return f"has the value {self.reserved}, which cond_dropout uses for the empty class; raise {self.source} by 1"
+        fault = self._type_fault(value, 1, "the number of the class, an integer") or self._range_fault(value)
+        if fault or self.reserved is None or value.device.type != "cpu" or not (value == self.reserved).any():
+            return fault
+        return (
+            f"has the value {self.reserved}, which cond_dropout uses for the null class; "
+            f"set {self.source} to {self.reserved + 2}"
+        )
 
 
 @dataclass(frozen=True)

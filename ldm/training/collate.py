@@ -18,6 +18,8 @@ FROM_PIL = "np.asarray(image, dtype=np.float32) / 127.5 - 1"
 class Collate:
     """`collate_fn` of a data loader: PyTorch's default one, with errors that a user can act on.
 
+    Entries that are lists of named tuples, such as the annotations of boxes, stay one list for each item.
+
     Args:
         name: name of the data set in messages, such as "data.params.train".
     """
@@ -31,6 +33,10 @@ class Collate:
         Raises:
             UserError: the items cannot be batched.
         """
+        records = [key for key, value in items[0].items() if _is_records(value)] if _are_mappings(items) else []
+        if records:
+            others = [{key: value for key, value in item.items() if key not in records} for item in items]
+            return {**(self(others) if others[0] else {}), **{key: [item[key] for item in items] for key in records}}
         try:
             return default_collate(items)
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
@@ -38,6 +44,16 @@ class Collate:
             if fault is None:  # e.g. a lack of shared memory
                 raise
             raise UserError(f"{self.name}: {fault}") from error
+
+
+def _are_mappings(items: list[Any]) -> bool:
+    """Return whether all items are mappings with the same keys."""
+    return all(isinstance(item, Mapping) and item.keys() == items[0].keys() for item in items)
+
+
+def _is_records(value: Any) -> bool:
+    """Return whether a value is a list of named tuples."""
+    return isinstance(value, list) and bool(value) and all(hasattr(each, "_fields") for each in value)
 
 
 def find_fault(values: Sequence[Any], where: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,11 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import Dataset, IterableDataset
 
 from ldm.config.instantiate import instantiate_from_config
+from ldm.data.image_files import ImageFiles
+from ldm.data.unreadable import check_limit, wrapped
 from ldm.errors import UserError, did_you_mean
+from ldm.training.classes import check_same_classes
+from ldm.training.collate import Collate
 from ldm.training.loader import ResumableLoader, StreamWorkerInit, length_of, seed_worker, shard_stream
 
 logger = logging.getLogger(__name__)
@@ -54,6 +58,8 @@ class DataModuleFromConfig(LightningDataModule):
         use_worker_init_fn: accepted for published configurations; each worker always has its own seed.
         latent_cache: `{"variants": int, "path": str | None}` to compute the moments of the first stage once, before
             training (see `ldm.training.latents`).
+        max_unreadable: largest share of image files that may be missing or damaged, which is checked before training;
+            None skips the check. Data sets with a parameter of that name use their own.
 
     Raises:
         UserError: the batch size is not positive, or `latent_cache` has an unknown key.
@@ -72,6 +78,7 @@ class DataModuleFromConfig(LightningDataModule):
         use_worker_init_fn: bool = False,
         shuffle_val_dataloader: bool = False,
         latent_cache: Mapping[str, Any] | None = None,
+        max_unreadable: float | None = 0.01,
     ) -> None:
         super().__init__()
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -83,6 +90,8 @@ class DataModuleFromConfig(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = min(batch_size * 2, os.cpu_count() or 1) if num_workers is None else num_workers
         self.wrap = wrap
+        check_limit(max_unreadable, "data.params")
+        self.max_unreadable = max_unreadable
         self.shuffle = {"test": shuffle_test_loader, "validation": shuffle_val_dataloader, "predict": False}
         self.use_worker_init_fn = use_worker_init_fn
         self.latent_cache = dict(latent_cache) if latent_cache else None
@@ -111,10 +120,27 @@ class DataModuleFromConfig(LightningDataModule):
                 raise UserError(f"the data set data.params.{name} is empty; {remedy}")
             size = "a stream" if length is None else f"{length} items"
             logger.info("%s: %s, %s", name, type(dataset).__name__, size)
+            for images in wrapped(dataset):
+                if isinstance(images, ImageFiles) and not images.unreadable.is_checked:
+                    images.max_unreadable = self.max_unreadable
+                    images.check_files()
+        check_same_classes(datasets)
         self.datasets = {
             name: WrappedDataset(dataset) if self.wrap and not isinstance(dataset, IterableDataset) else dataset
             for name, dataset in datasets.items()
         }
+
+    def batch_size_of(self, name: str) -> int:
+        """Return the number of items in a batch of the data set `name`, such as "validation"."""
+        return self.batch_size
+
+    def workers_of(self, name: str) -> int:
+        """Return the number of loader processes of the data set `name`."""
+        return self.num_workers
+
+    def collate(self, name: str) -> Callable[[list[Any]], Any]:
+        """Return the function that makes a batch from items; `name` is the name of the data set in messages."""
+        return Collate(name)
 
     def _train_dataloader(self) -> ResumableLoader:
         dataset, trainer = self.datasets["train"], self._any_trainer()
@@ -134,24 +160,25 @@ class DataModuleFromConfig(LightningDataModule):
         return self.trainer  # some of its attributes are set without a declaration
 
     def _loader(self, name: str, shuffle: bool, limit: int | None = None) -> ResumableLoader:
-        dataset = self.datasets[name]
+        dataset, batch_size, workers = self.datasets[name], self.batch_size_of(name), self.workers_of(name)
         rank, replicas = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         is_stream = isinstance(dataset, IterableDataset)
-        if is_stream and self.num_workers == 0:
-            shard_stream(dataset, rank, replicas, self.batch_size if replicas > 1 else None)
+        if is_stream and workers == 0:
+            shard_stream(dataset, rank, replicas, batch_size if replicas > 1 else None)
         return ResumableLoader(
             dataset,
-            self.batch_size,
+            batch_size,
             shuffle=shuffle,
             seed=int(os.environ.get("PL_GLOBAL_SEED", "0")),
             rank=rank,
             replicas=replicas,
             limit=limit,
             name=shown_name(PREFIXES[name]),
-            num_workers=self.num_workers,
-            worker_init_fn=StreamWorkerInit(rank, replicas, self.batch_size) if is_stream else seed_worker,
+            num_workers=workers,
+            collate_fn=self.collate(shown_name(PREFIXES[name])),
+            worker_init_fn=StreamWorkerInit(rank, replicas, batch_size) if is_stream else seed_worker,
             # Training workers restart in each epoch, so that a resumed run repeats the same augmentation.
-            persistent_workers=self.num_workers > 0 and name != "train",
+            persistent_workers=workers > 0 and name != "train",
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -39,11 +39,11 @@ def apply_limits(settings: dict[str, Any], data: Any, replicas: int) -> None:
 
 def batch_count(data: DataModuleFromConfig, name: str, replicas: int) -> int | None:
     """Return the number of batches of the data set `name` for each process, or None for a stream without a length."""
-    dataset = data.datasets[name]
+    dataset, size = data.datasets[name], data.batch_size_of(name)
     if isinstance(dataset, IterableDataset):
-        shared, length = shared_length(dataset, data.batch_size, replicas, data.num_workers), length_of(dataset)
-        return shared if shared is not None or length is None else math.ceil(length / data.batch_size)
-    return math.ceil(math.ceil(len(dataset) / replicas) / data.batch_size)
+        shared, length = shared_length(dataset, size, replicas, data.workers_of(name)), length_of(dataset)
+        return shared if shared is not None or length is None else math.ceil(length / size)
+    return math.ceil(math.ceil(len(dataset) / replicas) / size)
 
 
 def validates(settings: dict[str, Any], data: Any) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 
+from ldm.data.unreadable import report_unreadable
 from ldm.errors import UserError
 from ldm.training.collate import Collate
 from ldm.training.processes import any_process
@@ -72,7 +73,8 @@ class ResumableLoader(DataLoader):
     All processes of a run receive the same number of batches. A stream ends for all when it ends for one of them.
 
     Args:
-        dataset: the data set; an iterable one keeps its own order and restarts from its beginning.
+        dataset: the data set; an iterable one keeps its own order and restarts from its beginning. If it has a method
+            `set_epoch`, this is called with the epoch, the seed and the position of a resumed run before each pass.
         batch_size: number of items in a batch.
         limit: number of batches that the trainer uses of an epoch, if it does not use all.
         name: name of the data set in messages, such as "data.params.train".
@@ -105,13 +107,17 @@ class ResumableLoader(DataLoader):
         self._items = batch_size * replicas
         self.epoch, self.position, self._used = 0, 0, False
         self._is_short = False
+        self._resumed_at = 0  # batches of this epoch that a stream returned before the run was resumed
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # torch states a private class
         # Lightning may start an epoch twice; the epoch is over only if it returned a batch.
         if self._used:
-            self.epoch, self.position, self._used = self.epoch + 1, 0, False
+            self.epoch, self.position, self._used, self._resumed_at = self.epoch + 1, 0, False, 0
         if self.batches is not None:
             self.batches.epoch, self.batches.start, self.batches.seed = self.epoch, self.position, self.seed
+        for stream in _streams(self.dataset):
+            if hasattr(stream, "set_epoch"):
+                stream.set_epoch(self.epoch, self.seed, self._resumed_at)
         self.generator.manual_seed(self.seed + self.epoch)
         return self._counted(super().__iter__())
 
@@ -134,6 +140,7 @@ class ResumableLoader(DataLoader):
             self._raise_empty()
         if self.batches is None:
             self._check_length()
+        report_unreadable(self.dataset, self.name)
 
     def _raise_empty(self) -> NoReturn:
         kind = type(self.dataset).__name__
@@ -170,7 +177,8 @@ class ResumableLoader(DataLoader):
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch, the number of batches returned in it and their items in all processes, and the seed."""
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "items": self._items}
+        state = {"epoch": self.epoch, "position": self.position, "seed": self.seed, "items": self._items}
+        return {**state, "resumed_at": self._resumed_at} if self._resumed_at else state
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restore epoch, position and seed; the next iteration resumes the epoch or starts the next one."""
@@ -178,7 +186,7 @@ class ResumableLoader(DataLoader):
         # With another batch size, the epoch resumes at the same item or, if that is within a batch, at its first one.
         self.position = state["position"] * state.get("items", self._items) // self._items
         if self.batches is None:
-            self.position = 0
+            self.position, self._resumed_at = 0, self.position + state.get("resumed_at", 0)
         elif self.position >= (len(self) if self.limit is None else min(self.limit, len(self))):
             self.epoch, self.position = self.epoch + 1, 0
 
@@ -209,6 +217,8 @@ def seed_worker(worker_id: int) -> None:
 def shard_stream(dataset: Any, index: int, count: int, batch_size: int | None = None) -> None:
     """Restrict a stream, or each stream of a chain, to every `count`-th of its `valid_ids` from `index` on.
 
+    A stream with a method `take_share(index, count)` divides itself.
+
     Args:
         dataset: the stream.
         index: index of the share.
@@ -217,7 +227,9 @@ def shard_stream(dataset: Any, index: int, count: int, batch_size: int | None = 
     """
     for stream in _streams(dataset):
         ids = getattr(stream, "valid_ids", None)
-        if ids is not None:
+        if hasattr(stream, "take_share"):
+            stream.take_share(index, count)
+        elif ids is not None:
             repeated = padding(ids, count) if batch_size and not _has_equal_batches(dataset, count, batch_size) else []
             ids = [*ids, *repeated]
             stream.sample_ids = [ids[i] for i in range(index, len(ids), count)]

@@ -20,6 +20,7 @@ from ldm.io.checkpoint.writing import save_atomically
 TRAINING_STATE = {"optimizer_states": list, "lr_schedulers": list, "loops": dict, "global_step": int}
 # Tables in a state dict that the configuration determines; a checkpoint would replace them without a word.
 SCHEDULE_TABLES = ("betas", "posterior_variance")
+ALPHA = "model.lora.alpha"
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -75,6 +76,11 @@ def _check_model(path: Path, checkpoint: dict[str, Any], model: nn.Module) -> No
                 f'cannot resume from "{path}": the model differs from it in {shown(name)}; '
                 "use the configuration of that run"
             )
+    if ALPHA in own and float(saved[ALPHA]) != float(own[ALPHA]):
+        raise UserError(
+            f'cannot resume from "{path}": alpha of the LoRA is {saved[ALPHA]:g}, here {own[ALPHA]:g}; use the '
+            "configuration of that run"
+        )
     for name in SCHEDULE_TABLES:
         if name in own and not torch.allclose(saved[name].float(), own[name].float(), rtol=1e-4, equal_nan=True):
             raise UserError(

@@ -237,20 +237,19 @@ def test_small_integers_are_labels_too(check):
     assert check("class", class_label=torch.tensor([0, 9], dtype=torch.uint8)) == []
 
 
-def test_label_of_the_empty_class_is_a_warning(models, caplog):
+def test_label_of_the_null_class_is_an_error_in_every_batch(models, caplog):
     model, _ = models["class"]
     check, batch = BatchCheck(model), {"image": images(), "class_label": torch.tensor([0, 10])}
     check(batch, NAME)
     assert not caplog.records
     model.cond_dropout = 0.1
     try:
-        check(batch, NAME)
-        check(batch, NAME)
+        with pytest.raises(UserError) as raised:
+            check(batch, NAME)
     finally:
         model.cond_dropout = 0.0
-    (record,) = caplog.records
-    assert record.getMessage() == (
-        f'{NAME}: "class_label" has the value 10, which cond_dropout uses for the empty class; raise n_classes by 1'
+    assert str(raised.value) == (
+        f'{NAME}: "class_label" has the value 10, which cond_dropout uses for the null class; set n_classes to 12'
     )
 
 

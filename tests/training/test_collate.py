@@ -1,5 +1,7 @@
 """Batches from the items of data sets, and errors that name what cannot be batched."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -87,3 +89,19 @@ def test_other_errors_are_not_hidden(monkeypatch):
 )
 def test_values_are_described(value, text):
     assert describe(value) == text
+
+
+class Box(NamedTuple):
+    """Record of a box."""
+
+    label: int
+    name: str | None = None
+
+
+def test_lists_of_named_tuples_stay_lists():
+    items = [{"image": torch.zeros(2), "boxes": [Box(1)]}, {"image": torch.ones(2), "boxes": [Box(2), Box(3, "c")]}]
+    batch = Collate("data.params.train")(items)
+    assert batch["boxes"] == [[Box(1)], [Box(2), Box(3, "c")]] and batch["image"].tolist() == [[0, 0], [1, 1]]
+    assert Collate("x")([{"boxes": [Box(1)]}] * 2) == {"boxes": [[Box(1)], [Box(1)]]}
+    with pytest.raises(UserError, match='x: some items have no "boxes"'):
+        Collate("x")([{"image": 1, "boxes": [Box(1)]}, {"image": 1}])
