@@ -32,6 +32,7 @@ NAMES: dict[str, dict[str, str]] = {
         "taming.data.imagenet": "ImagePaths download give_synsets_from_indices retrieve str_to_indices",
         "ldm.modules.image_degradation": "degradation_fn_bsr degradation_fn_bsr_light",
     },
+    "ldm.data.laion": {"ldm.training.shards": "WebDataModuleFromConfig"},
     "ldm.models.diffusion.classifier": {
         "ldm.models.diffusion.ddpm": "LatentDiffusion",
         "ldm.modules.diffusionmodules.openaimodel": "EncoderUNetModel UNetModel",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ldm.pipelines.generation import BatchPosition
 
 KEY = "ldm"  # the text chunk that holds the record
+ADDITIONS = ("vae", "loras", "embeddings")  # facts that most records lack
 
 
 class GridError(UserError):
@@ -38,6 +39,7 @@ class RunInfo:
         settings: settings of the pipeline.
         vae: file of a first stage that replaces that of the model; None for its own.
         loras: LoRA files that are merged into the model, and their factors.
+        embeddings: files of textual inversions, and tokens to use instead of theirs.
     """
 
     task: str
@@ -49,6 +51,7 @@ class RunInfo:
     settings: Mapping[str, Any]
     vae: str | None = None
     loras: Sequence[tuple[str, float]] = ()
+    embeddings: Sequence[tuple[str, str | None]] = ()
 
     @classmethod
     def of(cls, task: str, files: ModelFiles, precision: str, settings: Mapping[str, Any]) -> RunInfo:
@@ -56,7 +59,8 @@ class RunInfo:
         config, checkpoint = (_relative(path) for path in (files.config, files.checkpoint))
         vae = None if files.vae is None else _relative(files.vae)
         loras = [(_relative(path), factor) for path, factor in files.loras]
-        return cls(task, files.name, config, checkpoint, precision, release(), settings, vae, loras)
+        words = [(_relative(path), token) for path, token in files.embeddings]
+        return cls(task, files.name, config, checkpoint, precision, release(), settings, vae, loras, words)
 
     def text(self, inputs: Mapping[str, Any], seed: int, position: BatchPosition) -> dict[str, Any]:
         """Return the text chunks of one image."""
@@ -66,7 +70,9 @@ class RunInfo:
             run["vae"] = self.vae
         if self.loras:
             run["loras"] = ", ".join(f"{path}:{factor:g}" for path, factor in self.loras)
-        facts = {name: value for name, value in asdict(self).items() if value or name not in ("vae", "loras")}
+        if self.embeddings:
+            run["embeddings"] = ", ".join(f"{path}:{token}" if token else path for path, token in self.embeddings)
+        facts = {name: value for name, value in asdict(self).items() if value or name not in ADDITIONS}
         record = {**facts, "inputs": dict(inputs), "seed": seed, "place": asdict(position)}
         settings = {name: value for name, value in self.settings.items() if value is not None}
         return {**own, **settings, **run, KEY: json.dumps(record)}
@@ -121,6 +127,8 @@ class Record:
             raise TypeError("wrong types")
         if not isinstance(run.vae, str | None) or not all(_is_lora(lora) for lora in run.loras):
             raise TypeError("wrong types")
+        if not all(_is_embedding(embedding) for embedding in run.embeddings):
+            raise TypeError("wrong types")
         if not 0 <= position.position < position.batch:
             raise ValueError("the position is outside the batch")
         start_seed = inputs.get("start_seed", seed)
@@ -134,6 +142,13 @@ class Record:
 def _is_lora(entry: Any) -> bool:
     """Return whether an entry of a record is a file and a factor."""
     return isinstance(entry, list) and [type(value) for value in entry] in ([str, float], [str, int])
+
+
+def _is_embedding(entry: Any) -> bool:
+    """Return whether an entry of a record is a file and a token or None."""
+    return (
+        isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], str | None)
+    )
 
 
 def release() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from ldm.config.values import PRECISIONS, PUBLISHED_PRECISIONS, SEED_RANGE, TIME
 MAX_COUNT = 10**7  # of images, steps and the like
 MAX_SIDE = 2**16  # of an image, in pixels
 MAX_SEED = SEED_RANGE - 1
+EMBEDDING_SUFFIXES = (".pt", ".bin", ".safetensors", ".ckpt")
 
 # -- types of values ---------------------------------------------------------------------------------------------
 
@@ -73,6 +75,14 @@ def lora(text: str) -> tuple[str, float]:
         return (file, finite_float(factor)) if colon and file else (text, 1.0)
     except argparse.ArgumentTypeError:
         return text, 1.0  # the colon is a part of the name
+
+
+def embedding(text: str) -> tuple[str, str | None]:
+    """Parse the file of a textual inversion, and its token after a colon, by default None."""
+    match = re.fullmatch(r"(.+):([^/\\:]+)", text)
+    if match is None or match[2].endswith(EMBEDDING_SUFFIXES):  # the colon is a part of the name
+        return text, None
+    return match[1], match[2]
 
 
 def share(text: str) -> float:
@@ -157,6 +167,15 @@ def addition_options() -> argparse.ArgumentParser:
         default=[],
         metavar="FILE[:FACTOR]",
         help="merge this LoRA into the weights, e.g. style.safetensors:0.8; repeatable (default factor: 1)",
+    )
+    group.add_argument(
+        "--embedding",
+        type=embedding,
+        action="append",
+        default=[],
+        metavar="FILE[:TOKEN]",
+        help="use the vectors of this textual inversion for its token in prompts, e.g. cat.pt:<my-cat>; repeatable "
+        "(default token: that in the file)",
     )
     return parser
 

@@ -48,7 +48,15 @@ class RecordedFiles:
         config, checkpoint = self._model(run.config, run.checkpoint)
         vae = None if run.vae is None else self._above(run.vae)
         loras = [(self._above(path), factor) for path, factor in run.loras]
-        run = replace(run, config=config, checkpoint=checkpoint, settings=settings, vae=vae, loras=loras)
+        words = [(self._above(path), token) for path, token in run.embeddings]
+        model: dict[str, Any] = {
+            "config": config,
+            "checkpoint": checkpoint,
+            "vae": vae,
+            "loras": loras,
+            "embeddings": words,
+        }
+        run = replace(run, settings=settings, **model)
         return replace(record, run=run, inputs=self.find_inputs(record.inputs))
 
     def find_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

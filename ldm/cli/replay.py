@@ -88,13 +88,13 @@ class Comparison:
 
 
 def model_of(run: RunInfo, name: str | None, config: str | None, ckpt: str | None) -> ModelFiles:
-    """Return the model of a run, or the one that the options name instead, with the LoRA files of the run.
+    """Return the model of a run, or the one that the options name instead, with the additions of the run.
 
     Raises:
         UserError: It is missing.
     """
     files = find_model(name, config, ckpt, MODEL_FOLDERS) or _recorded_model(run)
-    return with_additions(files, run.vae, run.loras)
+    return with_additions(files, run.vae, run.loras, run.embeddings)
 
 
 def _recorded_model(run: RunInfo) -> ModelFiles:

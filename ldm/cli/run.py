@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import Main, command
 from ldm.cli.task import Inputs, Task
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from ldm.pipelines.pipeline import Pipeline
 
 logger = logging.getLogger("ldm")
+ADDITIONS: dict[str, Any] = {
+    "vae": None,
+    "lora": (),
+    "embedding": (),
+}  # options that add weights to a model, and their defaults
 
 
 def command_of(task: Task) -> Main:
@@ -41,8 +46,9 @@ def run(task: Task, args: argparse.Namespace) -> None:
         UserError: Nothing can be sampled; or some images could not be sampled or saved, after the others were.
         DiskFullError: The disk is full; the images until then are saved.
     """
-    # Not every task has these two options.
-    files = with_additions(task.choose_model(args), getattr(args, "vae", None), getattr(args, "lora", ()))
+    # Not every task has these options.
+    vae, loras, embeddings = (getattr(args, name, default) for name, default in ADDITIONS.items())
+    files = with_additions(task.choose_model(args), vae, loras, embeddings)
     info = task.read_info(args, files)
     pipeline = task.pipeline(args, info)
     pipeline.check(info)

@@ -5,7 +5,7 @@ Shapes: image (B, C, H, W) in [-1, 1]; latent (B, embed_dim, h, w), with h = H /
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -82,7 +82,8 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.image_key = image_key
         self.monitor = monitor
-        _check_ddconfig(ddconfig)
+        for fault in ddconfig_faults(ddconfig):
+            raise UserError(fault)
         self.encoder = Encoder(**ddconfig)
         self.in_channels = self.encoder.conv_in.in_channels
         self.decoder = Decoder(**ddconfig)
@@ -178,12 +179,12 @@ class Autoencoder(nn.Module):
         return generator, list(discriminator.parameters()) if discriminator is not None else []
 
 
-def _check_ddconfig(ddconfig: Mapping[str, Any]) -> None:
-    """Check that every key is a parameter of `Encoder` or `Decoder`; each ignores those of the other."""
+def ddconfig_faults(ddconfig: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the keys that are parameters of neither `Encoder` nor `Decoder`; each ignores those of the other."""
     known = {*signature(Encoder).parameters, *signature(Decoder).parameters}
     for key in ddconfig:
         if key not in known:
-            raise UserError(f'ddconfig has an unknown key "{key}"{did_you_mean(str(key), known)}')
+            yield f'ddconfig has an unknown key "{key}"{did_you_mean(str(key), known)}'
 
 
 class VQModel(EmaMixin, Autoencoder):

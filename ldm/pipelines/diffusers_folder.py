@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import UserError
 from ldm.io.diffusers import files, text_encoder, writing
 from ldm.io.diffusers.writing import Network, Plan
 from ldm.models.autoencoder import AutoencoderKL
@@ -30,6 +31,11 @@ def plan_of(model: Any, config: Mapping[str, Any]) -> Plan:
     Raises:
         UserError: diffusers has no such model; the message states the reason.
     """
+    if config["params"].get("personalization_config") is not None:
+        raise UserError(
+            "diffusers has files of their own for the vectors of new words; write them with ldm export_model, and "
+            "convert the model that the run started from"
+        )
     stage = config["params"].get("cond_stage_config")
     sizes = text_sizes(model.cond_stage_model, stage) if isinstance(stage, Mapping) else None
     return writing.plan(config, float(getattr(model, "scale_factor", 1.0)), sizes)

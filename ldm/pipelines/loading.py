@@ -23,7 +23,10 @@ from ldm.io.checkpoint.reading import read_state_dict
 from ldm.io.diffusers import autoencoder
 from ldm.io.diffusers.translation import Translation
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.diffusion.adaptation import LEARNED_WORDS, NETWORK, UPDATES
+from ldm.modules.lora import merged
 from ldm.modules.precision import check_range, choose_precision
+from ldm.pipelines.embeddings import add_embedding
 from ldm.pipelines.lora import merge_lora
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ def load(
     checkpoint: str | Path | None = None,
     vae: str | Path | None = None,
     loras: Sequence[str | Path | tuple[str | Path, float]] = (),
+    embeddings: Sequence[str | Path | tuple[str | Path, str | None]] = (),
     device: str | torch.device | None = None,
     precision: str = "float32",
 ) -> Any:
@@ -52,6 +56,8 @@ def load(
             recognised from the weights of Stable Diffusion.
         vae: weights of a first stage that replace those of the model: a file, or a folder in the form of diffusers.
         loras: LoRA files to merge into the weights, each with a factor: `[("style.safetensors", 0.8)]`.
+        embeddings: files of textual inversions, whose tokens can be used in prompts; each may have a token of its own:
+            `[("cat.pt", "<my-cat>")]`.
         device: "cpu", "cuda", "cuda:1", "mps"; default: a GPU if there is one.
         precision: "float32", "bfloat16", "float16", or "auto": bfloat16 if the hardware computes in it.
 
@@ -62,7 +68,8 @@ def load(
         UserError: A file is missing or damaged, or the configuration and the weights do not belong together.
     """
     pairs = [(each, 1.0) if isinstance(each, str | Path) else each for each in loras]
-    files = with_additions(_find(model, config, checkpoint), vae, pairs)
+    words = [(each, None) if isinstance(each, str | Path) else each for each in embeddings]
+    files = with_additions(_find(model, config, checkpoint), vae, pairs, words)
     target = choose_device(device)
     return load_files(files, read_config(files.config), target, choose_precision(precision, target))
 
@@ -86,7 +93,8 @@ def _find(
 
 def load_files(files: ModelFiles, config: Mapping[str, Any], device: torch.device | str, precision: torch.dtype) -> Any:
     """Load the model in `files` with the configuration that was read from them; messages call it by its name."""
-    model = load_model(config, files.checkpoint, device, precision, vae=files.vae, loras=files.loras)
+    additions: dict[str, Any] = {"vae": files.vae, "loras": files.loras, "embeddings": files.embeddings}
+    model = load_model(config, files.checkpoint, device, precision, **additions)
     model.name = files.name
     return model
 
@@ -138,6 +146,7 @@ def load_model(
     *,
     vae: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    embeddings: Sequence[tuple[str | Path, str | None]] = (),
 ) -> Any:
     """Build the model that `config` describes, with the weights of `checkpoint`.
 
@@ -151,6 +160,7 @@ def load_model(
         precision: the dtype of its weights.
         vae: weights of a first stage that replace those of the checkpoint.
         loras: LoRA files to merge into the weights, and their factors.
+        embeddings: files of textual inversions, and tokens to use instead of theirs.
 
     Raises:
         UserError: A file is missing or damaged, they do not belong together, or a weight is too large for the
@@ -169,6 +179,8 @@ def load_model(
     model = build_model(for_inference(model_config, weights), weights, f'"{checkpoint}"', precision)
     for path, factor in loras:
         merge_lora(model, path, factor)
+    for path, token in embeddings:
+        add_embedding(model, path, token)
     return _converted(model, device, precision)
 
 
@@ -267,11 +279,13 @@ def build_model(
     """Build the model that `model_config` describes, with `weights`, in evaluation mode and without gradients.
 
     The model is converted before it receives the weights, so that they are in memory only once, in their precision.
+    Low-rank updates that were trained with the model are merged into its network.
 
     Raises:
         UserError: The weights, called `source` in the message, belong to another model, or one is too large for the
             precision.
     """
+    weights = merged(weights, UPDATES, NETWORK)
     elsewhere = _parts_with_own_files(model_config)
     check_range({name: value for name, value in weights.items() if "." in name}, precision)
     with skip_init():
@@ -309,7 +323,11 @@ def for_inference(model_config: Mapping[str, Any], weights: Mapping[str, Tensor]
         model_config: a model's `target` and `params`.
         weights: the state dict that will be loaded; parts that it fills need no file of their own.
     """
-    params = _without_loss({key: value for key, value in model_config["params"].items() if key != "ckpt_path"})
+    # Low-rank updates are merged.
+    left_out = {"ckpt_path", "lora_config"}
+    if weights is None or any(name.startswith(LEARNED_WORDS) for name in weights):
+        left_out.add("embedding_manager_ckpt")
+    params = _without_loss({key: value for key, value in model_config["params"].items() if key not in left_out})
     if "use_ema" in params or "unet_config" in params:  # a diffusion model averages by default
         params["use_ema"] = False
     network = {name: value for name, value in _params_of(params, "unet").items() if name != "use_fp16"}

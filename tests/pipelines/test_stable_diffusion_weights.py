@@ -59,7 +59,9 @@ def test_files_of_every_form_are_loaded(tmp_path, original, change, dtype, file,
     loaded = load_model(folder / "config.yaml", save(weights, tmp_path / file, top_level))
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value.to(dtype).to(value.dtype)), name
+        # The tables of the noise schedule are those of the configuration, not their rounded copies.
+        expected = value if name in model.computed_buffers else value.to(dtype).to(value.dtype)
+        assert torch.equal(loaded.state_dict()[name], expected), name
     assert loaded.cond_stage_model.has_weights and not caplog.records
 
 

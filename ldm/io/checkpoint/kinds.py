@@ -26,6 +26,7 @@ class Kind:
 
 
 LORA_ADVICE = "give it with --lora beside a model"
+EMBEDDING = Kind("an embedding of a textual inversion", "give it with --embedding beside a model")
 FIRST_STAGE = Kind("a first stage alone", "give it with --vae beside a model, or with --config to reconstruct images")
 # Parts of names, and the kind of a file in which one occurs. The first match counts.
 LORA_NAME = r"(\.lora_(down|up|mid|A|B)\.|[._]lora\.(down|up)\.|\.lora_linear_layer\.)"
@@ -33,7 +34,7 @@ MARKS: tuple[tuple[str, Kind], ...] = (
     (r"\.(hada_w1_a|hada_w2_a)$", Kind("a LoHa, a low-rank update by Hadamard products")),
     (r"\.lokr_w[12]", Kind("a LoKr, a low-rank update by Kronecker products")),
     (LORA_NAME, Kind("a LoRA", LORA_ADVICE)),
-    (r"^(string_to_param|emb_params$|clip_[lg]$)", Kind("an embedding of a textual inversion")),
+    (r"^(string_to_param|emb_params$|clip_[lg]$)", EMBEDDING),
     (
         r"(^|\.)(control_model\.|controlnet_cond_embedding\.|zero_convs\.\d|input_hint_block\.\d)",
         Kind("a ControlNet"),

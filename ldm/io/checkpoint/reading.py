@@ -76,6 +76,14 @@ class _DtypeStandIn(_StandIn):
         self.order = ">" if isinstance(state, tuple) and ">" in state[1:2] else "<"
 
 
+class _ParameterDict(dict):
+    """Replacement of `torch.nn.ParameterDict`, which files of textual inversions contain: its parameters by name."""
+
+    def __setstate__(self, state: Any) -> None:
+        parameters = state.get("_parameters") if isinstance(state, dict) else None
+        self.update(parameters if isinstance(parameters, Mapping) else {})
+
+
 def _scalar(dtype: Any = None, data: Any = b"") -> int | float | bool | None:
     """Replacement of the constructor of NumPy scalars, which published checkpoints have in learning-rate schedules."""
     import numpy as np
@@ -397,6 +405,8 @@ def _stand_ins(names: Iterable[str]) -> list[Callable[..., Any] | tuple[Callable
             found.append((_scalar, name))
         elif name == "numpy.dtype":
             found.append((_DtypeStandIn, name))
+        elif name == "torch.nn.modules.container.ParameterDict":
+            found.append((_ParameterDict, name))
     return found
 
 

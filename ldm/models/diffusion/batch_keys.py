@@ -17,3 +17,5 @@ LAYOUT_KEY = "coordinates_bbox"
 SEGMENTATION_KEY = "segmentation"
 # Small images of a super-resolution model: (B, h, w, 3).
 LOW_RESOLUTION_KEY = "LR_image"
+# Embeddings of nearest neighbours, the context of a retrieval-augmented model: (B, k, D). The name is as published.
+NEIGHBOURS_KEY = "nix"

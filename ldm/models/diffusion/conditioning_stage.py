@@ -12,7 +12,7 @@ from ldm.config.instantiate import instantiate_from_config
 from ldm.config.model_config import TEXT_KEYS
 from ldm.io.pixels import batch_entry, batch_integers
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.diffusion.batch_keys import CLASS_KEY, LAYOUT_KEY, MASK_KEY, MASKED_KEY
+from ldm.models.diffusion.batch_keys import CLASS_KEY, LAYOUT_KEY, MASK_KEY, MASKED_KEY, NEIGHBOURS_KEY
 from ldm.models.diffusion.conditioning import DiffusionWrapper, map_tensors
 from ldm.models.diffusion.latent_space import encode_in_range
 from ldm.models.diffusion.process import DiffusionProcess
@@ -95,6 +95,8 @@ class ConditioningStage(DiffusionProcess):
             return batch_integers(batch, key).to(self.device)
         if key in TEXT_KEYS:
             return batch_entry(batch, key)
+        if key == NEIGHBOURS_KEY:
+            return batch_entry(batch, key).to(self.device, torch.float32)
         if key == MASKED_KEY:
             return {name: self.get_input(batch, name) for name in (MASKED_KEY, MASK_KEY)}
         return self.get_input(batch, key)

@@ -8,7 +8,7 @@ Shapes: images x (B, C, H, W) in [-1, 1]; latents z (B, c, h, w); timesteps t (B
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +22,7 @@ from ldm.io.checkpoint.loading import EMA_PREFIX, load_weights
 from ldm.io.checkpoint.reading import read_state_dict
 from ldm.io.pixels import batch_images
 from ldm.models.diffusion import preview
+from ldm.models.diffusion.adaptation import Adaptation
 from ldm.models.diffusion.batch_keys import CONDITIONING_KEY, LATENT_KEY, LAYOUT_KEY
 from ldm.models.diffusion.conditioning import CONCAT_KEYS, Conditioning, DiffusionWrapper, as_dict
 from ldm.models.diffusion.conditioning_stage import ConditioningStage
@@ -199,16 +200,23 @@ class DDPM(TrainingHooks, PixelSampling, EmaMixin, DiffusionProcess):
         Raises:
             UserError: the file cannot be read or holds another model.
         """
+        own = self.state_dict()
         weights = self.adapt_weights(read_state_dict(path))
+        weights = {n: value for n, value in weights.items() if n in own or not n.startswith(EMA_PREFIX)}
         if only_model:
             weights = {name[6:]: value for name, value in weights.items() if name.startswith("model.")} or weights
-        report = load_weights(self.model if only_model else self, weights, ignore_keys, source=f'"{path}"')
+        ignored = (*ignore_keys, *self.additions_missing_in(weights, "model." if only_model else ""))
+        report = load_weights(self.model if only_model else self, weights, ignored, source=f'"{path}"')
         if only_model or any(name.startswith(EMA_PREFIX) for name in report.missing):
             self.restart_ema()
 
     def adapt_weights(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the weights of a file in the shapes of this model; extensions of other models override it."""
         return weights
+
+    def additions_missing_in(self, names: Iterable[str], prefix: str = "") -> list[str]:
+        """Return the prefixes of parts of this model that a file may lack."""
+        return []
 
     def optimizer_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the optimizer trains."""
@@ -294,7 +302,7 @@ class DDPM(TrainingHooks, PixelSampling, EmaMixin, DiffusionProcess):
 
 
 class LatentDiffusion(  # type: ignore[misc] # the published methods of both mixins for sampling differ
-    LatentSampling, LatentSpace, ConditioningStage, DDPM
+    LatentSampling, LatentSpace, ConditioningStage, Adaptation, DDPM
 ):
     """Diffusion model of the latents of a first stage, optionally conditional (arXiv:2112.10752).
 
@@ -314,8 +322,15 @@ class LatentDiffusion(  # type: ignore[misc] # the published methods of both mix
         cond_dropout: probability of replacing the conditioning of a training item by the empty one: "" for text, the
             last class for labels, zeros otherwise. Classifier-free guidance needs it (arXiv:2207.12598).
         class_names: names of the classes in order, or a string that names their source: "imagenet", or the path of a
-            file of names. It is stored as given; the model does not read the file.
-        ckpt_path, ignore_keys, load_only_unet: see `DDPM`.
+            file of names. It is stored as given; only previews of layouts read the file.
+        palette: path of the file with the colours of label maps, for colour images; see `ldm.io.label_maps`. The model
+            does not read it.
+        lora_config: target and parameters of low-rank updates, such as `LoRA`. They alone are trained and averaged.
+        personalization_config: target and parameters of vectors of new words (textual inversion), such as
+            `EmbeddingManager`. They alone are trained.
+        embedding_manager_ckpt: file of such vectors to start from.
+        embedding_reg_weight: accepted for published configurations, which leave it at 0.
+        use_ema, ckpt_path, ignore_keys, load_only_unet: see `DDPM`.
         **kwargs: parameters of `DDPM`.
 
     Example:
@@ -358,6 +373,12 @@ class LatentDiffusion(  # type: ignore[misc] # the published methods of both mix
         scale_by_std: bool = False,
         cond_dropout: float = 0.0,
         class_names: Sequence[str] | str = (),
+        palette: str | None = None,
+        lora_config: Mapping[str, Any] | None = None,
+        personalization_config: Mapping[str, Any] | None = None,
+        embedding_manager_ckpt: str | None = None,
+        embedding_reg_weight: float = 0.0,
+        use_ema: bool = True,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
@@ -368,11 +389,15 @@ class LatentDiffusion(  # type: ignore[misc] # the published methods of both mix
         if cond_stage_config == "__is_unconditional__":
             conditioning_key = None
         self.num_timesteps_cond = default(num_timesteps_cond, 1)  # for `register_schedule`
-        super().__init__(conditioning_key=conditioning_key, **kwargs)
+        additions = (lora_config, personalization_config)
+        averages_all = use_ema and additions == (None, None)
+        super().__init__(conditioning_key=conditioning_key, use_ema=averages_all, **kwargs)
         if not 0.0 <= cond_dropout < 1.0:
             raise UserError(f"cond_dropout must lie in [0, 1), got {cond_dropout}")
+        if embedding_reg_weight:
+            raise UserError("embedding_reg_weight is not implemented; leave it at 0")
         self.cond_dropout = cond_dropout
-        self.class_names = class_names
+        self.class_names, self.palette = class_names, palette
         self.concat_mode = concat_mode
         self.cond_stage_trainable = cond_stage_trainable
         self.cond_stage_key = cond_stage_key
@@ -387,9 +412,11 @@ class LatentDiffusion(  # type: ignore[misc] # the published methods of both mix
         self.num_downs = self.downsampling.bit_length() - 1
         self.bbox_tokenizer = None
         self.instantiate_cond_stage(cond_stage_config)
+        self.adapt(*additions, use_ema)
         self.restarted_from_ckpt = ckpt_path is not None
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
+        self.initialise_words(ckpt_path is not None, embedding_manager_ckpt)
 
     def apply_model(
         self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Conditioning = None, return_ids: bool = False
@@ -495,7 +522,9 @@ class LatentDiffusion(  # type: ignore[misc] # the published methods of both mix
         return self.p_losses(x, c, t, *args, **kwargs)
 
     def optimizer_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of the denoising network and, if it is trained, of the conditioning stage."""
+        """Return the parameters to train: of the network, and of a trainable conditioning stage; or of additions."""
+        if self.adapted:
+            return self.adapted_parameters()
         conditioning = list(self.cond_stage_model.parameters()) if self.cond_stage_trainable else []
         return [*super().optimizer_parameters(), *conditioning]
 
@@ -537,8 +566,7 @@ class Layout2ImgDiffusion(LatentDiffusion):
 
     def class_name(self, label: int) -> str:
         """Return the name of class `label`, or its number where `class_names` does not list it."""
-        names = () if isinstance(self.class_names, str) else self.class_names
-        return names[label] if label < len(names) else str(label)
+        return preview.class_name(self.class_names, label)
 
     def empty_conditioning(self, xc: torch.Tensor) -> torch.Tensor:
         """Return layouts of the shape of `xc` without boxes."""

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
 from einops import rearrange
 
+from ldm.config.assets import locate
 from ldm.config.model_config import TEXT_KEYS
+from ldm.errors import UserError
 from ldm.io.grids import draw_boxes, log_txt_as_img
-from ldm.io.pixels import in_random_colours
+from ldm.io.pixels import batch_integers, in_random_colours
+from ldm.io.text import read_lines
 from ldm.models.autoencoder import VQModel
-from ldm.models.diffusion.batch_keys import CLASS_KEY, CLASS_NAME_KEY
+from ldm.models.diffusion.batch_keys import CLASS_KEY, CLASS_NAME_KEY, LAYOUT_KEY
 from ldm.models.diffusion.conditioning import slice_batch
+from ldm.modules.encoders.layout import LayoutTokens
 
 
 class DiffusionModel(Protocol):
@@ -106,9 +110,8 @@ def latent_previews(
         steps of sampling), `samples_guided`, `samples_x0_quantized`, `mask`, `samples_inpainting` and
         `samples_outpainting` of the central square, and `progressive_row` (the estimates of x_0).
     """
-    z, c, x, reconstruction, xc = model.get_input(
-        batch, model.first_stage_key, True, force_c_encode=True, return_original_cond=True, bs=N
-    )
+    options = {"return_first_stage_outputs": True, "force_c_encode": True, "return_original_cond": True}
+    z, c, x, reconstruction, xc = model.get_input(batch, model.first_stage_key, bs=N, **options)
     log = {"inputs": x, "reconstruction": reconstruction}
     ddim_steps = ddim_steps and min(ddim_steps, model.num_timesteps)
     if c is not None:
@@ -123,6 +126,7 @@ def latent_previews(
             log["denoise_row"] = as_rows([model.decode_first_stage(s[:n_row]) for s in steps])
         if unconditional_guidance_scale != 1.0 and c is not None:
             uc = model.get_learned_conditioning(model.empty_conditioning(xc))
+            uc = {**c, "c_crossattn": [uc]} if isinstance(c, Mapping) and "c_crossattn" in c else uc
             log["samples_guided"], _ = generate(
                 unconditional_guidance_scale=unconditional_guidance_scale, unconditional_conditioning=uc
             )
@@ -146,19 +150,45 @@ def layout_previews(
     return_keys: Sequence[str] | None = None,
     **options: Any,
 ) -> dict[str, torch.Tensor]:
-    """Return the previews of `latent_previews`, and `bbox_image`: the boxes with their labels.
+    """Return the previews of `latent_previews`, with the boxes and their labels as `bbox_image`.
 
     `model` is a `Layout2ImgDiffusion`; the other arguments are those of `latent_previews`.
     """
     log = latent_previews(model, batch, N, *args, **options)
-    height, width = log["inputs"].shape[2:]
-    images = []
-    for tokens in batch[model.cond_stage_key][:N]:
-        boxes = model.layout_tokens.decode(tokens)
-        labels = [model.class_name(box.label) for box in boxes]
-        images.append(draw_boxes((width, height), [box.position for box in boxes], labels, max(height // 25, 8)))
-    log["bbox_image"] = torch.stack(images)
+    log["bbox_image"] = log.pop("conditioning")
     return _select(log, return_keys)
+
+
+def layout_images(model: Any, tokens: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """Return images (B, 3, H, W) in [-1, 1] of the boxes of layout tokens (B, L), with their labels."""
+    coder = LayoutTokens(model.cond_stage_model.transformer.num_tokens)
+    images = []
+    for layout in tokens:
+        boxes = coder.decode(layout)
+        labels = [class_name(model.class_names, box.label) for box in boxes]
+        images.append(draw_boxes((width, height), [box.position for box in boxes], labels, max(height // 25, 8)))
+    return torch.stack(images)
+
+
+def class_name(source: Sequence[str] | str, label: int) -> str:
+    """Return the name of class `label`, or its number where there is no name.
+
+    Args:
+        source: the names, or the path of a file with one name a line; see `ldm.pipelines.class_names`.
+        label: number of the class.
+    """
+    names = _names_in_file(source) if isinstance(source, str) else source
+    return names[label] if label < len(names) else str(label)
+
+
+@cache
+def _names_in_file(path: str) -> Sequence[str]:
+    """Return the first name in each line of a file; none if there is no such file, because previews only show names."""
+    try:
+        lines = read_lines(locate(path), "file of class names")
+    except UserError:
+        return ()
+    return [line.split("\t")[0].strip() for line in lines if line.strip()]
 
 
 def diffusion_row(
@@ -206,7 +236,7 @@ def _progressive_row(model: Any, c: Any, n: int) -> torch.Tensor:
 
 
 def _conditioning_preview(model: Any, batch: Mapping[str, Any], xc: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the conditioning as images: rendered text, images, or maps in random colours that never change.
+    """Return the conditioning as images: rendered text, boxes, images, or maps in random colours that never change.
 
     Labels are rendered as their names if the batch holds these.
     """
@@ -215,6 +245,8 @@ def _conditioning_preview(model: Any, batch: Mapping[str, Any], xc: Any, x: torc
         texts = batch.get(CLASS_NAME_KEY, batch[key]) if key == CLASS_KEY else batch[key]
         texts = (texts.tolist() if isinstance(texts, torch.Tensor) else texts)[: len(x)]
         return {"conditioning": log_txt_as_img((x.shape[3], x.shape[2]), texts, size=max(x.shape[2] // 25, 8))}
+    if key == LAYOUT_KEY and hasattr(model.cond_stage_model, "transformer"):
+        return {"conditioning": layout_images(model, batch_integers(batch, key)[: len(x)], x.shape[3], x.shape[2])}
     xc = xc.get(key) if isinstance(xc, Mapping) else xc
     if not isinstance(xc, torch.Tensor) or xc.dim() != 4:
         return {}

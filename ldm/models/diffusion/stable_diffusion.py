@@ -28,6 +28,8 @@ class TextAndImageDiffusion(LatentDiffusion):
         UserError: `cond_stage_trainable`, because the text is encoded without gradients.
     """
 
+    passes_texts = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("cond_stage_trainable"):
             raise UserError(f"{type(self).__name__} encodes its text without gradients; leave out cond_stage_trainable")

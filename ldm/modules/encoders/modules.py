@@ -191,11 +191,14 @@ class BERTTokenizer(AbstractEncoder):
         ]
         return Truncation.of(text, positions, self.max_length)
 
+    def words(self, text: str) -> list[str]:
+        """Return the lower-case words and punctuation marks of `text`, each of which is one token or several."""
+        normalized = self.tokenizer.normalizer.normalize_str(text)
+        return [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
+
     def unknown_words(self, text: str) -> list[str]:
         """Return the distinct lower-case words of `text` that are not tokens of the vocabulary."""
-        normalized = self.tokenizer.normalizer.normalize_str(text)
-        words = [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
-        return [word for word in dict.fromkeys(words) if self.tokenizer.token_to_id(word) is None]
+        return [word for word in dict.fromkeys(self.words(text)) if self.tokenizer.token_to_id(word) is None]
 
 
 def find_vocabulary(name: str) -> Path | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ldm.errors import UserError, did_you_mean
 from ldm.io.checkpoint.names import respelled
 from ldm.io.checkpoint.reading import read_state_dict
+from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders import clip
 from ldm.modules.encoders.device import DeviceOfWeights
 from ldm.modules.encoders.open_clip import OpenCLIPText
@@ -75,6 +76,7 @@ class TextEncoder(nn.Module):
         self.tokenizer_name = tokenizer
         self.has_weights = False
         self._tokenizer: Any = None
+        self.embedding_manager: EmbeddingManager | None = None  # learned vectors of new words
 
     @property
     def tokenizer(self) -> Any:
@@ -86,6 +88,9 @@ class TextEncoder(nn.Module):
     def tokens(self, text: str | Sequence[str]) -> Tensor:
         """Return the token ids (B, L) int64 of prompts, truncated and padded."""
         prompts = [text] if isinstance(text, str) else list(text)
+        manager = self.embedding_manager
+        if manager is not None and any(map(manager.mentions, prompts)):
+            return torch.tensor([manager.padded(each, self.max_length, self.pad_with_zero) for each in prompts])
         encoded = self.tokenizer(
             prompts, truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
         )
@@ -94,7 +99,14 @@ class TextEncoder(nn.Module):
 
     def truncation(self, text: str) -> Truncation | None:
         """Return the part of `text` that does not fit into `max_length` tokens; None if it fits."""
+        if self.embedding_manager is not None and self.embedding_manager.mentions(text):
+            return self.embedding_manager.truncation(text, self.max_length)
         return clip.truncation(self.tokenizer, text, self.max_length)
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """Layer that maps token ids to embeddings."""
+        raise NotImplementedError
 
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """Map B prompts or token ids (B, L) to a context (B, L, D), or (B, 1, D) of the pooled layer."""
@@ -164,6 +176,11 @@ class FrozenCLIPEmbedder(TextEncoder):
         if freeze:
             self.freeze()
 
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """Layer that maps token ids to embeddings."""
+        return self.transformer.text_model.embeddings.token_embedding
+
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Map token ids (B, L) to (B, L, D), or (B, 1, D) for the pooled layer."""
         output = self.transformer(tokens, output_hidden_states=self.layer == "hidden")
@@ -220,6 +237,11 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         self.layer_idx = self.LAYERS.index(layer)
         if freeze:
             self.freeze()
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """Layer that maps token ids to embeddings."""
+        return self.model.token_embedding
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Map token ids (B, L) to (B, L, D)."""
