@@ -6,6 +6,7 @@ import io
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ldm.config.distribution import install_hint
 from ldm.errors import UserError
 from ldm.io.tar_archives import files_of, open_tar
 from ldm.io.text import decode
@@ -52,7 +53,7 @@ def _read_synsets(data: bytes, path: Path) -> dict[int, str]:
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError:
-        raise UserError(f'"{path}" needs the package scipy; install it with pip install scipy') from None
+        raise UserError(f'"{path}" needs the package scipy; install it with {install_hint("datasets")}') from None
     try:
         table: Any = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table if int(row["num_children"]) == 0}
