@@ -14,6 +14,7 @@ ASSETS = (
     "configs/**/*.yaml",
     "configs/**/*.txt",
     "models/**/config.yaml",
+    "models/ldm/emoji64*/*.txt",
     "models/ldm/emoji64*/model.safetensors",
     "data/emoji/*",
     "data/*_examples/**/*",

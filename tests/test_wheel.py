@@ -28,8 +28,10 @@ ASSETS = (
     "data/inpainting_examples/drawings/penguin.png",
     "data/layout_examples/lake.json",
     "models/first_stage_models/kl-f8/config.yaml",
+    "models/ldm/emoji64/class_names.txt",
     "models/ldm/emoji64/config.yaml",
     "models/ldm/emoji64/model.safetensors",
+    "models/ldm/emoji64/vocab.txt",
     "models/ldm/emoji64-inpaint/model.safetensors",
     "models/ldm/emoji64-superres/model.safetensors",
 )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
 from ldm.config import targets
-from ldm.errors import UserError, did_you_mean, is_out_of_memory
+from ldm.errors import Terminated, UserError, UserErrors, did_you_mean, is_out_of_memory
 
 # Name of the program in help and errors; None is that of the script. `sys.argv` stays as it is, because training in
 # several processes starts the command again from it.
@@ -50,7 +50,7 @@ class Main(Protocol):
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Main:
     """Make `main(argv)` return an exit status: its own if it has one, else 0.
 
-    A mistake of the user returns 2, with one line on stderr. An interruption returns 130.
+    A mistake of the user returns 2, with one line on stderr. An interruption returns 130, and one by SIGTERM 143.
     """
 
     @functools.wraps(main)
@@ -61,10 +61,12 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Main:
         try:
             with targets.allowing():  # targets that --allow-target adds are allowed until the command ends
                 return main(argv) or 0
+        except UserErrors as errors:
+            return _fail("\n".join(f"error: {message}" for message in errors.messages), 2)
         except UserError as error:
             return _fail(f"error: {error}", 2)
-        except KeyboardInterrupt:
-            return _fail("interrupted", 130)
+        except KeyboardInterrupt as interruption:
+            return _fail("interrupted", 143 if isinstance(interruption, Terminated) else 130)
         except BrokenPipeError:  # the reader of the output has closed it
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it when it ends)
             return 1
@@ -88,6 +90,13 @@ def example(name: str, arguments: str) -> str:
     """
     program = f"python scripts/{name}.py" if _program is None else _program
     return f"example: {program} {arguments}"
+
+
+def program_of(name: str) -> str:
+    """Return how to call another command, such as "train", in the form in which this one was called."""
+    if _program is not None:
+        return f"ldm {name}"
+    return "python main.py" if name == "train" else f"python scripts/{name}.py"
 
 
 def say(text: str) -> None:

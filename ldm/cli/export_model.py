@@ -1,21 +1,28 @@
-"""The command `export_model`: write a training checkpoint as a model folder, `config.yaml` and `model.safetensors`."""
+"""The command `export_model`: write a training checkpoint as a model folder.
+
+The folder holds `config.yaml`, `model.safetensors`, and the text files that the model needs: its vocabulary and the
+names of its classes.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.command import Parser, command, example, say
 from ldm.cli.options import target_options
 from ldm.config.model_config import read_config
-from ldm.config.model_files import WEIGHTS, trained_config
+from ldm.config.model_files import WEIGHTS, newest_match, trained_config
 from ldm.errors import UserError
 from ldm.io.files import sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ldm.pipelines.trained_parts import Part
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -23,12 +30,16 @@ DTYPES = ("float16", "bfloat16", "float32")
 def make_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
-        description="Export a training checkpoint as a model folder: config.yaml and model.safetensors.",
+        description="Export a training checkpoint as a model folder: config.yaml, model.safetensors, and the text "
+        "files that the model reads.",
         epilog=example("export_model", "--ckpt logs/<run>/checkpoints/last.ckpt --outdir models/ldm/<name>"),
         parents=[target_options()],
     )
     parser.add_argument(
-        "--ckpt", required=True, metavar="FILE", help="the training checkpoint, e.g. last.ckpt, or an exported model"
+        "--ckpt",
+        required=True,
+        metavar="FILE",
+        help="the training checkpoint, e.g. last.ckpt, or an exported model; a path with * means its last match",
     )
     parser.add_argument("--outdir", required=True, metavar="DIR", help="folder of config.yaml and model.safetensors")
     parser.add_argument(
@@ -49,6 +60,12 @@ def make_parser() -> Parser:
         "--shared-first-stage",
         metavar="FILE",
         help="leave the first stage out, and name that of this model in config.yaml; its encoder must be the same",
+    )
+    parser.add_argument(
+        "--merged",
+        action="store_true",
+        help="of a run that trained a LoRA or an embedding, export the whole model with it (default: the LoRA or "
+        "embedding alone, in the form of diffusers)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model in the folder")
     return parser
@@ -145,11 +162,30 @@ def convert(model: Any, dtype: str) -> dict[str, Tensor]:
     return state_dict
 
 
+def export_parts(parts: Sequence[Part], folder: Path, args: argparse.Namespace, metadata: Mapping[str, Any]) -> None:
+    """Write the parts that a run has trained beside a frozen model to `folder`.
+
+    Raises:
+        UserError: A value does not fit into the dtype, or a file exists and `--overwrite` is not given.
+    """
+    import torch
+
+    from ldm.io.checkpoint.writing import cast
+
+    dtype, remedy = getattr(torch, args.dtype), "export with --dtype bfloat16"
+    for part in parts:
+        weights = {name: cast(name, value, dtype, remedy) for name, value in part.weights.items()}
+        if (folder / part.file).exists() and not args.overwrite:
+            raise UserError(f'"{folder / part.file}" exists; choose another --outdir, or give --overwrite')
+        path = replace(part, weights=weights).save(folder, metadata, args.overwrite)
+        say(f"{path}: {part.what}, of step {metadata['step']} in {args.dtype}")
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = make_parser().parse_args(argv)
-    source, folder = Path(args.ckpt), Path(args.outdir)
+    source, folder = Path(newest_match(args.ckpt, "--ckpt")), Path(args.outdir)
     target = folder / "model.safetensors"
     for path in (folder / name for name in ("config.yaml", *WEIGHTS)):
         if path.exists() and not args.overwrite:
@@ -161,19 +197,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm.io.checkpoint.writing import save_safetensors
     from ldm.io.files import atomic_path
     from ldm.pipelines.loading import build_model, for_inference
+    from ldm.pipelines.model_texts import collect_texts
+    from ldm.pipelines.trained_parts import trained_parts
 
     step = training_step(source) or "unknown"
     weights, kind = choose(read_state_dict(source), args.ema, source)
     if args.decoder:
         weights = with_decoder(weights, Path(args.decoder))
-    config = for_inference(read_config(find_config(source, args.config)))
+    metadata = {"source_sha256": sha256(source), "weights": kind, "step": step, "dtype": args.dtype}
+    run_config = read_config(find_config(source, args.config))
+    parts = [] if args.merged else trained_parts(weights, run_config)
+    if parts:
+        export_parts(parts, folder, args, metadata)
+        return
+    config = for_inference(run_config)
     state_dict = convert(build_model(config, weights, f'"{source}"'), args.dtype)
     if args.shared_first_stage:
         state_dict = without_first_stage(state_dict, args.shared_first_stage)
         config["params"]["first_stage_config"]["params"]["ckpt_path"] = args.shared_first_stage
-    metadata = {"source_sha256": sha256(source), "weights": kind, "step": step, "dtype": args.dtype}
+    config, texts = collect_texts(config)
     with atomic_path(folder / "config.yaml", replace=args.overwrite) as temporary:
         OmegaConf.save(OmegaConf.create({"model": config}), temporary)
+        for text in texts:
+            text.write(folder, args.overwrite)
         save_safetensors(state_dict, target, metadata, replace=args.overwrite)
     size = target.stat().st_size / 1e6
+    for text in texts:
+        say(f"{folder / text.name}: copied from {text.source}")
     say(f"{target}: {size:.1f} MB, {kind} weights of step {step} in {args.dtype}")

@@ -44,7 +44,8 @@ class Semantic2Img(Task["SemanticToImage"]):
         parser.add_argument(
             "--palette",
             metavar="FILE",
-            help='the label of each colour: lines such as "#87ceeb 156 sky", or JSON {"#87ceeb": 156}',
+            help='the label of each colour: lines such as "#87ceeb 156 sky", or JSON {"#87ceeb": 156} (default: that '
+            "of the model, if it has one)",
         )
         add_count(parser, "--n_samples", 1, "images a map")
         add_sampler(parser, 50)
@@ -60,7 +61,8 @@ class Semantic2Img(Task["SemanticToImage"]):
         from ldm.pipelines.semantic import SemanticToImage, label_count
 
         labels = label_count(info)
-        palette = read_palette(locate(args.palette)) if args.palette else None
+        file = args.palette or info.params.get("palette")
+        palette = read_palette(locate(file)) if file else None
         return SemanticToImage(**sampler_settings(args), labels=labels, palette=palette, height=args.H, width=args.W)
 
     def inputs(self, args: argparse.Namespace, info: ModelInfo) -> list[Inputs]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.config.layers import assignment, merge_layer
+from ldm.config.model_texts import with_own_texts
 from ldm.errors import UserError
 
 TEXT_KEYS = ("caption", "txt")
@@ -15,9 +17,12 @@ TEXT_KEYS = ("caption", "txt")
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read the `model` section of a YAML configuration as plain dicts and lists, with references resolved.
 
+    The text files that it names, such as a vocabulary, are looked up beside it first; see `ldm.config.model_texts`.
+
     Args:
         path: the YAML file; or the JSON file of a folder in the form of diffusers, which is translated.
-        overrides: values that replace those of the file, each as `model.key.sub=value`.
+        overrides: values that replace those of the file, each as `model.key.sub=value`; or `~model.key.sub`, which
+            removes a key.
 
     Raises:
         UserError: the file is missing, is not YAML, or has no model; or an override does not belong to the model.
@@ -29,7 +34,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     try:
         loaded: Any = _translated(Path(path)) or OmegaConf.load(path)
         if overrides:
-            loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist([_check_override(text) for text in overrides]))
+            loaded = merge_layer(loaded, OmegaConf.from_dotlist([_check_override(text) for text in overrides]))
         config = OmegaConf.to_container(loaded, resolve=True)
     except FileNotFoundError:
         raise UserError(f'there is no configuration "{path}"; check the path') from None
@@ -44,7 +49,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     params = model.get("params")
     if not isinstance(params, Mapping | None):
         raise UserError(f'the configuration "{path}" is damaged: "params:" of its model must hold names and values')
-    return {**model, "params": dict(params or {})}
+    return with_own_texts({**model, "params": dict(params or {})}, Path(path).parent)
 
 
 def _translated(path: Path) -> Any:
@@ -61,15 +66,16 @@ def _translated(path: Path) -> Any:
 
 
 def _check_override(text: str) -> str:
-    """Return an override if it belongs to the model.
+    """Return an override as `model.key.sub=value` if it belongs to the model.
 
     Raises:
         UserError: it does not.
     """
-    key, equals, _ = text.partition("=")
+    assigned = assignment(text)
+    key, equals, _ = assigned.partition("=")
     if not equals or not key.startswith("model."):
         raise UserError(f'"{text}" does not belong to the model; write model.key.sub=value')
-    return text
+    return assigned
 
 
 @dataclass(frozen=True)

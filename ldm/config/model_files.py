@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +46,7 @@ class ModelFiles:
         checkpoint: its weights.
         vae: weights of a first stage that replace its own.
         loras: LoRA files to merge into its weights, and their factors.
+        embeddings: files of textual inversions, and tokens to use instead of theirs.
     """
 
     name: str
@@ -51,6 +54,7 @@ class ModelFiles:
     checkpoint: Path
     vae: Path | None = None
     loras: tuple[tuple[Path, float], ...] = ()
+    embeddings: tuple[tuple[Path, str | None], ...] = ()
 
 
 @overload
@@ -91,6 +95,7 @@ def find_model(
         if config is not None:
             raise UserError(f'--config "{config}" needs --ckpt: give the weights that belong to it')
         return None
+    ckpt = newest_match(ckpt, "--ckpt")
     found = locate(ckpt)
     if diffusers_files.is_folder(found):
         own = _locate_file(config, "configuration") if config is not None else diffusers_files.config_file(found)
@@ -105,9 +110,12 @@ def find_model(
 
 
 def with_additions(
-    files: ModelFiles, vae: str | Path | None = None, loras: Sequence[tuple[str | Path, float]] = ()
+    files: ModelFiles,
+    vae: str | Path | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
+    embeddings: Sequence[tuple[str | Path, str | None]] = (),
 ) -> ModelFiles:
-    """Return a model with another first stage and with LoRA files.
+    """Return a model with another first stage, with LoRA files and with files of textual inversions.
 
     Raises:
         UserError: a file does not exist.
@@ -116,7 +124,8 @@ def with_additions(
     if stage is not None and not diffusers_files.is_folder(stage):
         stage = _locate_file(str(vae), "first stage")
     found = tuple((_locate_file(str(path), "LoRA"), factor) for path, factor in loras)
-    return replace(files, vae=stage, loras=found)
+    words = tuple((_locate_file(str(path), "embedding"), token) for path, token in embeddings)
+    return replace(files, vae=stage, loras=found, embeddings=words)
 
 
 def _configs_beside(checkpoint: Path) -> tuple[Path, ...]:
@@ -154,11 +163,14 @@ def named_model(name: str, folders: Sequence[Path] = (MODELS,)) -> ModelFiles:
     """Find a model by its name in one of `folders`, or by its folder, which may be that of a training run.
 
     A folder in the form of diffusers is found too. A name such as "owner/model" is downloaded from the Hugging Face
-    hub if there is no such folder.
+    hub if there is no such folder. A path with `*` names the last folder with weights that matches it, in the order of
+    names: `logs/*_mine` is the newest run called "mine".
 
     Raises:
         UserError: there is no such folder, or it lacks a file; or the hub has no such model, or cannot be reached.
     """
+    if "*" in name and not locate(name).exists():
+        return named_model(str(_newest_model(name)), folders)
     candidates = [*(locate(parent / name) for parent in folders), locate(name)]
     folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if folder is None and locate(name).is_file():
@@ -193,6 +205,45 @@ def named_model(name: str, folders: Sequence[Path] = (MODELS,)) -> ModelFiles:
             f'the model folder "{folder}" contains no config.yaml; put the configuration of the model there'
         )
     return ModelFiles(folder.resolve().name, config, checkpoint)
+
+
+def newest_match(path: str, role: str) -> str:
+    """Return the last match of a path with `*` in the order of names, and any other path unchanged.
+
+    The names of training runs begin with their time, so that `logs/*_mine/checkpoints/last.ckpt` is the newest.
+
+    Args:
+        path: the path.
+        role: the option or key that names it, for the message.
+
+    Raises:
+        UserError: nothing matches.
+    """
+    if "*" not in path or locate(path).exists():
+        return path
+    found = _matches(path)
+    if not found:
+        raise UserError(f'{role} "{path}" matches no file; train that model first, or check the path')
+    return str(found[-1])
+
+
+def _matches(pattern: str) -> list[Path]:
+    """Return the paths that match a pattern, sorted; `*` is its only special character."""
+    escaped = re.sub(r"([?[])", r"[\1]", os.path.expanduser(pattern))
+    return [Path(path) for path in sorted(glob.glob(escaped))]
+
+
+def _newest_model(pattern: str) -> Path:
+    """Return the last folder with weights that matches a pattern, in the order of names.
+
+    Raises:
+        UserError: there is none.
+    """
+    files = (*WEIGHTS, f"{RUN_CHECKPOINTS}/last.ckpt")
+    found = [folder for folder in _matches(pattern) if any((folder / file).is_file() for file in files)]
+    if not found:
+        raise UserError(f'"{pattern}" matches no folder of a model with weights; train it first, or check the path')
+    return found[-1]
 
 
 def _is_published(name: str) -> bool:

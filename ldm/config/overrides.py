@@ -1,4 +1,4 @@
-"""Overrides of configuration values on the command line: `key.sub=value`. Needs no torch."""
+"""Overrides of configuration values on the command line: `key.sub=value`, and `~key.sub`. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import re
 from collections.abc import Collection, Sequence
 
-_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)+=")
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)+=|~[A-Za-z_]\w*(\.[\w-]+)*$")
 
 
 def split_overrides(words: Sequence[str], value_options: Collection[str] = ()) -> tuple[list[str], list[str]]:
     """Split the words of a command line into overrides, at any position, and all other words.
 
-    The value of an option and the name of an existing file are not overrides, even if they look like `key.sub=value`.
+    An override sets a value, `key.sub=value`, or removes a key, `~key.sub`. The value of an option and the name of an
+    existing file are not overrides, even if they look like one.
 
     Args:
         words: the command line.

@@ -54,12 +54,13 @@ def read_palette(path: Path) -> dict[str, int]:
     return palette
 
 
-def read_label_map(path: Path, palette: Mapping[str, int] | None = None) -> np.ndarray:
+def read_label_map(path: Path, palette: Mapping[str, int] | None = None, option: str = "--palette") -> np.ndarray:
     """Return the labels (H, W) int64 of a label map.
 
     Args:
         path: an image file.
         palette: the label of each colour; it also applies to the colours of a palette image.
+        option: name of the option or parameter that sets the palette, in messages.
 
     Raises:
         UserError: The file is missing or is not an image, or a colour has no label.
@@ -74,7 +75,7 @@ def read_label_map(path: Path, palette: Mapping[str, int] | None = None) -> np.n
     if not coloured:
         return pixels.astype(np.int64)
     if palette is None:
-        raise UserError(f'the label map "{path}" is a colour image; give the label of each colour with --palette')
+        raise UserError(f'the label map "{path}" is a colour image; give the label of each colour with {option}')
     return _labels_of_colours(path, pixels, palette)
 
 

@@ -1,4 +1,4 @@
-"""Warning about training captions with more tokens than the model reads."""
+"""Warnings about training captions that the model does not read completely."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from ldm.data.unreadable import wrapped
+from ldm.modules.encoders.caption_statistics import CaptionStatistics
 from ldm.modules.encoders.truncation import describe, find_truncation
+from ldm.training.latents import CachedLatents
 
 log = logging.getLogger(__name__)
+
+SAMPLED = 2000  # captions of a data set that the report at the start covers
 
 
 class CaptionWarning:
@@ -31,6 +36,52 @@ class CaptionWarning:
                 self.is_logged = True
                 log.warning("%s; other captions are cut without a message", describe(text, found, "training caption"))
                 return
+
+
+def report_captions(model: Any, dataset: Any) -> bool:
+    """Log the shares of the training captions that are cut, and of their words that the vocabulary lacks.
+
+    It covers up to `SAMPLED` captions, in equal distances, of a data set that returns them without its images.
+
+    Returns:
+        Whether the data set returns its captions in that way.
+    """
+    stage, key = getattr(model, "cond_stage_model", None), getattr(model, "cond_stage_key", None)
+    if not callable(getattr(stage, "truncation", None)):
+        return False
+    captions = sampled_captions(dataset, key)
+    if captions is None:
+        return False
+    for message in CaptionStatistics.of(stage, captions).messages(len(dataset)):
+        log.warning("%s", message)
+    return True
+
+
+def sampled_captions(dataset: Any, key: Any, count: int = SAMPLED) -> list[str] | None:
+    """Return up to `count` captions of a data set, without reading its images; None if it cannot return them alone.
+
+    Args:
+        dataset: a data set with a method `entries`, one of cached latents, or a wrapper of one.
+        key: entry of an item that holds its caption.
+        count: number of captions.
+    """
+    source = next(filter(_returns_entries, wrapped(dataset)), None)
+    if source is None:
+        return None
+    step = max(1, -(-len(source) // count))
+    captions = [_entry(source, index, key) for index in range(0, len(source), step)]
+    return captions if all(isinstance(caption, str) for caption in captions) else None
+
+
+def _returns_entries(dataset: Any) -> bool:
+    """Return whether a data set returns the texts of an item without its image."""
+    return isinstance(dataset, CachedLatents) or callable(getattr(dataset, "entries", None))
+
+
+def _entry(dataset: Any, index: int, key: Any) -> Any:
+    if isinstance(dataset, CachedLatents):
+        return dataset.fields[key][index] if key in dataset.fields else None
+    return dataset.entries(index).get(key)
 
 
 def _captions(model: Any, batch: Any) -> list[str]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny_models import inpainting_config, randomise, text_config
+from tiny_models import VOCAB, inpainting_config, randomise, text_config
 
 from ldm.cli.export_model import main as export
 from ldm.config.instantiate import instantiate_from_config
+from ldm.config.model_info import ModelInfo
 from ldm.errors import UserError
 from ldm.io.checkpoint import reading
 from ldm.io.checkpoint.reading import read_checkpoint, read_state_dict
+from ldm.pipelines.class_names import read_class_names
 from ldm.pipelines.loading import load_model
+from ldm.pipelines.model_texts import collect_texts
 from ldm.pipelines.text import text_to_image
 
 
@@ -79,7 +83,7 @@ def test_the_chosen_weights_are_written(run, tmp_path, ema, capsys):
     ckpt, out = folder / "checkpoints" / "last.ckpt", tmp_path / "models" / "mine"
     options = ["--ckpt", str(ckpt), "--outdir", str(out), "--dtype", "float32", *([ema] if ema else [])]
     assert export(options) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "model.safetensors", "vocab.txt"]
     assert "MB" in capsys.readouterr().out
 
     weights = read_state_dict(out / "model.safetensors")
@@ -183,3 +187,109 @@ def test_first_stage_can_be_shared(tmp_path, capsys, monkeypatch):
     (tmp_path / "shared/model.ckpt").unlink()
     with pytest.raises(UserError, match=r"shared.model\.ckpt"):
         load_model("mine/config.yaml", "mine/model.safetensors")
+
+
+# -- text files of the model ----------------------------------------------------------------------------------------
+
+
+def test_vocabulary_and_class_names_are_in_the_folder(run, tmp_path, monkeypatch, capsys):
+    """A copy of the folder works in another place, after the original files have gone."""
+    folder, _ = run
+    (tmp_path / "texts").mkdir()
+    vocabulary, names = tmp_path / "texts" / "words.txt", tmp_path / "texts" / "names.txt"
+    vocabulary.write_bytes(VOCAB.read_bytes())
+    names.write_text("fox\ntree\toak\n", encoding="utf-8")
+    file = folder / "configs" / "2024-project.yaml"
+    project = OmegaConf.load(file)
+    project.model.params.class_names = "texts/names.txt"
+    project.model.params.cond_stage_config.params.vocab = "texts/words.txt"
+    OmegaConf.save(project, file)
+    monkeypatch.chdir(tmp_path)
+    assert export(["--ckpt", "logs/r*/checkpoints/last.ckpt", "--outdir", "made"]) == 0
+    printed = capsys.readouterr().out
+    assert "made/class_names.txt: copied from texts/names.txt" in printed
+    assert "made/vocab.txt: copied from texts/words.txt" in printed
+    config = OmegaConf.load("made/config.yaml").model.params
+    assert (config.class_names, config.cond_stage_config.params.vocab) == ("class_names.txt", "vocab.txt")
+    shutil.rmtree(tmp_path / "texts")
+    shutil.move("made", tmp_path / "elsewhere" / "mine")
+    monkeypatch.chdir(tmp_path / "logs")
+    model = load_model(tmp_path / "elsewhere/mine/config.yaml", tmp_path / "elsewhere/mine/model.safetensors")
+    assert model.cond_stage_model.tknz_fn("fox")[0, 1].item() == VOCAB.read_text(encoding="utf-8").split("\n").index(
+        "fox"
+    )
+    assert read_class_names(ModelInfo.of(model).params["class_names"]) == [("fox",), ("tree", "oak")]
+
+
+def test_an_exported_model_is_exported_again(run, tmp_path):
+    folder, _ = run
+    assert export(["--ckpt", str(folder / "checkpoints" / "last.ckpt"), "--outdir", str(tmp_path / "first")]) == 0
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--ckpt", str(first / "model.safetensors"), "--config", str(first / "config.yaml")]
+    assert export([*options, "--outdir", str(second)]) == 0
+    assert (second / "vocab.txt").read_bytes() == (first / "vocab.txt").read_bytes() == VOCAB.read_bytes()
+
+
+def export_with(run, tmp_path, **params):
+    folder, _ = run
+    file = folder / "configs" / "2024-project.yaml"
+    project = OmegaConf.load(file)
+    OmegaConf.update(project, "model.params", params)
+    OmegaConf.save(project, file)
+    return export(["--ckpt", str(folder / "checkpoints" / "last.ckpt"), "--outdir", str(tmp_path / "m")])
+
+
+def test_other_files_are_never_copied_into_the_folder(run, tmp_path, capsys):
+    (tmp_path / "key.bin").write_bytes(b"\0secret")
+    with (tmp_path / "large.txt").open("wb") as file:
+        file.truncate(17 << 20)
+    cases = {"key.bin": "NUL", "large.txt": "too large", "gone.txt": "there is no"}
+    for name, message in cases.items():
+        assert export_with(run, tmp_path, class_names=str(tmp_path / name)) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error and "\n" not in error and not (tmp_path / "m").exists()
+
+
+def test_class_names_of_another_model_are_refused(tmp_path):
+    (tmp_path / "names.txt").write_text("a\nb\nc\n", encoding="utf-8")
+    stage = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"embed_dim": 8, "n_classes": 3}}
+    model = {"target": "a.B", "params": {"class_names": str(tmp_path / "names.txt"), "cond_stage_config": stage}}
+    config, (text,) = collect_texts(model)
+    assert config["params"]["class_names"] == text.name == "class_names.txt" and text.text == "a\nb\nc\n"
+    stage["params"]["n_classes"] = 4
+    assert len(collect_texts(model)[1]) == 1  # the last label is the null class
+    stage["params"]["n_classes"] = 7
+    with pytest.raises(UserError, match="has 3 names, the model 7 classes"):
+        collect_texts(model)
+
+
+def test_the_palette_is_copied(tmp_path):
+    for name, text in (("palette.txt", "#87ceeb 3 sky\n"), ("palette.json", '{"#87ceeb": 3}')):
+        (tmp_path / f"my_{name}").write_text(text, encoding="utf-8")
+        model = {"target": "a.B", "params": {"palette": str(tmp_path / f"my_{name}")}}
+        config, (found,) = collect_texts(model)
+        assert config["params"]["palette"] == found.name == name and found.text == text
+    (tmp_path / "other.txt").write_text("a private text")
+    with pytest.raises(UserError, match="palette"):
+        collect_texts({"target": "a.B", "params": {"palette": str(tmp_path / "other.txt")}})
+
+
+def test_names_that_are_no_files_stay(tmp_path):
+    stage = {"target": "x.Y", "params": {"vocab": "bert-base-uncased"}}
+    model = {"target": "a.B", "params": {"class_names": "imagenet", "cond_stage_config": stage}}
+    assert collect_texts(model) == (model, [])
+    listed = {"target": "a.B", "params": {"class_names": ["fox"], "cond_stage_config": "__is_unconditional__"}}
+    assert collect_texts(listed) == (listed, [])
+
+
+def test_text_file_with_other_content_is_kept(run, tmp_path, capsys):
+    folder, _ = run
+    out = tmp_path / "m"
+    out.mkdir()
+    (out / "vocab.txt").write_text("precious")
+    options = ["--ckpt", str(folder / "checkpoints" / "last.ckpt"), "--outdir", str(out)]
+    assert export(options) == 2
+    assert "exists with other content" in capsys.readouterr().err
+    assert (out / "vocab.txt").read_text() == "precious" and not (out / "model.safetensors").exists()
+    assert export([*options, "--overwrite"]) == 0
+    assert (out / "vocab.txt").read_bytes() == VOCAB.read_bytes()

@@ -116,6 +116,22 @@ def test_invalid_palette_is_one_line(sample, base, tmp_path, capsys, text, messa
     assert_one_line(status, capsys.readouterr().err, message)
 
 
+def test_the_palette_of_the_model_is_the_default(sample, base, tmp_path):
+    """A model folder with its palette reads colour images in every place."""
+    config = map_config(8)
+    config["params"]["palette"] = "palette.txt"
+    write_model(base / "coloured", config)
+    colours = [f"#0000{label:02x}" for label in range(8)]
+    text = "".join(f"{colour} {7 - label} name\n" for label, colour in enumerate(colours))
+    (base / "coloured/palette.txt").write_text(text)
+    labels = pixels(base / "maps/a.png")
+    save(tmp_path / "coloured.png", np.stack([0 * labels, 0 * labels, 7 - labels], axis=-1).astype(np.uint8))
+    assert sample("--map", tmp_path / "coloured.png", "--skip_grid", model="coloured") == 0
+    coloured, plain = samples(tmp_path / "out")[0], tmp_path / "plain"
+    assert sample("--map", base / "maps/a.png", "--skip_grid", "--outdir", plain) == 0
+    assert (pixels(coloured) == pixels(samples(plain)[0])).all()
+
+
 def save(path, array):
     Image.fromarray(array).save(path)
 

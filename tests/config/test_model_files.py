@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -57,3 +59,19 @@ def test_missing_model_raises_user_error(tmp_path, monkeypatch, options, match):
         torch.save({"state_dict": {"weight": torch.ones(1)}}, tmp_path / "models" / "ldm" / name / "model.ckpt")
     with pytest.raises(UserError, match=match):
         find_model(**options)
+
+
+def test_the_newest_run_that_matches_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("2025-01-02_ldm", "2025-01-10_ldm", "2025-03-01_first"):
+        run = tmp_path / "runs" / name
+        write(run / "checkpoints", "last.ckpt")
+        write(run / "configs", f"{name[:10]}T00-00-00-project.yaml")
+    write(tmp_path / "runs" / "2025-02-01_ldm" / "configs", "2025-project.yaml")  # has no checkpoint
+    found = named_model("runs/*_ldm")
+    assert found.name == "2025-01-10_ldm"
+    assert found.checkpoint == Path("runs/2025-01-10_ldm/checkpoints/last.ckpt")
+    with pytest.raises(UserError, match=r'"runs/\*_other" matches no folder of a model with weights'):
+        named_model("runs/*_other")
+    write(tmp_path / "runs" / "a*", "model.ckpt", "config.yaml")
+    assert named_model("runs/a*").name == "a*"

@@ -1,0 +1,1 @@
+"""Preparation of a folder of images for training: inspection, lists, vocabulary, and configurations."""
