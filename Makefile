@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 DEMO := --model emoji64 --from-file configs/emoji/prompts.txt --ddim_steps 50 --scale 3 --seed 1 --outdir outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-demo test smoke lint format docs notebooks data
+.PHONY: help setup demo train-demo twins test smoke lint format docs notebooks data
 
 help: ## list these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -19,6 +19,9 @@ demo: $(VENV)/.installed ## generate images from text with the bundled model
 
 train-demo: $(VENV)/.installed ## train a small model from scratch on the CPU, then sample from it
 	@$(BIN)/python scripts/train_demo.py
+
+twins: $(VENV)/.installed ## train and measure a small model of each task, for hours
+	@$(BIN)/python scripts/train_twins.py
 
 test: lint ## check style and types, then run every test
 	$(BIN)/python -m pytest -q

@@ -27,13 +27,16 @@ class EvaluatedModel:
     info: ModelInfo
 
     @classmethod
-    def chosen(cls, args: argparse.Namespace, default: str) -> EvaluatedModel:
+    def chosen(cls, args: argparse.Namespace, default: str | None = None) -> EvaluatedModel:
         """Return the model that the options name, else the bundled model `default`.
 
         Raises:
-            UserError: It is missing, or its configuration is damaged.
+            UserError: It is missing, its configuration is damaged, or the options name none and there is no default.
         """
-        files = find_model(args.model, args.config, args.ckpt) or named_model(default)
+        files = find_model(args.model, args.config, args.ckpt)
+        if files is None and default is None:
+            raise UserError("name the model with --model, or with --config and --ckpt")
+        files = files or named_model(str(default))
         return cls(files, ModelInfo.read(files))
 
     def load(self, args: argparse.Namespace) -> tuple[Any, torch.dtype]:
@@ -70,6 +73,26 @@ def choose(count: int, args: argparse.Namespace) -> list[int]:
     import numpy as np
 
     return [int(i) for i in np.random.RandomState(args.seed % 2**32).permutation(count)[: args.n]]
+
+
+def validation_set(path: str) -> Any:
+    """Return the validation set of a training configuration.
+
+    Raises:
+        UserError: The file is missing or has none, or its data are missing.
+    """
+    from omegaconf import OmegaConf
+
+    from ldm.config.assets import locate
+    from ldm.config.instantiate import instantiate_from_config
+    from ldm.training.configuration import read_yaml
+
+    node: Any = OmegaConf.to_container(read_yaml(locate(path)), resolve=True)
+    for key in ("data", "params", "validation"):
+        node = node.get(key) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise UserError(f'the configuration "{path}" has no data.params.validation; choose another one with --data')
+    return instantiate_from_config(node)
 
 
 def check_finite(images: torch.Tensor) -> torch.Tensor:

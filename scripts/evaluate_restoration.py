@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import _checkout  # noqa: F401 (imports the code beside this script)
-from _evaluation import EvaluatedModel, add_options, choose, table, write_scores
+from _evaluation import EvaluatedModel, add_options, choose, table, validation_set, write_scores
 
 from ldm.cli.command import Parser, command, example
 from ldm.cli.options import model_options, non_negative_float
@@ -77,6 +77,12 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--eta", type=non_negative_float, default=0.0, help="noise of DDIM steps (default: %(default)s)"
     )
+    parser.add_argument(
+        "--data",
+        metavar="YAML",
+        help="configuration whose validation set has the images, such as configs/emoji/scenes_inpaint.yaml (default: "
+        "the held-out drawings)",
+    )
     return parser
 
 
@@ -127,9 +133,23 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
 def choose_items(
     args: argparse.Namespace, wrapper: str, params: Mapping[str, Any], info: ModelInfo
 ) -> list[dict[str, Any]]:
-    """Return `args.n` items of the held-out drawings, wrapped by the data set `wrapper`."""
+    """Return `args.n` items of the held-out drawings, wrapped by the data set `wrapper`, or of the one of `args.data`.
+
+    Raises:
+        UserError: The items of `args.data` have another size than the images of the model, or lack its conditioning.
+    """
     from ldm.config.instantiate import instantiate_from_config
 
+    if args.data is not None:
+        dataset = validation_set(args.data)
+        items = [dataset[i] for i in choose(len(dataset), args)]
+        side = items[0]["image"].shape[0]
+        if info.cond_stage_key not in items[0] or side != info.size.height:
+            raise UserError(
+                f'the validation set of "{args.data}" has images of {side} px with {", ".join(items[0])}; the model '
+                f'"{info.name}" needs {info.size.height} px and "{info.cond_stage_key}"'
+            )
+        return items
     drawings = {"target": "ldm.data.emoji.EmojiValidation", "params": {"size": info.size.height}}
     dataset = instantiate_from_config({"target": wrapper, "params": {"dataset": drawings, **params}})
     return [dataset[i] for i in choose(len(dataset), args)]
@@ -145,10 +165,9 @@ def fill_with_mean(request: MaskedImage) -> np.ndarray:
 
 def fill_by_telea(request: MaskedImage) -> np.ndarray:
     """Return the image with its masked part filled by OpenCV's in-painting (Telea, 2004)."""
-    import cv2
-    import numpy as np
+    from ldm.evaluation import restorations
 
-    return cv2.inpaint(np.ascontiguousarray(request.image), request.mask.astype(np.uint8), 3, cv2.INPAINT_TELEA)
+    return restorations.fill_by_telea(request.image, request.mask)
 
 
 def restore(model: Any, problem: Problem, args: argparse.Namespace) -> np.ndarray:

@@ -12,7 +12,8 @@ import pytest
 from ldm.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = {name: ROOT / "main.py" if name == "train" else ROOT / "scripts" / f"{name}.py" for name in COMMANDS}
+OTHER_NAMES = {"train": ROOT / "main.py", "prepare": ROOT / "scripts" / "prepare_data.py"}
+SCRIPTS = {name: OTHER_NAMES.get(name, ROOT / "scripts" / f"{name}.py") for name in COMMANDS}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
