@@ -56,7 +56,13 @@ def test_shown_command_runs(name, tmp_path, capsys):
     environment, _, *table = capsys.readouterr().out.splitlines()
     assert "no measurement" in environment
     assert len({line.count("|") for line in table}) == 1 and len(table) == 2 + len(report["rows"])
-    if name != "start_up":
+    if name == "loader":
+        assert {row["workers"] for row in measured} == {0, 1}
+        assert [row["what"] for row in measured if row["times as fast"] == "1.00"].count("torchvision ImageFolder") == 2
+    elif name == "features":
+        assert [row["what"] for row in measured] == ["torch-fidelity", "ldm"]
+        assert measured[0]["times as fast"] == "1.00"
+    elif name != "start_up":
         assert {row["precision"] for row in measured} == {"float32", "bfloat16"}
         first = next(row for row in measured if row["precision"] == "float32")
         assert (first["what"], first["times as fast"]) == ("diffusers", "1.00")

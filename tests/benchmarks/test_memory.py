@@ -11,7 +11,8 @@ from tiny_models import text_config
 from tiny_stable_diffusion import stable_diffusion_config
 from torch import nn
 
-from benchmarks.memory import LiveBytes, count, main
+from benchmarks.memory import count, main
+from ldm.modules.live_bytes import LiveBytes
 
 FLOAT = 4
 

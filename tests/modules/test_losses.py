@@ -25,7 +25,7 @@ from ldm.modules.losses.adversarial import (
 )
 from ldm.modules.losses.contperceptual import DummyLoss
 from ldm.modules.losses.discriminator import ActNorm, NLayerDiscriminator, weights_init
-from ldm.modules.losses.lpips import LPIPS, VGG16Features, _channel_weights
+from ldm.modules.losses.lpips import LPIPS, VGG16Features, channel_weights
 from ldm.modules.losses.vqperceptual import VQLPIPSWithDiscriminator, measure_perplexity
 
 # Sum of each tensor in the published file of channel weights.
@@ -424,7 +424,7 @@ def test_pretrained_weights(filled_lpips, tmp_path, monkeypatch):
 
 def test_channel_weights_are_the_published_ones():
     """Compare the sums of the weights with those of vgg.pth in version 0.1.4 of the package lpips."""
-    sums = {name: weight.double().sum().item() for name, weight in _channel_weights().items()}
+    sums = {name: weight.double().sum().item() for name, weight in channel_weights().items()}
     assert sums == pytest.approx(PUBLISHED_SUMS, rel=1e-12)
 
 
@@ -452,7 +452,7 @@ def test_damaged_weights_file_raises_user_error(tmp_path, monkeypatch):
 def test_missing_torchmetrics_raises_user_error(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'the package "torchmetrics" is not installed \(pip install '):
-        _channel_weights()
+        channel_weights()
 
 
 def test_feature_names_match_the_file():

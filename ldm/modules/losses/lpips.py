@@ -170,10 +170,15 @@ def pretrained_weights() -> dict[str, Tensor]:
     Raises:
         UserError: a package is missing or the download failed.
     """
-    return {**_channel_weights(), **{f"net.{name}": weight for name, weight in vgg16_weights().items()}}
+    return {**channel_weights(), **{f"net.{name}": weight for name, weight in vgg16_weights().items()}}
 
 
-def _channel_weights() -> dict[str, Tensor]:
+def channel_weights() -> dict[str, Tensor]:
+    """Return the published weights of the channels, which are a part of the package torchmetrics.
+
+    Raises:
+        UserError: the package, or its file, is missing.
+    """
     spec = importlib.util.find_spec("torchmetrics")  # does not import the package
     if spec is None or not spec.submodule_search_locations:
         raise _unavailable(f'the package "torchmetrics" is not installed ({install_hint()})')

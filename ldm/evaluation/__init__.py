@@ -1,0 +1,1 @@
+"""Evaluation: figures of sample quality, reconstructions and restorations, each with its protocol."""
