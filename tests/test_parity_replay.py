@@ -20,6 +20,14 @@ def test_every_recorded_case_is_known_and_used_by_a_test(repo_root):
     assert files - pinned == set()
 
 
+def test_documents_state_the_number_of_outputs(repo_root):
+    count = sum(len(load_case(name).outputs) for name in names())
+    for document in ("docs/weights.md", "tests/parity/README.md"):
+        assert re.findall(r"compares (?:all )?(\d+) (?:recorded )?outputs", (repo_root / document).read_text()) == [
+            str(count)
+        ]
+
+
 @pytest.mark.parametrize("name", ["ema", "vq_model"])
 def test_all_outputs_are_compared_and_pass(name):
     case = load_case(name)

@@ -183,10 +183,12 @@ def inpainting_pipeline(
         prompts, negative_prompt, scale: see `inpaint`.
 
     Raises:
-        UserError: The model reads no text, and one is given.
+        UserError: The model fills no images, or it reads no text, and one is given.
     """
     from ldm.pipelines.text_inpainting import TextInpainting
 
+    if not info.fills_by_text:
+        Inpainting().check_kind(info)  # first, as a text-to-image model does read texts
     text = text_settings(info, info.fills_by_text, prompts, negative_prompt, scale)
     return TextInpainting(**settings, **text) if info.fills_by_text else Inpainting(**settings)
 

@@ -21,6 +21,7 @@ from ldm.io.checkpoint.kinds import foreign_kind
 from ldm.io.checkpoint.loading import load_weights, part_of, without_ema
 from ldm.io.checkpoint.reading import read_state_dict
 from ldm.io.diffusers import autoencoder
+from ldm.io.diffusers.pipeline import stated_scale
 from ldm.io.diffusers.translation import Translation
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.diffusion.adaptation import LEARNED_WORDS, NETWORK, UPDATES
@@ -201,7 +202,25 @@ def read_first_stage(path: str | Path, model_config: Mapping[str, Any]) -> dict[
         raise UserError(f'the model has no first stage that the weights of "{path}" could replace; leave out the VAE')
     weights = _under_our_names(part_of(without_ema(read_state_dict(path)), FIRST_STAGE), params)
     _check_first_stage(weights, {**config, "params": _without_files(params)}, path)
+    _warn_other_scale(Path(path), model_config["params"])
     return weights
+
+
+def _warn_other_scale(path: Path, params: Mapping[str, Any]) -> None:
+    """Log that the latents of a first stage have another scale than those of the model with the given parameters.
+
+    The first stages of Stable Diffusion XL and 1 have the same shapes. Only folders in the form of diffusers state it.
+    """
+    stated = stated_scale(path) if path.is_dir() else None
+    own = params.get("scale_factor", 1.0)
+    if stated is not None and stated != own and not params.get("scale_by_std", False):
+        logger.warning(
+            'the first stage "%s" states the factor %g for its latents, and the model has %g; images may look wrong: '
+            "choose a first stage of the same kind of model",
+            path,
+            stated,
+            own,
+        )
 
 
 def _under_our_names(weights: dict[str, Tensor], params: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -171,7 +171,8 @@ def test_missing_vocabulary_without_a_network_is_one_line(run, tmp_path, capsys)
     shutil.rmtree(tmp_path / "theirs/tokenizer")
     assert txt2img(["--model", "theirs", *RUN, "--outdir", "out"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(errors) == 1 and "openai/clip-vit-large-patch14" in errors[0] and "local folder" in errors[0]
+    assert len(errors) == 1 and 'tokenizer "openai/clip-vit-large-patch14" is not on this machine' in errors[0]
+    assert 'a local folder with its vocab.json and merges.txt in the configuration ("tokenizer" of' in errors[0]
 
 
 @pytest.mark.parametrize(
@@ -186,3 +187,12 @@ def test_missing_vocabulary_without_a_network_is_one_line(run, tmp_path, capsys)
 )
 def test_file_and_factor_are_parsed(text, expected):
     assert lora(text) == expected
+
+
+@pytest.mark.parametrize("factor", ["nan", "strong", "", "1,5"])
+def test_text_for_the_factor_of_an_existing_lora_is_refused(run, factor, capsys):
+    with pytest.raises(SystemExit) as caught:
+        txt2img(["--model", "m", *RUN, "--lora", f"style.safetensors:{factor}"])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f'"{factor}" after "style.safetensors:" is not a factor; give a number such as 0.8' in line

@@ -331,6 +331,20 @@ BAD = {
     "no channels": (UNET, {"block_out_channels": "remove"}, '"block_out_channels" is missing'),
     "a shift": (VAE, {"shift_factor": 0.1}, r"\"shift_factor\" is 0\.1; only models with None"),
     "another first stage": (VAE, {"_class_name": "AutoencoderTiny"}, '"AutoencoderTiny" is not supported; supported'),
+    "latents of another width": (
+        VAE,
+        {"latent_channels": 3},
+        r'm": vae has 3 channels of latents, and unet expects 4; choose parts of the same model',
+    ),
+    "context of another width": (UNET, {"cross_attention_dim": 24}, "has 16 channels of context, and unet expects 24"),
+    "text for a number": (
+        UNET,
+        {"in_channels": "x"},
+        r"unet/config.json\": \"in_channels\" is 'x', not a whole number",
+    ),
+    "no levels": (VAE, {"block_out_channels": []}, r'"block_out_channels" is \[\], not a whole number above 0'),
+    "an infinite factor": (VAE, {"scaling_factor": float("inf")}, '"scaling_factor" is inf, not a number; download'),
+    "no steps": ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, '"num_train_timesteps" is 0, not a'),
     "another text encoder": (TEXT, {"architectures": ["T5EncoderModel"]}, '"T5EncoderModel" is not supported'),
 }
 

@@ -58,6 +58,13 @@ def test_kind_is_found_by_names(kind):
     assert foreign_kind(FILES[kind]).what.startswith(kind)
 
 
+@pytest.mark.parametrize(("name", "shape"), [("<cat>", (768,)), ("<cat>", (2, 1024)), ("cat toy", (1, 1280))])
+def test_embedding_of_diffusers_is_found_by_its_width(name, shape):
+    assert foreign_kind({name: shape}).what == "an embedding of a textual inversion"
+    assert foreign_kind({name: (*shape[:-1], 760)}) is None
+    assert foreign_kind({f"{name}.weight": shape}) is None
+
+
 def test_models_of_this_package_are_of_no_other_kind():
     from ldm.config.instantiate import instantiate_from_config
 

@@ -378,7 +378,25 @@ def test_tiling_is_switched_off_by_deletion():
     assert normalization.shape == (1, 1, 16, 16) and weighting.shape == (1, 1, 8, 8, 9)
     assert model.meshgrid(2, 3)[1, 2].tolist() == [1, 2] and model.delta_border(3, 3)[1, 1] == 0.5
     del model.split_input_params
-    assert model.split_input_params is None
+    assert not hasattr(model, "split_input_params")
+
+
+def test_published_question_about_tiling_is_answered():
+    class Client(LatentDiffusion):
+        def decode_first_stage(self, z, predict_cids=False, force_not_quantize=False):
+            if hasattr(self, "split_input_params") and self.split_input_params["patch_distributed_vq"]:
+                return "tiles"
+            return super().decode_first_stage(z, predict_cids, force_not_quantize)
+
+    model = Client(**class_config(timesteps=20)["params"])
+    assert model.decode_first_stage(torch.zeros(1, 3, 8, 8)).shape == (1, 3, 16, 16)
+    model.split_input_params = {"ks": (4, 4), "stride": (2, 2), "vqf": 2, "patch_distributed_vq": True} | {
+        "clip_min_weight": 0.01,
+        "clip_max_weight": 0.5,
+    }
+    assert model.decode_first_stage(torch.zeros(1, 3, 8, 8)) == "tiles"
+    model.split_input_params = None
+    assert not hasattr(model, "split_input_params")
 
 
 def test_overridden_tiling_is_refused_if_it_is_never_called():

@@ -162,6 +162,16 @@ def test_first_stage_of_a_folder_of_diffusers_replaces_that_of_a_model(tmp_path,
     torch.testing.assert_close(loaded.first_stage_model.decode(z), vae.decode(z).sample, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("factor", "warned"), [(0.18215, False), (0.13025, True)])
+def test_first_stage_of_another_scale_is_logged(tmp_path, original, factor, warned, caplog):
+    """The first stages of Stable Diffusion XL have the same shapes."""
+    vae = make_vae(block_out_channels=(32, 32), layers_per_block=1, scaling_factor=factor)
+    vae.save_pretrained(tmp_path / "vae")
+    ldm.load(original[1], vae=tmp_path / "vae", device="cpu")
+    message = f'"{tmp_path}/vae" states the factor 0.13025 for its latents, and the model has 0.18215; images may'
+    assert (message in caplog.text) == warned and ("states the factor" in caplog.text) == warned
+
+
 def test_model_without_weights_of_a_first_stage_takes_them_from_the_file(tmp_path, original, tuned):
     model, folder = original
     pruned = {name: value for name, value in model.state_dict().items() if not name.startswith(PREFIX)}

@@ -167,6 +167,8 @@ def test_models_of_other_tasks_are_refused(model, vocabulary):
     text = make_model(stable_diffusion_config(1, vocabulary))
     with pytest.raises(UserError, match='is conditioned on "txt", not on "masked_image"; choose an in-painting model'):
         fill(text, IMAGES[0], MASK)
+    with pytest.raises(UserError, match='is conditioned on "txt", not on "masked_image"; choose an in-painting model'):
+        ldm.inpaint(text, IMAGES, MASK, prompts=["cat", "cat"], progress=False)
     message = 'the model "tiny" is conditioned on a masked image beside its text; use ldm inpaint, or choose'
     with pytest.raises(UserError, match=message):
         ldm.text_to_image(model, "cat")

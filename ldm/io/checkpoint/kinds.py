@@ -52,6 +52,7 @@ MARKS: tuple[tuple[str, Kind], ...] = (
 # Parts of a model, if no other names are in the file.
 UNET_ALONE = Kind("the U-Net of a diffusers folder alone", "give the folder of the whole model")
 TEXT_ENCODER_ALONE = Kind("a text encoder alone", "give the whole model")
+TEXT_WIDTHS = (768, 1024, 1280)  # channels of the text encoders of Stable Diffusion
 XL_CONTEXT = 2048  # channels of the context of Stable Diffusion XL
 LORA_BASES: tuple[tuple[str, str], ...] = (
     (r"double_blocks|single_transformer_blocks|single_blocks", "Flux"),
@@ -92,7 +93,16 @@ def _label_channels(shapes: Shapes) -> bool:
     return "model.diffusion_model.label_emb.0.0.weight" in shapes
 
 
+def _is_embedding(shapes: Shapes) -> bool:
+    """Return whether each name is a token, and its value vectors of a text encoder: the form of diffusers."""
+    return bool(shapes) and all(
+        "." not in name and len(shape) in (1, 2) and shape[-1] in TEXT_WIDTHS for name, shape in shapes.items()
+    )
+
+
 def _part(shapes: Shapes) -> Kind | None:
+    if _is_embedding(shapes):
+        return EMBEDDING
     if any(name.startswith(("model.", "first_stage_model.", "cond_stage_model.", "model_ema.")) for name in shapes):
         return None
     if _has(shapes, "down_blocks.", "up_blocks.", "time_embedding."):

@@ -4,10 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
+
+# Entries that are whole numbers above 0, or lists of them, in all parts of a model.
+COUNTS = (
+    "attention_head_dim",
+    "block_out_channels",
+    "cross_attention_dim",
+    "d_model",
+    "encoder_layers",
+    "hidden_size",
+    "in_channels",
+    "latent_channels",
+    "layers_per_block",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_class_embeds",
+    "num_hidden_layers",
+    "num_train_timesteps",
+    "num_vq_embeddings",
+    "out_channels",
+    "sample_size",
+    "transformer_layers_per_block",
+    "vocab_size",
+    "vq_embed_dim",
+)
+# Entries that are numbers.
+NUMBERS = ("beta_end", "beta_start", "norm_eps", "scaling_factor")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -26,6 +53,33 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f'"{path}" is damaged (it holds no names and values); download or copy it again')
     return content
+
+
+def check_types(config: Mapping[str, Any], where: str) -> None:
+    """Raise an error if an entry is not a number of its kind. Entries may be missing or null.
+
+    Args:
+        config: entries of a part of a model.
+        where: name of the configuration in the message.
+
+    Raises:
+        UserError: an entry is something else.
+    """
+    for keys, fits, kind in ((COUNTS, _is_count, "a whole number above 0"), (NUMBERS, _is_number, "a number")):
+        for key in keys:
+            value = config.get(key)
+            if value is not None and not fits(value):
+                raise UserError(f'{where}: "{key}" is {value!r}, not {kind}; download or copy the file again')
+
+
+def _is_count(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(_is_count(each) for each in value)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
 from ldm.io.diffusers import autoencoder, files, scheduler, text_encoder, unet
-from ldm.io.diffusers.entries import read_json
+from ldm.io.diffusers.entries import check_types, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,8 +67,14 @@ class Pipeline:
         return self.folder / part / name
 
     def config(self, part: str) -> tuple[dict[str, Any], str]:
-        """Return the configuration of a part, and the name of its file for messages."""
-        return read_json(self.path(part)), f'"{self.path(part)}"'
+        """Return the configuration of a part, and the name of its file for messages.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        config, where = read_json(self.path(part)), f'"{self.path(part)}"'
+        check_types(config, where)
+        return config, where
 
     @property
     def tokenizer(self) -> str | None:
@@ -96,6 +102,8 @@ def model_config(folder: Path) -> dict[str, Any]:
     if pipeline.text_encoder is None:
         return {"target": f"{DDPM}.LatentDiffusion", "params": params | _image_params(pipeline, params)}
     params["cond_stage_config"] = text_encoder.ours(*pipeline.config(pipeline.text_encoder), pipeline.tokenizer)
+    context = params["unet_config"]["params"].get("context_dim")
+    _check_fit(pipeline, pipeline.text_encoder, "context", text_encoder.width(params["cond_stage_config"]), context)
     if params["cond_stage_config"]["target"] == text_encoder.BERT_EMBEDDER:
         text_params = {"cond_stage_key": "caption", "cond_stage_trainable": True, "conditioning_key": "crossattn"}
         return {"target": f"{DDPM}.LatentDiffusion", "params": params | text_params}
@@ -108,6 +116,7 @@ def _first_stage_alone(folder: Path) -> dict[str, Any]:
     kind = config.get("_class_name", (config.get("architectures") or ["network"])[0])
     if kind not in autoencoder.TARGETS:
         raise UserError(f'"{folder}" is a {kind}, only a part of a model; give the folder with {files.INDEX}')
+    check_types(config, f'"{path}"')
     return autoencoder.ours(config, f'"{path}"')
 
 
@@ -117,6 +126,8 @@ def _shared_params(pipeline: Pipeline) -> dict[str, Any]:
     first_stage = autoencoder.ours(stage, where, inner=True)
     network, network_file = pipeline.config(files.UNET)
     network_params = unet.ours(network, network_file)
+    latent = first_stage["params"]["embed_dim"]
+    _check_fit(pipeline, pipeline.first_stage, "latents", latent, network_params["out_channels"])
     # The super-resolution pipeline of diffusers does not scale latents.
     scale = 1.0 if pipeline.kind == SUPER_RESOLUTION else autoencoder.scale_factor(stage)
     return {
@@ -131,6 +142,19 @@ def _shared_params(pipeline: Pipeline) -> dict[str, Any]:
         "unet_config": {"target": unet.TARGET, "params": network_params},
         "first_stage_config": first_stage,
     }
+
+
+def _check_fit(pipeline: Pipeline, part: str, what: str, channels: Any, expected: Any) -> None:
+    """Raise an error if a part has other channels than the network expects. None is a number that is not stated.
+
+    Raises:
+        UserError: they differ.
+    """
+    if None not in (channels, expected) and channels != expected:
+        raise UserError(
+            f'"{pipeline.folder}": {part} has {channels} channels of {what}, and {files.UNET} expects {expected}; '
+            "choose parts of the same model"
+        )
 
 
 def _image_params(pipeline: Pipeline, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,6 +199,14 @@ def _low_scale(pipeline: Pipeline) -> dict[str, Any]:
             "max_noise_level": pipeline.index.get("max_noise_level", MAX_NOISE_LEVEL),
         },
     }
+
+
+def stated_scale(folder: Path) -> float | None:
+    """Return the factor of the latents that a folder with an `AutoencoderKL` states; None if it states none."""
+    path = next((each for name in ("", *files.FIRST_STAGES) if (each := folder / name / files.CONFIG).is_file()), None)
+    config = {} if path is None else read_json(path)
+    check_types(config, f'"{path}"')
+    return config.get("scaling_factor") if config.get("_class_name") == autoencoder.KL else None
 
 
 # -- weights -----------------------------------------------------------------------------------------------------

@@ -103,6 +103,14 @@ def _bert(config: Mapping[str, Any], where: str, tokenizer: str | None) -> dict[
     }
 
 
+def width(stage: Mapping[str, Any]) -> Any:
+    """Return the channels of the context that a conditioning stage of `ours` computes; None if they are not stated."""
+    sizes = stage["params"].get("text_config", {})
+    names = {CLIP_EMBEDDER: "hidden_size", OPEN_CLIP_EMBEDDER: "width"}
+    target = stage["target"]
+    return stage["params"]["n_embed"] if target == BERT_EMBEDDER else sizes.get(names[target])
+
+
 def theirs(target: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration of transformers for a text encoder.
 

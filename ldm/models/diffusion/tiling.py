@@ -95,7 +95,7 @@ class TilingMethods:
     `tiled` computes the same and does not call them.
     """
 
-    split_input_params: Mapping[str, Any] | None
+    split_input_params: Mapping[str, Any]
     apply_model: Callable[..., Any]
     tiling_methods = ("meshgrid", "delta_border", "get_weighting", "get_fold_unfold")
 
@@ -118,7 +118,7 @@ class TilingMethods:
 
     def get_weighting(self, h: int, w: int, Ly: int, Lx: int, device: torch.device | str) -> torch.Tensor:
         """Return the weights (1, h · w, Ly · Lx) of the pixels of Ly x Lx tiles of h x w pixels."""
-        weights = tile_weights((h, w), (Ly, Lx), self.split_input_params or {})
+        weights = tile_weights((h, w), (Ly, Lx), self.split_input_params)
         return rearrange(weights, "h w n -> 1 (h w) n").to(device)
 
     def get_fold_unfold(
