@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import json
 import sys
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,49 +28,6 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("bfloat16", "float16", "float32")
-
-
-class LiveBytes:
-    """Counter of the bytes of live storages, now and at their peak. A view shares the storage of its base."""
-
-    def __init__(self) -> None:
-        self.live = self.peak = 0
-        self._known: dict[int, int] = {}
-
-    def add(self, tensor: torch.Tensor) -> None:
-        """Count the storage of a tensor until it is freed."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known[key] = storage.nbytes()
-        self.live += self._known[key]
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.live -= self._known.pop(key)
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Count the results of operations in the block; `peak` starts from the live bytes."""
-        import torch
-        from torch.utils._python_dispatch import TorchDispatchMode
-        from torch.utils._pytree import tree_leaves
-
-        add = self.add
-
-        class Watch(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                result = func(*args, **(kwargs or {}))
-                for leaf in tree_leaves(result):
-                    if isinstance(leaf, torch.Tensor):
-                        add(leaf)
-                return result
-
-        self.peak = self.live
-        with Watch():
-            yield
 
 
 def make_parser() -> Parser:
@@ -121,6 +77,7 @@ def _count(config: dict[str, Any], height: int, width: int, images: int, dtype: 
     from benchmarks.timing import default_dtype
     from ldm.config.instantiate import instantiate_from_config
     from ldm.modules.attention import cached_contexts
+    from ldm.modules.live_bytes import LiveBytes
     from ldm.pipelines.loading import for_inference, skip_init
 
     with skip_init(), default_dtype(dtype):  # fake weights cannot be converted afterwards

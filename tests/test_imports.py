@@ -24,7 +24,7 @@ LEVELS = [
     (r"main|scripts\..*|benchmarks\..*", 6),
     (r"ldm\.cli(\..*)?", 5),
     (r"taming(\..*)?|ldm|ldm\.lr_scheduler", 4),
-    (r"ldm\.(training|data|pipelines|retrieval)(\..*)?", 4),
+    (r"ldm\.(training|data|diagnosis|evaluation|pipelines|preparation|retrieval)(\..*)?", 4),
     (r"ldm\.models\.diffusion\.(ddpm|preview|classifier|stable_diffusion)", 3),
     (r"ldm\.models(\..*)?", 2),
     (r"ldm\.modules(\..*)?", 1),
@@ -294,7 +294,8 @@ def test_commands_show_help_and_errors_before_heavy_imports(words, option, statu
 def test_every_sub_command_has_a_module_and_its_published_script():
     modules = {path.stem for path in (ROOT / "ldm/cli").glob("*.py")}
     assert set(SUB_COMMANDS) <= modules
-    published = {path.stem for path in ROOT.glob("scripts/*.py") if "from ldm.cli." in path.read_text(encoding="utf-8")}
+    texts = [path.read_text(encoding="utf-8") for path in ROOT.glob("scripts/*.py")]
+    published = {name for text in texts for name in re.findall(r"^from ldm\.cli\.(\w+) import main$", text, flags=re.M)}
     assert set(SUB_COMMANDS) - {"train"} <= published
 
 

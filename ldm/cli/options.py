@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldm.config import targets
+from ldm.config.assets import locate
 from ldm.config.values import PRECISIONS, PUBLISHED_PRECISIONS, SEED_RANGE, TIMESTEP_SPACINGS
 
 MAX_COUNT = 10**7  # of images, steps and the like
@@ -74,6 +75,10 @@ def lora(text: str) -> tuple[str, float]:
     try:
         return (file, finite_float(factor)) if colon and file else (text, 1.0)
     except argparse.ArgumentTypeError:
+        if locate(file).is_file() and not locate(text).is_file():
+            raise argparse.ArgumentTypeError(
+                f'"{factor}" after "{file}:" is not a factor; give a number such as 0.8'
+            ) from None
         return text, 1.0  # the colon is a part of the name
 
 

@@ -228,9 +228,12 @@ def sampling_command(preparation: Preparation, options: Options) -> str:
     model = ("--model", out / RUNS / f"*_{Path(LDM).stem}")
     results = ("--outdir", out / SAMPLES)
     if task == "text":
-        return _command("txt2img", *model, "--prompt", preparation.captions[0], "--scale", "3", *results)
+        return _command("txt2img", *model, *_option("--prompt", preparation.captions[0]), "--scale", "3", *results)
     if task == "class":
-        names = preparation.classes[:MOST_CLASSES]
+        names = [
+            str(label) if name.startswith("-") else name  # a label cannot be taken for an option
+            for label, name in enumerate(preparation.classes[:MOST_CLASSES])
+        ]
         return _command("class2img", *model, *results, "--classes", *names)
     if task == "unconditional":
         return _command("sample_diffusion", *model, "-n", "16", "-l", out / SAMPLES)
@@ -238,6 +241,11 @@ def sampling_command(preparation: Preparation, options: Options) -> str:
 
     write_examples(preparation.recipe.data, out / EXAMPLES)
     return _command("inpaint" if task == "inpainting" else "superres", *model, "--indir", out / EXAMPLES, *results)
+
+
+def _option(name: str, value: str) -> list[str]:
+    """Return the words of an option, whose value may begin with a dash."""
+    return [f"{name}={value}"] if value.startswith("-") else [name, value]
 
 
 def _command(name: str, *words: str | Path) -> str:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ldm.cli.command import Parser, command
+from ldm.cli.command import Parser, command, say
 from ldm.cli.options import seed, target_options
 from ldm.config.overrides import options_with_value, split_overrides
 from ldm.errors import UserError, did_you_mean
@@ -35,6 +35,8 @@ def make_parser(**parser_kwargs: Any) -> Parser:
     add("-b", "--base", nargs="*", default=[], metavar="YAML", help="configurations, merged from left to right")
     add("-t", "--train", default=False, help="train", **flag)
     add("--no-test", default=False, help="skip the test after training", **flag)
+    about_plan = "print the parameters, the memory, the time of a step and the largest batch; write nothing"
+    add("--plan", action="store_true", help=about_plan)
     add("-p", "--project", help="accepted for compatibility; has no effect")
     add("-d", "--debug", default=False, help="debug after an error; move the log folder to debug_runs/", **flag)
     add("-s", "--seed", type=seed, help="seed of all random numbers (default: 23, or that of the resumed run)")
@@ -43,6 +45,8 @@ def make_parser(**parser_kwargs: Any) -> Parser:
     scaling = "multiply base_learning_rate by the items of a step (default: true, or as in the resumed run)"
     add("--scale_lr", default=None, help=scaling, **flag)
     add("--gpus", default=argparse.SUPPRESS, metavar="0,1", help='devices "0," or "0,1", or a count (default: CPU)')
+    loggers = '"tensorboard" (default), "csv" or "wandb", several with commas, or "false"'
+    add("--logger", type=scalar, default=argparse.SUPPRESS, metavar="NAME", help=loggers)
     for name in TRAINER_OPTIONS:
         extra: dict[str, Any] = {"nargs": "?", "const": True} if name in BOOLEAN_OPTIONS else {}
         add(f"--{name}", type=scalar, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **extra)
@@ -107,7 +111,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if "=" not in word:
             raise UserError(f'"{word}" is neither an option nor key.sub=value; give configurations after --base')
     args.overrides = [*overrides, *unknown]
-    names = (*TRAINER_OPTIONS, "gpus")
+    names = (*TRAINER_OPTIONS, "gpus", "logger")
     args.trainer = {name: value for name, value in vars(args).items() if name in names}
     if args.name and args.resume:
         raise UserError("-n/--name and -r/--resume cannot be combined; rename a resumed run with -f/--postfix")
@@ -125,7 +129,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_lightning()
     from ldm.training.configuration import make_plan
 
+    args.train = args.train or args.plan
     plan = make_plan(args)
+    if args.plan:
+        from ldm.training.forecast import forecast
+        from ldm.training.forecast_text import forecast_text
+
+        say(forecast_text(forecast(plan)))
+        return
     from ldm.training.run import run
 
     run(plan)

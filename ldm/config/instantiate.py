@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ldm.config import targets
@@ -98,16 +98,31 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **extra: Any) -> An
 
 
 def _check_params(cls: Callable[..., Any], target: str, params: Mapping[str, Any]) -> None:
-    accepted, required, open_ended = _parameters(cls)
+    for fault in parameter_faults(cls, target, params):
+        raise UserError(fault)
+
+
+def parameter_faults(cls: Callable[..., Any], target: str, params: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the parameters of a class: unknown names, values of a wrong type, missing ones.
+
+    Args:
+        cls: the class.
+        target: its name in messages.
+        params: names and values.
+    """
+    accepted, required, open_ended = parameters_of(cls)
+    unknown = [str(key) for key in params if not isinstance(key, str) or not (open_ended or key in accepted)]
     for key, value in params.items():
-        if not isinstance(key, str) or not (open_ended or key in accepted):
-            raise UserError(f'{target} has no parameter "{key}"{did_you_mean(str(key), accepted)}')
+        if str(key) in unknown:
+            yield f'{target} has no parameter "{key}"{did_you_mean(str(key), accepted)}'
+            continue
         expected = _expected_type(accepted.get(key), value)
         if expected is not None:
-            raise UserError(f'{target} needs {expected} as "{key}", got: {_shorten(repr(value))}')
-    missing = [name for name in required if name not in params]
+            yield f'{target} needs {expected} as "{key}", got: {_shorten(repr(value))}'
+    # The correction of a misspelt name is not missing.
+    missing = [name for name in required if name not in params and not did_you_mean(name, unknown)]
     if missing:
-        raise UserError(f"{target} needs the parameter{'s'[: len(missing) > 1]} {', '.join(missing)}")
+        yield f"{target} needs the parameter{'s'[: len(missing) > 1]} {', '.join(missing)}"
 
 
 def _expected_type(annotation: Any, value: Any) -> str | None:
@@ -126,7 +141,7 @@ def _expected_type(annotation: Any, value: Any) -> str | None:
     return "text" if kinds == {"str"} and isinstance(value, int | float | list | Mapping) else None
 
 
-def _parameters(cls: Callable[..., Any]) -> tuple[dict[str, Any], list[str], bool]:
+def parameters_of(cls: Callable[..., Any]) -> tuple[dict[str, Any], list[str], bool]:
     """Return the accepted parameters with annotations, the required ones, and whether any other name is accepted.
 
     A constructor with `**kwargs` passes them to its base class, so it accepts the parameters of that class.

@@ -201,7 +201,7 @@ class FolderValidation(Folder):
 
 def _check_values(name: str, size: int, crop: str, flip_p: float, max_unreadable: float | None) -> None:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise UserError(f"{name}: size must be an integer of at least 1, not {size}")
+        raise UserError(f"{name}: size must be an integer of at least 1, not {size!r}")
     if crop not in CROPS:
         raise UserError(f'{name}: there is no crop "{crop}"{did_you_mean(crop, CROPS)}; choose {" or ".join(CROPS)}')
     if not isinstance(flip_p, int | float) or not 0 <= flip_p <= 1:

@@ -48,32 +48,36 @@ def add_boxes(rows: Rows, source: str, class_names: str | Sequence[str] | None) 
     rows.leave_out(
         [i for i, layout in enumerate(layouts) if layout is None], f"have no boxes {where}", f"check beside.{BOXES_KEY}"
     )
-    present: list[dict[str, Any]] = rows.entries[BOXES_KEY]
-    lookup = _lookup(present, class_names)
-    rows.entries[BOXES_KEY] = [_resolved(layout, lookup) for layout in present]
+    present: list[dict[str, Any] | str] = rows.entries[BOXES_KEY]
+    lookup = _lookup([layout for layout in present if not isinstance(layout, str)], class_names)
+    rows.entries[BOXES_KEY] = [layout if isinstance(layout, str) else _resolved(layout, lookup) for layout in present]
     wrong = [i for i, boxes in enumerate(rows.entries[BOXES_KEY]) if isinstance(boxes, str)]
     first = next((rows.entries[BOXES_KEY][i] for i in wrong), "")
     rows.leave_out(wrong, f"have boxes that are not valid (the first: {first})", f"check beside.{BOXES_KEY}")
     return [] if lookup is None else lookup.names
 
 
-def _read(root: Path, value: Any) -> dict[str, Any] | None:
-    """Return a layout from a path, JSON text or the value of a table; None if there is none."""
+def _read(root: Path, value: Any) -> dict[str, Any] | str | None:
+    """Return a layout from a path, JSON text or the value of a table; a text if it is damaged, None if it is absent."""
     if isinstance(value, str) and value.strip()[:1] not in ("{", "["):
         path = root / value
+        if not path.is_file():
+            return None
         try:
             text = read_text(path, "file of boxes")
-            return _parsed(text) if path.suffix.lower() != ".txt" else {"boxes": [_yolo(line) for line in _lines(text)]}
-        except UserError:
-            return None
+        except UserError as error:
+            return str(error)
+        return _parsed(text) if path.suffix.lower() != ".txt" else {"boxes": [_yolo(line) for line in _lines(text)]}
     return _parsed(value) if isinstance(value, str) else _layout(value)
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def _parsed(text: str) -> dict[str, Any] | str:
+    """Return a layout from JSON, or a text that says what is wrong."""
     try:
-        return _layout(json.loads(text))
-    except (ValueError, RecursionError):
-        return None
+        layout = _layout(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    return layout or 'not a list of boxes, and without the key "boxes"'
 
 
 def _layout(value: Any) -> dict[str, Any] | None:

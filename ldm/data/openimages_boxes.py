@@ -136,7 +136,11 @@ class OpenImagesFiles:
         table = limits.apply(boxes.table.relabelled(numbers).without_duplicates())
         listing = list_files_below(folder, image_suffixes())
         paths = {os.path.splitext(os.path.basename(name))[0]: folder / name for name in listing.files}
-        return AnnotatedImages.existing(table, lambda image: paths.get(image.rjust(ID_LENGTH, "0")), classes, source)
+
+        def path_of(image: str) -> Path | None:
+            return paths.get(image) or paths.get(image.rjust(ID_LENGTH, "0"))
+
+        return AnnotatedImages.existing(table, path_of, classes, source)
 
     @staticmethod
     def _count_unknown(boxes: AnnotatedBoxes, known: Mapping[str, str]) -> None:

@@ -59,7 +59,9 @@ def add_labels(rows: Rows, source: str, class_names: str | Sequence[str] | None)
         UserError: there is no such column, or no image has a known class.
     """
     if source == FROM_FOLDER:
-        values: list[Any] = [PurePosixPath(file).parent.name or None for file in rows.files]
+        undecodable = [i for i, file in enumerate(rows.files) if not is_text(PurePosixPath(file).parent.name)]
+        rows.leave_out(undecodable, "are in a folder whose name is not valid UTF-8", "rename the folders")
+        values: list[Any] = [_class_value(PurePosixPath(file).parent.name) for file in rows.files]
         fault, advice = "are in no folder of a class", "move them to one folder for each class, or set label"
     else:
         values = [_class_value(value) for value in rows.column(source, "label")]
@@ -113,7 +115,10 @@ def found_names(values: Iterable[str | int]) -> Names:
 
 
 def _class_value(value: Any) -> str | int | None:
-    """Return the value of a table as the name or number of a class; None if it is neither."""
+    """Return the name of a folder or the value of a table as the name or number of a class; None if it is neither.
+
+    Names are one line with single spaces, so that a text file and a command can hold them.
+    """
     if isinstance(value, str):
         return " ".join(value.split()) or None if is_text(value) else None
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -131,7 +131,7 @@ def find_rows(name: str, data_root: str | Path | None, files: str | Path | None,
             return _rows_of_table(name, folder, table_file)
         listing = list_files_below(folder, {*image_suffixes(), ARRAY_SUFFIX})
         if not listing.files:
-            raise UserError(f'{name}: the folder "{data_root}" contains no image; check data_root')
+            raise UserError(f'{name}: the folder "{data_root}" contains no image; name the folder of the images')
         rows = Rows(name, folder, listing.files, None, str(data_root))
         rows.others = set(listing.others)
         return rows
@@ -158,9 +158,11 @@ def _rows_of_list(name: str, folder: Path, file: Path) -> Rows:
 def _rows_of_table(name: str, folder: Path, file: Path) -> Rows:
     table = read_table(file)
     files = table.files()
-    rows = Rows(name, folder, ["" if path is None else str(path) for path in files], table, str(file))
+    missing = {i for i, path in enumerate(files) if not isinstance(path, str) or not path.strip()}
+    names = [f"row {i + 1}" if i in missing else path for i, path in enumerate(files)]
+    rows = Rows(name, folder, names, table, str(file))
     rows.leave_out(
-        (i for i, path in enumerate(files) if not isinstance(path, str) or not path.strip()),
+        missing,
         "have no path in the table",
         "fill the column of paths",
     )

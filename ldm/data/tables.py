@@ -21,6 +21,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 PATH_COLUMNS = ("path", "file_name")  # the second name is that of the Hugging Face format "imagefolder"
 METADATA_FILES = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))
 MAX_CELL = 1 << 24  # characters of a cell in CSV files
+END = "\0"  # last line of a CSV text, which a quote that is not closed takes into its cell
 
 
 @dataclass(frozen=True)
@@ -115,20 +116,29 @@ def _read_separated(path: Path, text: str, delimiter: str | None) -> dict[str, l
     first = text.partition("\n")[0]
     delimiter = delimiter or (";" if ";" in first and "," not in first else ",")
     limit = csv.field_size_limit(MAX_CELL)  # of the process; restored below
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(f"{text}\n{END}", newline=""), delimiter=delimiter)
     rows: list[list[str]] = []
     wrong: list[int] = []
+    line, is_complete = 1, False
     try:
         header = [name.strip() for name in next(reader, [])]
+        if END not in "".join(header):
+            line = reader.line_num + 1
         for row in reader:
+            is_complete = row == [END]
+            if row and row[-1].endswith(END):
+                break
             if len(row) == len(header):
                 rows.append(row)
             elif any(cell.strip() for cell in row):
                 wrong.append(reader.line_num)
+            line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f'cannot read the table "{path}": line {reader.line_num}: {error}; check its quotes') from None
     finally:
         csv.field_size_limit(limit)
+    if not is_complete:
+        raise UserError(f'cannot read the table "{path}": the quote in line {line} is not closed; check its quotes')
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise UserError(f'the table "{path}" has two columns "{twice[0]}"; rename one')

@@ -14,6 +14,7 @@ import torch
 
 from ldm.errors import UserError
 from ldm.io.images import has_readable_header
+from ldm.io.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ def check_share(faults: Mapping[int, str], names: Sequence[str], max_unreadable:
 
 def shown_names(names: Sequence[str]) -> str:
     """Return the first names as text, with an ellipsis if there are more."""
-    shown = [name.encode(errors="backslashreplace").decode() for name in names[:SHOWN]]  # names may not be valid text
+    shown = [printable(name) for name in names[:SHOWN]]
     return ", ".join([*shown, *(["…"] if len(names) > SHOWN else [])])
 
 

@@ -24,6 +24,12 @@ def item_names(batch: Any) -> list[str]:
     return []
 
 
+def item_count(batch: Any) -> int:
+    """Return the number of items of a batch: the length of its first tensor, or 1 without tensors."""
+    values = batch.values() if isinstance(batch, Mapping) else [batch]
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 1)
+
+
 def describe_items(names: Sequence[str], positions: Sequence[int]) -> str:
     """Return the items at `positions` of a batch as text: their names, or their positions if they have no names."""
     known = all(position < len(names) for position in positions)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from email.message import Message
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from ldm.config.distribution import install_hint
@@ -66,6 +66,16 @@ def check_link(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f'"{url}" is not a web address; give one that starts with https:// or http://')
     return url
+
+
+def open_url(url: str) -> BinaryIO:
+    """Open a web address to read its content once, from the start; `TIMEOUT` applies to each read.
+
+    Raises:
+        OSError: the server cannot be reached, or has no such file.
+        UserError: the address, or one that it redirects to, is refused.
+    """
+    return cast(BinaryIO, _OPENER.open(urllib.request.Request(check_link(url)), timeout=TIMEOUT))
 
 
 class PartialFile:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 import secrets
 import shutil
 import unicodedata
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str], replace: bool = True) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], replace: bool = True, sync: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; the file written there becomes `path` when the block succeeds.
 
     Missing parent folders are created. When the block fails, the temporary file is deleted and `path` is unchanged.
@@ -28,6 +29,7 @@ def atomic_path(path: str | os.PathLike[str], replace: bool = True) -> Iterator[
     Args:
         path: the file.
         replace: replace an existing file; False never does, even if it was created while the block ran.
+        sync: let the file reach the disk before its name does, so that a loss of power cannot leave it incomplete.
 
     Raises:
         UserError: the folder cannot be created or written to, or `path` exists and may not be replaced.
@@ -35,10 +37,35 @@ def atomic_path(path: str | os.PathLike[str], replace: bool = True) -> Iterator[
     """
     with _temporary_file(Path(path)) as temporary:
         yield temporary
+        if sync:
+            _sync(temporary)
         if replace:
             os.replace(temporary, path)
         else:
             _rename_to_new(temporary, Path(path))
+        if sync:
+            with suppress(OSError):  # some systems cannot open folders
+                _sync(Path(path).parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote files to `folder` have left there.
+
+    No other process may be writing to the folder.
+    """
+    for path in folder.glob(".*.tmp") if folder.is_dir() else ():
+        if re.fullmatch(r"\.\d+-[0-9a-f]{8}\.tmp", path.name) and path.is_file():
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_new(paths: Iterable[Path], write: Callable[[Path], object]) -> Path:
@@ -147,7 +174,8 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> UserError:
 def locked(path: Path, message: str, wait: bool = False) -> Iterator[None]:
     """Hold the lock file `path`, which is deleted afterwards; it excludes other processes that do the same.
 
-    The system releases the lock of a process that was killed. Systems without such locks exclude nobody.
+    The system releases the lock of a process that was killed, even if processes that it has started go on. Systems
+    without such locks exclude nobody.
 
     Args:
         path: the lock file; a missing folder is created.
@@ -168,12 +196,28 @@ def locked(path: Path, message: str, wait: bool = False) -> Iterator[None]:
             descriptor = _open_locked(path, wait=True)
     except OSError as error:
         raise write_error(path, error) from error
+    _held.add(descriptor)
     try:
         yield
     finally:
+        _held.discard(descriptor)
         with suppress(OSError):
             path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+# Descriptors of the locks that this process holds. Processes that it forks close them, so that they hold no locks.
+_held: set[int] = set()
+
+
+def _close_held() -> None:
+    while _held:
+        with suppress(OSError):
+            os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_close_held)
 
 
 def _open_locked(path: Path, wait: bool = False) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm.errors import UserError
+from ldm.io.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,13 @@ class Listing:
         folder: the folder.
         files: the files with one of the suffixes.
         others: all other files except hidden files and system files.
+        broken: those of the others that are links to no file, with one of the suffixes.
     """
 
     folder: Path
     files: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
 
     @property
     def paths(self) -> list[Path]:
@@ -56,8 +59,11 @@ def log_passed_over(folder: Path, noun: str, others: Collection[str]) -> None:
     """Log the number of the files in `folder` that are not `noun`, such as "images"; log nothing if there is none."""
     if others:
         count = "1 file" if len(others) == 1 else f"{len(others)} files"
-        names = ", ".join([*sorted(others)[:SHOWN], *(["…"] if len(others) > SHOWN else [])])
-        logger.info('passed over %s in "%s" besides the %s: %s', count, folder, noun, names)
+        logger.info('passed over %s in "%s" besides the %s: %s', count, folder, noun, _shown(others))
+
+
+def _shown(names: Collection[str]) -> str:
+    return ", ".join([*map(printable, sorted(names)[:SHOWN]), *(["…"] if len(names) > SHOWN else [])])
 
 
 def list_files(folder: str | os.PathLike[str], suffixes: Collection[str]) -> Listing:
@@ -173,9 +179,14 @@ def _add(listing: Listing, entry: os.DirEntry[str], name: str, suffixes: Collect
         listing.files.append(name)
     elif entry.name.lower() not in SYSTEM_FILES:
         listing.others.append(name)
+        if entry.is_symlink() and os.path.splitext(name)[1].lower() in suffixes and not os.path.exists(entry.path):
+            listing.broken.append(name)
 
 
 def _sorted(listing: Listing) -> Listing:
+    if listing.broken:  # their content is missing, as in a data set of git-annex or DVC that was not fetched
+        count = "1 link" if len(listing.broken) == 1 else f"{len(listing.broken)} links"
+        logger.warning('%s in "%s" to files that do not exist: %s', count, listing.folder, _shown(listing.broken))
     listing.files.sort()
     listing.others.sort()
     return listing

@@ -57,6 +57,6 @@ def _unavailable(name: str, error: Exception) -> UserError:
     logger.debug("%s: %s", name, error)
     reason = str(error).strip().partition("\n")[0].strip() or type(error).__name__
     return UserError(
-        f'there is no model "{name}" here, and the Hugging Face hub does not offer it ({reason}); '
+        f'there is no model "{name}" here, and it cannot be downloaded from the Hugging Face hub ({reason}); '
         "check the name, go online once, or give the folder of a model"
     )

@@ -26,14 +26,24 @@ ORIENTATION_TEXTS = (EXIF, "Raw profile type exif", XMP)
 Info = dict[str, str | bytes]
 
 
-def without_metadata(path: str | os.PathLike[str]) -> tuple[str | os.PathLike[str] | BytesIO, Info]:
+def without_metadata(
+    path: str | os.PathLike[str], data: bytes | None = None
+) -> tuple[str | os.PathLike[str] | BytesIO, Info]:
     """Return the image in a file without its metadata, and the metadata that states its orientation.
 
     A file of another format than PNG and JPEG is returned as its path: Pillow tolerates its metadata.
 
+    Args:
+        path: the file.
+        data: its content, if it has been read already; it is returned as a stream instead of the path.
+
     Raises:
         OSError: the file cannot be read.
     """
+    if data is not None:
+        if data.startswith(PNG_SIGNATURE):
+            return _png_without_metadata(data)
+        return _jpeg_without_metadata(data) if data.startswith(JPEG_SIGNATURE) else (BytesIO(data), {})
     with open(path, "rb") as file:
         signature = file.read(len(PNG_SIGNATURE))
         if os.fstat(file.fileno()).st_size > MAX_FILE:
@@ -45,16 +55,23 @@ def without_metadata(path: str | os.PathLike[str]) -> tuple[str | os.PathLike[st
     return path, {}
 
 
-def avif_without_exif(path: str | os.PathLike[str]) -> BytesIO | None:
+def avif_without_exif(path: str | os.PathLike[str], data: bytes | None = None) -> BytesIO | None:
     """Return an AVIF file without its EXIF data, which its decoder refuses if it is damaged; None for another file.
 
     The orientation of an AVIF file is not in its EXIF data.
+
+    Args:
+        path: the file.
+        data: its content, if it has been read already.
     """
-    with open(path, "rb") as file:
-        data = file.read(12)
-        if data[4:8] != b"ftyp" or os.fstat(file.fileno()).st_size > MAX_FILE:
-            return None
-        data += file.read()
+    if data is None:
+        with open(path, "rb") as file:
+            data = file.read(12)
+            if data[4:8] != b"ftyp" or os.fstat(file.fileno()).st_size > MAX_FILE:
+                return None
+            data += file.read()
+    elif data[4:8] != b"ftyp":
+        return None
     # The entry of an item: its name, version, flags, number (2 or 4 bytes), protection (2 bytes) and type.
     stripped = re.sub(rb"(infe.{8}|infe.{10})Exif", rb"\1free", data, flags=re.DOTALL)
     return None if stripped == data else BytesIO(stripped)

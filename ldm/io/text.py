@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import codecs
 import os
+import unicodedata
 from pathlib import Path
 
 from ldm.errors import UserError
+
+UNPRINTABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})  # categories of Unicode: controls, surrogates, ends of lines
 
 
 def read_text(path: str | os.PathLike[str], noun: str, advice: str = "give UTF-8 text") -> str:
@@ -62,6 +65,11 @@ def decode(data: bytes) -> str:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ValueError(f"line {line} contains a NUL character")
     return text
+
+
+def printable(text: str) -> str:
+    """Return text for one line of a message: control characters, ends of lines and invalid bytes as escapes."""
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in UNPRINTABLE else c for c in text)
 
 
 def _with_line_feeds(text: str) -> str:

@@ -10,16 +10,13 @@ from tempfile import TemporaryDirectory
 
 from ldm.config.model_config import ImageSize
 from ldm.config.targets import shown
-from ldm.data.image_files import ARRAY_SUFFIX
-from ldm.data.row_captions import FROM_TEXT_FILE, add_captions
+from ldm.data.row_captions import FROM_NAME, FROM_TEXT_FILE, add_captions, caption_file
 from ldm.data.row_labels import FROM_FOLDER, add_labels, found_names
 from ldm.data.rows import Rows, find_rows
 from ldm.data.tables import METADATA_FILES, is_text
 from ldm.data.unreadable import shown_names
 from ldm.errors import UserError
 from ldm.io.files import check_writable
-from ldm.io.folders import list_files_below
-from ldm.io.image_formats import image_suffixes
 from ldm.preparation.inspection import ImageFacts, Inspection
 from ldm.preparation.machine import Machine
 from ldm.preparation.networks import Denoiser, FirstStage, known_first_stage, make_denoiser, new_first_stage
@@ -138,14 +135,15 @@ def find_images(options: Options, report: Report) -> tuple[Rows, Inspection]:
     Raises:
         UserError: there is no image, or none can be read.
     """
-    folder = options.folder
-    if options.table is None and not list_files_below(folder, {*image_suffixes(), ARRAY_SUFFIX}).files:
-        raise UserError(f'{NAME}: the folder "{folder}" contains no image; name the folder of your images')
-    rows = find_rows(NAME, folder, options.table, needs_table=_needs_table(options))
+    rows = find_rows(NAME, options.folder, options.table, needs_table=_needs_table(options))
     rows.remove_duplicates()
     inspection = Inspection.of(rows.files, rows.paths)
     for line in inspection.lines():
         report(line)
+    if others := sorted(rows.others.difference(map(caption_file, rows.files))):
+        found = "1 file is neither an image nor a caption"
+        found = found if len(others) == 1 else f"{len(others):,} files are neither images nor captions"
+        report(f"{found}: {shown_names(others)}")
     if len(inspection.damaged) == len(rows):
         raise UserError(f"{NAME}: none of {len(rows)} images can be read (the first: {inspection.facts[0].fault})")
     return rows, inspection
@@ -169,7 +167,7 @@ def _needs_table(options: Options) -> bool:
     """Return whether captions or classes may come from a table in the folder."""
     has_table = any((options.folder / name).is_file() for name in METADATA_FILES)
     if options.task == "text":
-        return (options.captions is None and has_table) or options.captions not in (None, FROM_TEXT_FILE, "name")
+        return (options.captions is None and has_table) or options.captions not in (None, FROM_TEXT_FILE, FROM_NAME)
     if options.task == "class":
         return options.labels not in (None, FROM_FOLDER)
     return False
@@ -273,6 +271,7 @@ def _add_entries(rows: Rows, options: Options, report: Report) -> list[str]:
     """
     if options.task == "text":
         source = options.captions or _column(rows, CAPTION_COLUMNS) or FROM_TEXT_FILE
+        _check_source(rows, "--captions", source, (FROM_TEXT_FILE, FROM_NAME))
         add_captions(rows, source)
         words = sorted(len(caption.split()) for caption in rows.entries["caption"])
         report(
@@ -283,6 +282,7 @@ def _add_entries(rows: Rows, options: Options, report: Report) -> list[str]:
     if options.task != "class":
         return []
     source = options.labels or _column(rows, LABEL_COLUMNS) or FROM_FOLDER
+    _check_source(rows, "--labels", source, (FROM_FOLDER,))
     names = _class_names(rows, add_labels(rows, source, None))
     if len(names) < 2:
         raise UserError(
@@ -294,13 +294,22 @@ def _add_entries(rows: Rows, options: Options, report: Report) -> list[str]:
     return names
 
 
+def _check_source(rows: Rows, option: str, source: str, words: Sequence[str]) -> None:
+    """Raise an error if a source is the name of a column, and there is no table."""
+    if rows.table is None and source not in words:
+        raise UserError(
+            f'{option} {source}: there is no table with the column "{source}"; give --table, or {option} '
+            f"{' or '.join(words)}"
+        )
+
+
 def _column(rows: Rows, names: Sequence[str]) -> str | None:
     """Return the first of some columns that the table of the rows has."""
     return next((name for name in names if rows.table is not None and name in rows.table.columns), None)
 
 
 def _describe_source(source: str) -> str:
-    known = {FROM_TEXT_FILE: "text files", "name": "file names", FROM_FOLDER: "the names of folders"}
+    known = {FROM_TEXT_FILE: "text files", FROM_NAME: "file names", FROM_FOLDER: "the names of folders"}
     return known.get(source, f'the column "{source}"')
 
 

@@ -10,22 +10,31 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelSummary, Timer
+from pytorch_lightning.callbacks import ProgressBar as LightningProgressBar
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
-from ldm.config.instantiate import get_obj_from_str, instantiate_from_config
+from ldm.config.instantiate import instantiate_from_config
 from ldm.errors import UserError
 from ldm.io.checkpoint.reading import read_state_dict
 from ldm.models.lightning import plain_models
-from ldm.training.callbacks import ProgressBar, SetupCallback
+from ldm.training.callbacks import SetupCallback
+from ldm.training.classes import add_classes, has_classes
+from ldm.training.codebook import CodebookUse, codebook_size
 from ldm.training.configuration import Plan, plain
+from ldm.training.continued_logs import LogPosition, continue_logs
 from ldm.training.data import DataModuleFromConfig
 from ldm.training.last_checkpoint import LastCheckpoint
-from ldm.training.limits import apply_limits, validates
-from ldm.training.modules import ManualOptimization, ModelTraining, lightning_module, trains_itself
+from ldm.training.limits import apply_limits, choose_log_interval, validates
+from ldm.training.loggers import Hyperparameters, build_loggers
+from ldm.training.modules import AutoencoderTraining, ManualOptimization, ModelTraining, lightning_module, trains_itself
+from ldm.training.progress import ProgressBar
 from ldm.training.resume import ConfiguredSettings, TimeLimit, check_optimizers
+from ldm.training.rng import preserved_rng
 from ldm.training.storage import SafeCheckpointIO, check_resumable
+from ldm.training.throughput import Throughput
+from ldm.training.trained_parts import TrainedParts, is_adapted
 
 logger = logging.getLogger(__name__)
 
@@ -83,22 +92,33 @@ def assemble(plan: Plan, settings: dict[str, Any]) -> Components:
         UserError: a target, a parameter or an argument of the Trainer is invalid, or data is missing.
     """
     setup = build_setup(plan)
-    callbacks = [setup, *build_callbacks(plan)]
     barebones = settings.get("barebones", False)
+    callbacks = [setup, *([] if barebones else [Throughput()]), *build_callbacks(plan)]
     run_logger = build_logger(plan) if settings.pop("logger", True) and not barebones else False
     if not run_logger:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    data = build_data_with_classes(plan)
     config = plain(plan.config)
     if plan.train and plan.checkpoint is not None:
         remove_weights(config["model"])
     with plain_models():
         model = instantiate_from_config(config["model"])
-    data = instantiate_from_config(config["data"])
+    data = data or instantiate_from_config(config["data"])
     if plan.train:
         set_learning_rate(model, plan, settings)
         if plan.checkpoint is not None:
             check_resumable(plan.checkpoint, model, settings.get("max_steps", -1), settings.get("max_epochs"))
     module = lightning_module(model, pop_manual_optimization(model, settings))
+    if isinstance(module, ModelTraining):
+        module.non_finite_policy = plan.lightning.get("non_finite")
+    size = codebook_size(model)
+    if isinstance(module, AutoencoderTraining) and size is not None:
+        callbacks.append(CodebookUse(size))
+    if run_logger and plan.train:
+        callbacks.append(LogPosition())
+        if plan.checkpoint is not None:
+            continue_logs(run_logger, plan.checkpoint)
+        callbacks.append(Hyperparameters(hyperparameters(plan, model)))
     if plan.train and plan.checkpoint is not None:
         check_optimizers(plan.checkpoint, module)
         if isinstance(module, ModelTraining):
@@ -108,11 +128,15 @@ def assemble(plan: Plan, settings: dict[str, Any]) -> Components:
     if plan.train and isinstance(data, DataModuleFromConfig) and "train" not in data.dataset_configs:
         raise UserError("the configuration has no data.params.train; name a training set there")
     apply_limits(settings, data, process_count(settings))
+    choose_log_interval(settings)
     settings["strategy"] = find_strategy(settings, model)
     last = LastCheckpoint(plan.checkpoints)
     if settings.get("enable_checkpointing", True) and not barebones:
         callbacks += [build_model_checkpoint(plan, model, validates(settings, data)), last]
-    if settings.get("enable_progress_bar", True) and not barebones:
+    if is_adapted(model):
+        callbacks.append(TrainedParts(plan.folder, config["model"]))
+    has_bar = any(isinstance(callback, LightningProgressBar) for callback in callbacks)
+    if settings.get("enable_progress_bar", True) and not barebones and not has_bar:
         callbacks.append(ProgressBar())
     if settings.get("enable_model_summary", True) and not barebones:
         callbacks.append(ModelSummary(max_depth=2))  # level 1 is the adapter
@@ -120,6 +144,26 @@ def assemble(plan: Plan, settings: dict[str, Any]) -> Components:
     if plan.train:
         prepare(plan, model, data, trainer)
     return Components(module, data, trainer, setup, last)
+
+
+def build_data_with_classes(plan: Plan) -> Any:
+    """Build the data of a model with classes before the model, and set these in its configuration.
+
+    Returns:
+        The data module; None if it can be built after the model, as usual.
+
+    Raises:
+        UserError: data is missing, or its classes do not suit the model.
+    """
+    if not plan.train or not has_classes(plan.config.model):
+        return None
+    with preserved_rng():  # the initial weights must not depend on the data
+        data = instantiate_from_config(plain(plan.config)["data"])
+        if isinstance(data, DataModuleFromConfig) and "train" in data.dataset_configs:
+            data.prepare_data()
+            data.setup()
+            add_classes(plan.config.model, data.datasets["train"])
+    return data
 
 
 def remove_weights(config: Any) -> None:
@@ -131,6 +175,7 @@ def remove_weights(config: Any) -> None:
         params = config.get("params")
         if isinstance(params, dict):
             params.pop("ckpt_path", None)
+            params.pop("embedding_manager_ckpt", None)
             for value in params.values():
                 remove_weights(value)
 
@@ -182,19 +227,14 @@ def _build_callback(name: str, config: dict[str, Any]) -> Callback:
 
 
 def build_logger(plan: Plan) -> Any:
-    """Build the logger: TensorBoard in the log folder, unless `lightning.logger` names another."""
-    default: dict[str, Any] = {
-        "target": "pytorch_lightning.loggers.TensorBoardLogger",
-        "params": {"name": "tensorboard", "save_dir": str(plan.folder)},
-    }
-    configured = plan.lightning.get("logger") or OmegaConf.create()
-    if configured.get("target", default["target"]) == default["target"]:
-        default["params"]["version"] = ""
-    config = plain(OmegaConf.merge(default, configured))
-    try:
-        return get_obj_from_str(config["target"])(**config["params"])
-    except (TypeError, ValueError, ModuleNotFoundError) as error:
-        raise UserError(f"lightning.logger cannot be built: {error}") from error
+    """Build the logger or a list of several: TensorBoard in the log folder, or what `lightning.logger` names."""
+    return build_loggers(plain(plan.lightning).get("logger"), plan.folder)
+
+
+def hyperparameters(plan: Plan, model: HasLearningRate) -> dict[str, Any]:
+    """Return what loggers record of a run: its configuration, options and learning rate."""
+    sections = {**plain(plan.config), "lightning": plain(plan.lightning)}
+    return {**sections, **plan.options, "learning_rate": getattr(model, "learning_rate", None)}
 
 
 def build_model_checkpoint(plan: Plan, model: nn.Module, has_validation: bool) -> Callback:

@@ -106,7 +106,7 @@ def entries_of(model: nn.Module, batch: Any) -> list[Entry]:
     Entries that the batch replaces by cached latents or a cached conditioning are left out.
     """
     present = batch if isinstance(batch, Mapping) else {}
-    if any(READING & vars(cls).keys() for cls in type(model).__mro__ if _is_foreign(cls)):
+    if reads_batches_itself(model):
         return []
     if isinstance(model, NoisyLatentImageClassifier):
         return [*_image_entries(model.diffusion_model, present), _target_entry(model)]
@@ -115,6 +115,11 @@ def entries_of(model: nn.Module, batch: Any) -> list[Entry]:
     if isinstance(model, LatentDiffusion):
         return [*_image_entries(model, present), *_conditioning_entries(model, present)]
     return _image_entries(model, present) if isinstance(model, DDPM) else []
+
+
+def reads_batches_itself(model: nn.Module) -> bool:
+    """Return whether the class of a model is the user's own and overrides a method that reads a batch."""
+    return any(READING & vars(cls).keys() for cls in type(model).__mro__ if _is_foreign(cls))
 
 
 def _is_foreign(cls: type) -> bool:

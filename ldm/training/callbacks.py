@@ -1,4 +1,4 @@
-"""Callbacks: the log folder, sample images, progress, and a report of time and memory."""
+"""Callbacks: the log folder, sample images, and a report of time and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import TQDMProgressBar
 from torch import nn
 
 from ldm.errors import is_out_of_memory
@@ -22,6 +21,7 @@ from ldm.io.grids import make_grid
 from ldm.io.images import save_png
 from ldm.io.pixels import in_random_colours
 from ldm.training.image_loggers import log_image
+from ldm.training.limits import total_steps
 from ldm.training.rng import preserved_rng
 from ldm.training.run_folder import save_configuration
 
@@ -86,7 +86,8 @@ class ImageLogger(Callback):
     """Write the model's images to `images/{train,val}` and to every logger that shows images.
 
     The random numbers of training stay unchanged. A validation shows images of its first batch, at most as often as
-    training does. Images that cannot be generated or written are reported once, and training goes on.
+    training does. A run of fewer steps than `batch_frequency` also shows its first and its last batch. Images that
+    cannot be generated or written are reported once, and training goes on.
 
     Args:
         batch_frequency: steps between two sets of images.
@@ -149,6 +150,17 @@ class ImageLogger(Callback):
         finally:
             self._since = None
 
+    def _is_short(self, trainer: Trainer) -> bool:
+        """Return whether a run ends before the first multiple of `batch_freq`, unless a subclass chooses the steps."""
+        if type(self).check_frequency is not ImageLogger.check_frequency:
+            return False
+        total = total_steps(trainer)
+        return total is not None and total < self.batch_freq
+
+    def _is_last(self, split: str, step: int, trainer: Trainer) -> bool:
+        """Return whether this is the last step of a short run, and its images have not been written yet."""
+        return self._is_short(trainer) and trainer.global_step == total_steps(trainer) and self._last_step[split] < step
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from zero again if batches of the epoch count."""
         if self.log_on_batch_idx:
@@ -165,8 +177,9 @@ class ImageLogger(Callback):
     ) -> None:
         """Write images of the training batch if they are due."""
         step = batch_idx if self.log_on_batch_idx else trainer.global_step
-        first = self.log_first_step and trainer.current_epoch == 0 and batch_idx == 0
-        if first or self._is_due("train", step):
+        first = self.log_first_step or self._is_short(trainer)
+        first = first and trainer.current_epoch == 0 and batch_idx == 0
+        if first or self._is_due("train", step) or self._is_last("train", step, trainer):
             self._last_step["train"] = step
             self.log_img(pl_module, batch, batch_idx, "train")
 
@@ -181,7 +194,8 @@ class ImageLogger(Callback):
     ) -> None:
         """Write images of the first validation batch if they are due."""
         step = trainer.global_step
-        if batch_idx == 0 and not trainer.sanity_checking and self._is_due("val", step):
+        due = batch_idx == 0 and not trainer.sanity_checking
+        if due and (self._is_due("val", step) or self._is_last("val", step, trainer)):
             self._last_step["val"] = step
             self.log_img(pl_module, batch, batch_idx, "val")
 
@@ -318,35 +332,3 @@ def _peak_resident_memory() -> int:
     except ModuleNotFoundError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar, which stays after each epoch and shows the time left of the whole run."""
-
-    def __init__(self) -> None:
-        super().__init__(leave=True)
-        self._start: tuple[float, int] | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record time and step of the start."""
-        super().on_train_start(trainer, pl_module)
-        self._start = (time.monotonic(), trainer.global_step)
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the values that the bar shows: without the version, with the time left."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        seconds_left = self._seconds_left(trainer)
-        if seconds_left is not None:
-            minutes, seconds = divmod(int(seconds_left), 60)
-            metrics["left"] = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-        return metrics
-
-    def _seconds_left(self, trainer: Trainer) -> float | None:
-        total: float = trainer.max_steps
-        if total < 0 and trainer.max_epochs and trainer.max_epochs > 0:
-            total = trainer.max_epochs * trainer.num_training_batches // max(1, trainer.accumulate_grad_batches)
-        if self._start is None or not 0 < total < float("inf") or trainer.global_step <= self._start[1]:
-            return None
-        elapsed = time.monotonic() - self._start[0]
-        return elapsed / (trainer.global_step - self._start[1]) * max(0, total - trainer.global_step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,13 +15,16 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm.config.assets import locate
-from ldm.errors import UserError, did_you_mean
+from ldm.config.layers import assignment, merge_layer, section_name
+from ldm.config.model_files import newest_match
+from ldm.config.model_texts import with_own_texts
+from ldm.errors import ErrorCollector, UserError, did_you_mean
 from ldm.io.files import check_writable
-from ldm.training.options import trainer_arguments
+from ldm.training.options import NON_FINITE_POLICIES, logger_words, trainer_arguments
 from ldm.training.run_folder import find_run, saved_configurations, saved_options
 
 SECTIONS = ("model", "data", "lightning")
-LIGHTNING_SECTIONS = ("trainer", "logger", "modelcheckpoint", "callbacks")
+LIGHTNING_SECTIONS = ("trainer", "logger", "modelcheckpoint", "callbacks", "non_finite")
 DEVICES = {"accelerator", "devices"}
 # Options of the command whose values are saved with a run, and their defaults.
 DEFAULT_OPTIONS = {"seed": 23, "scale_lr": True}
@@ -33,7 +36,7 @@ class Plan:
 
     Attributes:
         config: the sections `model` and `data`.
-        lightning: the sections `trainer`, `logger`, `modelcheckpoint` and `callbacks`.
+        lightning: the sections `trainer`, `logger`, `modelcheckpoint` and `callbacks`, and the policy `non_finite`.
         folder: the log folder; a new run reserves it, or another one, when it starts.
         now: time of the start, the prefix of file names.
         checkpoint: the checkpoint to resume from.
@@ -77,16 +80,26 @@ def make_plan(args: argparse.Namespace) -> Plan:
     files = [locate(word) for word in args.base if not _is_override(word)]
     if not (files or saved):
         raise UserError("there is no configuration; give --base CONFIG.yaml, or a run with --resume")
-    overrides = _parse_overrides([*args.overrides, *filter(_is_override, args.base)])
-    merged = _merge([*saved, *(read_yaml(file) for file in files), overrides])
+    *layers, overrides = _read_layers(files, [*args.overrides, *filter(_is_override, args.base)])
+    merged = _merge([*saved, *layers, overrides])
     if checkpoint is not None:
         _check_weights(_merge(saved), overrides)
     config, lightning = _split_sections(merged)
-    _add_trainer_arguments(lightning, args.trainer)
     if not args.train and (checkpoint is None or args.no_test):
         raise UserError("there is nothing to do; give -t to train, or -r to test a trained model")
     options = _choose_options(args, folder)
-    check_writable(folder or Path(args.logdir), "--logdir" if folder is None else "--resume")
+    errors = ErrorCollector()
+    with errors.collecting():
+        check_writable(folder or Path(args.logdir), "--logdir" if folder is None else "--resume")
+    with errors.collecting():
+        _check_keys(lightning, LIGHTNING_SECTIONS, 'the section "lightning"')
+    with errors.collecting():
+        _check_lightning(lightning)
+        _add_trainer_arguments(lightning, args.trainer)
+    if checkpoint is None:
+        with errors.collecting():
+            _choose_newest_weights(config)
+    _check_errors(errors, config)
     now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     return Plan(
         config=config,
@@ -101,10 +114,40 @@ def make_plan(args: argparse.Namespace) -> Plan:
     )
 
 
+def _read_layers(files: Sequence[Path], words: list[str]) -> list[DictConfig]:
+    """Return the configurations of files, and at the end the overrides of the command line.
+
+    Raises:
+        UserError: some of them are invalid; all of these are named.
+    """
+    errors, layers = ErrorCollector(), []
+    for file in files:
+        with errors.collecting():
+            layers.append(read_yaml(file))
+    with errors.collecting():
+        layers.append(_parse_overrides(words))
+    errors.check()
+    return layers
+
+
+def _check_errors(errors: ErrorCollector, config: DictConfig) -> None:
+    """Raise the errors of a plan, if there are any, with those of the model and the data.
+
+    Raises:
+        UserError: there are errors.
+    """
+    if not errors.messages:
+        return
+    from ldm.training.configuration_check import configuration_faults
+
+    errors.add(*configuration_faults(plain(config)))
+    errors.check()
+
+
 def _is_override(word: str) -> bool:
-    """Return whether a word after `--base` is an override such as `lightning=null`, and not a file."""
+    """Return whether a word after `--base` is an override such as `lightning=null` or `~lightning`, and not a file."""
     return (
-        bool(re.match(r"[A-Za-z_][\w.-]*=", word))
+        bool(re.match(r"[A-Za-z_][\w.-]*=|~[A-Za-z_][\w.-]*$", word))
         and not word.endswith((".yaml", ".yml"))
         and not locate(word).is_file()
     )
@@ -116,9 +159,23 @@ def _merge(configs: Iterable[DictConfig]) -> DictConfig:
     try:
         for config in configs:
             _remove_devices(_trainer_section(merged), _trainer_section(config))
-            merged = cast(DictConfig, OmegaConf.merge(merged, config))
+            merged = merge_layer(merged, config)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise UserError(f"cannot merge the configurations: {_first_line(error)}") from None
+    return merged
+
+
+def merged_configuration(configs: Iterable[DictConfig]) -> DictConfig:
+    """Return merged configurations with their references resolved, for reading.
+
+    Raises:
+        UserError: they cannot be merged, or a reference cannot be resolved.
+    """
+    merged = _merge(configs)
+    try:
+        OmegaConf.resolve(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"cannot resolve the configuration: {_first_line(error)}") from None
     return merged
 
 
@@ -137,14 +194,27 @@ def _remove_devices(trainer: Any, later: Any) -> None:
 
 
 def _check_weights(saved: DictConfig, overrides: DictConfig) -> None:
-    """Raise UserError if an override names other initial weights for a resumed run."""
+    """Raise UserError if an override names other initial weights, or other tokens, for a resumed run."""
     before = dict(_leaves(saved.get("model"), "model"))
     for key, value in _leaves(overrides.get("model"), "model"):
-        if key.endswith("ckpt_path") and value is not None and value != before.get(key):
+        if key.endswith("placeholder_strings") and value != before.get(key):
+            raise UserError(f"{key} names the vectors in the checkpoint of the run; leave it out when resuming")
+        if key.endswith(("ckpt_path", "embedding_manager_ckpt")) and value is not None and value != before.get(key):
             raise UserError(
                 f"{key} has no effect on a resumed run, whose checkpoint contains all weights; "
                 "leave it out, or start a new run from these weights without --resume"
             )
+
+
+def _choose_newest_weights(config: DictConfig) -> None:
+    """Replace each `ckpt_path` with `*` by its newest match.
+
+    Raises:
+        UserError: nothing matches.
+    """
+    for key, value in _leaves(config.model, "model"):
+        if key.endswith(".ckpt_path") and isinstance(value, str):
+            OmegaConf.update(config, key, newest_match(value, key))
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -209,16 +279,29 @@ def read_yaml(path: Path, sections: Iterable[str] = SECTIONS) -> DictConfig:
         raise UserError(f'cannot read the configuration "{path}": {_first_line(error)}') from None
     if not isinstance(config, DictConfig):
         raise UserError(f'the configuration "{path}" has no sections; it needs at least "model:"')
-    _check_keys(config, sections, f'the configuration "{path}"')
-    return config
+    _check_keys(map(section_name, config), sections, f'the configuration "{path}"')
+    return _with_own_texts(config, path.parent)
+
+
+def _with_own_texts(config: DictConfig, folder: Path) -> DictConfig:
+    """Return a configuration whose model reads the text files beside it, such as a vocabulary."""
+    content = cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
+    if not isinstance(content.get("model"), dict):
+        return config
+    return OmegaConf.create({**content, "model": with_own_texts(content["model"], folder)})
 
 
 def _parse_overrides(words: list[str]) -> DictConfig:
-    try:
-        config = OmegaConf.from_dotlist(words)
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"cannot parse {' '.join(words)}: {_first_line(error)}; write key.sub=value") from None
-    _check_keys(config, SECTIONS, "the command line")
+    config = OmegaConf.create()
+    for word in words:
+        try:
+            config.merge_with_dotlist([assignment(word)])
+        except (YAMLError, OmegaConfBaseException, ValueError) as error:
+            reason = _first_line(error)
+            raise UserError(
+                f"cannot parse {word}: {reason}; write key.sub=value, and braces in a text as 'key.sub=\"{{}}\"'"
+            ) from None
+    _check_keys(map(section_name, config), SECTIONS, "the command line")
     return config
 
 
@@ -236,18 +319,28 @@ def _split_sections(merged: DictConfig) -> tuple[DictConfig, DictConfig]:
         OmegaConf.resolve(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"cannot resolve the configuration: {_first_line(error)}") from None
+    errors = ErrorCollector()
     for key in sorted(OmegaConf.missing_keys(merged)):
-        raise UserError(f"the configuration needs a value for {key}; give {key}=VALUE")
+        errors.add(f"the configuration needs a value for {key}; give {key}=VALUE")
+    errors.check()
     lightning = merged.pop("lightning", None) or OmegaConf.create()
     _check_mapping(lightning, "lightning")
-    _check_keys(lightning, LIGHTNING_SECTIONS, 'the section "lightning"')
+    return merged, lightning
+
+
+def _check_lightning(lightning: DictConfig) -> None:
+    """Raise UserError if a part of the section `lightning` is neither a mapping nor a known word."""
+    policy = lightning.get("non_finite")
+    if policy is not None and policy not in NON_FINITE_POLICIES:
+        hint = did_you_mean(str(policy), NON_FINITE_POLICIES)
+        raise UserError(f'lightning.non_finite "{policy}" is not known{hint}; give {" or ".join(NON_FINITE_POLICIES)}')
+    words = {"non_finite", "logger"} if logger_words(lightning.get("logger")) else {"non_finite"}
     for name, section in lightning.items():
-        if section:
+        if section and name not in words:
             _check_mapping(section, f"lightning.{name!s}")
     for name in ("logger", "modelcheckpoint"):
-        if lightning.get(name):
+        if lightning.get(name) and name not in words:
             _check_mapping(lightning[name].get("params", {}), f"lightning.{name}.params")
-    return merged, lightning
 
 
 def _add_trainer_arguments(lightning: DictConfig, arguments: dict[str, Any]) -> None:
@@ -258,7 +351,18 @@ def _add_trainer_arguments(lightning: DictConfig, arguments: dict[str, Any]) -> 
     trainer = cast(DictConfig, OmegaConf.merge(trainer, arguments))
     known = trainer_arguments({str(key) for key in trainer} - {"gpus"})
     _check_keys(trainer, [*known, "gpus"], 'the section "lightning.trainer"')
+    _move_logger(trainer, lightning)
     lightning.trainer = trainer
+
+
+def _move_logger(trainer: DictConfig, lightning: DictConfig) -> None:
+    """Move the word of `--logger` to `lightning.logger`; true and false stay an argument of the Trainer.
+
+    Raises:
+        UserError: the word is not that of a logger.
+    """
+    if logger_words(trainer.get("logger")):
+        lightning.logger = trainer.pop("logger")
 
 
 def _check_mapping(section: Any, where: str) -> None:
@@ -268,10 +372,12 @@ def _check_mapping(section: Any, where: str) -> None:
 
 def _check_keys(config: Iterable[Any], known: Iterable[str], where: str) -> None:
     known = tuple(known)
+    listed = f"; known keys: {', '.join(known)}" if len(known) < 10 else ""
+    errors = ErrorCollector()
     for key in config:
         if key not in known:
-            listed = f"; known keys: {', '.join(known)}" if len(known) < 10 else ""
-            raise UserError(f'{where} has an unknown key "{key}"{did_you_mean(str(key), known)}{listed}')
+            errors.add(f'{where} has an unknown key "{key}"{did_you_mean(str(key), known)}{listed}')
+    errors.check()
 
 
 def _first_line(error: object) -> str:

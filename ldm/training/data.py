@@ -177,8 +177,7 @@ class DataModuleFromConfig(LightningDataModule):
             num_workers=workers,
             collate_fn=self.collate(shown_name(PREFIXES[name])),
             worker_init_fn=StreamWorkerInit(rank, replicas, batch_size) if is_stream else seed_worker,
-            # Training workers restart in each epoch, so that a resumed run repeats the same augmentation.
-            persistent_workers=workers > 0 and name != "train",
+            evaluates=name != "train",  # its workers start in each pass, so that a resumed run repeats random numbers
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -1,4 +1,4 @@
-"""Optimizer steps with finite values only: others are skipped, and the batches that cause them are named."""
+"""Optimizer steps with finite values only: others are skipped or end the run, and their batches are named."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ldm.errors import UserError
 from ldm.io.batch_items import describe_items, finite_items, item_names
+from ldm.training.options import NON_FINITE_POLICIES
 
 if TYPE_CHECKING:
     from ldm.training.modules import ModelTraining
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Number of skipped steps in a row after which a run ends.
 MAX_SKIPPED = 10
+SKIP, STOP = NON_FINITE_POLICIES
 
 
 class DivergenceError(UserError):
@@ -30,6 +32,10 @@ class DivergenceError(UserError):
 
 class DamagedBatchError(UserError):
     """Training data holds values that are not finite. The weights are those before the batch."""
+
+
+class NonFiniteStepError(DamagedBatchError):
+    """Loss or gradients of a step are not finite, and the run ends then. The weights are those before the step."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +83,17 @@ class StepGuard:
 
     Args:
         module: the adapter.
+
+    Attributes:
+        policy: `SKIP` skips every step that is not finite, also for damaged data. `STOP` ends the run at the first one.
+            None skips steps, and ends the run for damaged data.
+        gradient_norms: norm of the gradients of the latest step, before clipping, by the number of the optimizer.
     """
 
     def __init__(self, module: ModelTraining) -> None:
         self.module = module
+        self.policy: str | None = None
+        self.gradient_norms: dict[int, Tensor] = {}
         self._batches: list[BatchRecord] = []
         self._losses: dict[int, list[Tensor]] = {}
         self._statistics: list[tuple[Tensor, Tensor]] = []
@@ -105,7 +118,9 @@ class StepGuard:
             index: its number, as in `record`.
         """
         losses = torch.stack(self._losses[index]).all()
-        bad = (~torch.stack([losses, _gradients_are_finite(optimizer, losses.device)])).float()
+        norms = _gradient_norms(optimizer, losses.device)
+        self.gradient_norms[index] = torch.linalg.vector_norm(norms)
+        bad = (~torch.stack([losses, norms.isfinite().all()])).float()
         if self.module.trainer.world_size > 1:
             torch.distributed.all_reduce(bad)
         bad_losses, bad_gradients = (count > 0 for count in bad.tolist())  # waits for the device, once for each step
@@ -125,7 +140,7 @@ class StepGuard:
         """Restore running statistics that are not finite, and report a skipped step after its last batch.
 
         Raises:
-            DamagedBatchError: a batch of the step holds values that are not finite.
+            DamagedBatchError: a batch of the step holds values that are not finite, or the policy is to stop.
             DivergenceError: the weights are not finite, or too many steps in a row were skipped.
         """
         for value, saved in self._statistics:
@@ -150,7 +165,7 @@ class StepGuard:
     def _report(self) -> None:
         damages, causes = zip(*self._from_all_processes((self._damage(), self._cause())), strict=True)
         damage = next(filter(None, damages), None)
-        if damage is not None:
+        if damage is not None and self.policy != SKIP:
             raise DamagedBatchError(f"training data is not finite: {damage}; repair or remove it")
         weight = _first_non_finite(self.module.model)
         if weight is not None:
@@ -163,8 +178,13 @@ class StepGuard:
                 f"the {values} not finite in {MAX_SKIPPED} steps in a row, up to step {step}; "
                 "lower base_learning_rate, set gradient_clip_val or use another precision"
             )
+        cause = damage or next(filter(None, causes), self._batches[-1])
+        if self.policy == STOP:
+            raise NonFiniteStepError(
+                f"the {values} not finite in step {step}: {cause}; the weights are those before the step; "
+                "lower base_learning_rate, set gradient_clip_val, or continue with lightning.non_finite=skip"
+            )
         if self.module.trainer.is_global_zero:
-            cause = next(filter(None, causes), self._batches[-1])
             logger.warning("step %d is skipped, because its %s not finite: %s", step, values, cause)
 
     def _damage(self) -> str | None:
@@ -229,16 +249,16 @@ def _first_non_finite(model: nn.Module) -> str | None:
     return next((name for name, value in weights if not value.isfinite().all()), None)
 
 
-def _gradients_are_finite(optimizer: Any, device: torch.device) -> Tensor:
-    """Return a flag on `device`: whether all gradients are finite.
+def _gradient_norms(optimizer: Any, device: torch.device) -> Tensor:
+    """Return the norms of the gradients of all parameters, on `device`.
 
-    The squares must be finite as well, because Adam averages them.
+    They are finite if the gradients and their squares are, which Adam averages.
     """
     gradients = list(_gradients(optimizer.param_groups))
     if not gradients:
-        return torch.tensor(True, device=device)
+        return torch.zeros(1, device=device)
     norms: list[Tensor] = list(torch._foreach_norm(gradients, 2, torch.float32))
-    return torch.stack(norms).isfinite().all()
+    return torch.stack(norms).to(device)
 
 
 def _gradients(groups: Iterable[Mapping[str, Any]]) -> Iterable[Tensor]:

@@ -39,7 +39,12 @@ class CachedLatents(Dataset):
         moments: (items, 2c, h, w) float16.
         fields: the other entries of the items, lists of the same length.
         conditioning: (items, c', h, w) float16, or None.
+
+    Attributes:
+        source: the data set with the images, for previews.
     """
+
+    source: Dataset | None = None
 
     def __init__(
         self, moments: torch.Tensor, fields: dict[str, list[Any]], conditioning: torch.Tensor | None = None
@@ -54,6 +59,28 @@ class CachedLatents(Dataset):
         if self.conditioning is not None:
             item[CONDITIONING_KEY] = self.conditioning[index].float()
         return {**item, LATENT_KEY: self.moments[index].float()}
+
+    def with_images(self, batch: dict[str, Any], key: str) -> dict[str, Any]:
+        """Return a batch with the images of its items, read again from the original data set, as entry `key`.
+
+        A data set with random augmentation returns another version of an image than the one that was encoded.
+        """
+        if self.source is None or key in batch or LATENT_KEY not in batch:
+            return batch
+        found = [self._position(moments) for moments in batch[LATENT_KEY].cpu()]
+        positions = [position for position in found if position is not None]
+        if len(positions) < len(found):
+            return batch
+        source: Any = self.source
+        items = [{key: source[position % len(source)][key]} for position in positions]
+        return {**batch, key: Collate(shown_name("train"))(items)[key]}
+
+    def _position(self, moments: torch.Tensor) -> int | None:
+        """Return the position of an item by its moments, so that no batch has to carry it."""
+        for position in (self.moments[:, 0, 0, 0] == moments[0, 0, 0]).nonzero()[:, 0].tolist():
+            if torch.equal(self.moments[position].float(), moments):
+                return position
+        return None
 
     def has_conditioning(self, model: LatentDiffusion) -> bool:
         """Return whether the items contain the conditioning of the model."""
@@ -102,6 +129,7 @@ def cache_latents(
         if path is not None:
             content = {"moments": cached.moments, "fields": cached.fields, "conditioning": cached.conditioning}
             save_atomically({"key": key, **content}, path)
+    cached.source = dataset
     data.datasets["train"] = cached
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 from typing import Any
 
+from pytorch_lightning import Trainer
 from torch.utils.data import IterableDataset
 
 from ldm.errors import UserError
@@ -44,6 +45,13 @@ def batch_count(data: DataModuleFromConfig, name: str, replicas: int) -> int | N
         shared, length = shared_length(dataset, size, replicas, data.workers_of(name)), length_of(dataset)
         return shared if shared is not None or length is None else math.ceil(length / size)
     return math.ceil(math.ceil(len(dataset) / replicas) / size)
+
+
+def choose_log_interval(settings: dict[str, Any]) -> None:
+    """Log at least ten times in a run of few steps, unless `log_every_n_steps` is set. Lightning's default is 50."""
+    steps = settings.get("max_steps")
+    if isinstance(steps, int) and 0 < steps < 500 and not settings.get("barebones"):
+        settings.setdefault("log_every_n_steps", max(1, steps // 10))
 
 
 def validates(settings: dict[str, Any], data: Any) -> bool:
@@ -93,3 +101,14 @@ def _check_interval(settings: dict[str, Any], count: int | None, has_validation:
             f"lightning.trainer.val_check_interval is {interval}, and an epoch has {count} batches; give at most "
             f"{count}, or check_val_every_n_epoch=null to count batches across epochs"
         )
+
+
+def total_steps(trainer: Trainer) -> int | None:
+    """Return the number of optimizer steps after which a run ends, or None if neither steps nor epochs limit it."""
+    limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    batches = trainer.num_training_batches
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and math.isfinite(batches):
+        manual = getattr(trainer.lightning_module, "manual", None)  # a first stage accumulates batches itself
+        accumulated = getattr(manual, "accumulate_grad_batches", None) or trainer.accumulate_grad_batches
+        limits.append(trainer.max_epochs * math.ceil(batches / accumulated))
+    return min(limits, default=None)

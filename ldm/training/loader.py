@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,6 +18,7 @@ from ldm.data.unreadable import report_unreadable
 from ldm.errors import UserError
 from ldm.training.collate import Collate
 from ldm.training.processes import any_process
+from ldm.training.rng import as_arrays, as_tensors, rng_state, set_rng_state
 from ldm.training.signals import leave_signals_to_main_process
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,17 @@ def length_of(dataset: Any) -> int | None:
         return len(dataset)
     except TypeError:
         return None
+
+
+class TrainedEpochs:
+    """Number of trained epochs, which Lightning sets before each pass through its method `set_epoch`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the number."""
+        self.count = epoch
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -49,6 +61,7 @@ class EpochBatches(Sampler[list[int]]):
         self.rank, self.replicas = rank, replicas
         self.epoch = 0
         self.start = 0
+        self.sampler = TrainedEpochs()
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -78,6 +91,8 @@ class ResumableLoader(DataLoader):
         batch_size: number of items in a batch.
         limit: number of batches that the trainer uses of an epoch, if it does not use all.
         name: name of the data set in messages, such as "data.params.train".
+        evaluates: the passes evaluate a model: their order and random numbers depend on the number of trained epochs,
+            and not on the number of passes, so that a resumed run repeats them.
         shuffle, seed, rank, replicas: see `EpochBatches`.
         options: further arguments of `DataLoader`.
     """
@@ -92,11 +107,17 @@ class ResumableLoader(DataLoader):
         replicas: int = 1,
         limit: int | None = None,
         name: str = "the data set",
+        evaluates: bool = False,
         **options: Any,
     ) -> None:
         # With its own generator, the start of an epoch leaves PyTorch's global generator unchanged.
         options["generator"] = torch.Generator()
         options.setdefault("collate_fn", Collate(name))
+        has_new_workers = options.get("num_workers", 0) > 0 and not options.get("persistent_workers")
+        self._has_states = has_new_workers and not evaluates and not isinstance(dataset, IterableDataset)
+        if self._has_states:
+            options["collate_fn"] = WithState(options["collate_fn"])
+            options["worker_init_fn"] = self._start = WorkerStart(options.get("worker_init_fn"))
         if isinstance(dataset, IterableDataset):
             super().__init__(dataset, batch_size=batch_size, **options)
             self.batches = None
@@ -106,13 +127,19 @@ class ResumableLoader(DataLoader):
         self.seed, self.limit, self.name, self.replicas = seed, limit, name, replicas
         self._items = batch_size * replicas
         self.epoch, self.position, self._used = 0, 0, False
-        self._is_short = False
+        self._is_short, self._evaluates = False, evaluates
         self._resumed_at = 0  # batches of this epoch that a stream returned before the run was resumed
+        # Random states of the workers after their latest batch, by the number of the batch modulo that of the workers.
+        self._states: dict[int, WorkerState] = {}
+        self._replaced: tuple[int, WorkerState | None] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # torch states a private class
         # Lightning may start an epoch twice; the epoch is over only if it returned a batch.
-        if self._used:
-            self.epoch, self.position, self._used, self._resumed_at = self.epoch + 1, 0, False, 0
+        self.end_epoch()
+        if self._evaluates and self.batches is not None:
+            self.epoch = self.batches.sampler.count
+        if self._has_states:
+            self._start.first, self._start.states = self.position, dict(self._states)
         if self.batches is not None:
             self.batches.epoch, self.batches.start, self.batches.seed = self.epoch, self.position, self.seed
         for stream in _streams(self.dataset):
@@ -134,6 +161,10 @@ class ResumableLoader(DataLoader):
             UserError: an item cannot be read, or there is none.
         """
         while (batch := self._next(batches)) is not END:
+            if self._has_states:
+                batch, state = batch
+                worker = self.position % self.num_workers
+                self._replaced, self._states[worker] = (worker, self._states.get(worker)), state
             self.position, self._used = self.position + 1, True
             yield batch
         if self.position == 0:
@@ -175,20 +206,93 @@ class ResumableLoader(DataLoader):
         (is_over,) = any_process(batch is END)
         return END if is_over else batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the epoch, the number of batches returned in it and their items in all processes, and the seed."""
-        state = {"epoch": self.epoch, "position": self.position, "seed": self.seed, "items": self._items}
-        return {**state, "resumed_at": self._resumed_at} if self._resumed_at else state
+    def unread(self) -> None:
+        """Take back the latest batch, which a resumed run returns again."""
+        self.position -= 1
+        if self._replaced is not None:
+            worker, state = self._replaced
+            self._states.pop(worker)
+            if state is not None:
+                self._states[worker] = state
+            self._replaced = None
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restore epoch, position and seed; the next iteration resumes the epoch or starts the next one."""
+    def end_epoch(self) -> None:
+        """Let the next pass be that of the next epoch, as after a pass without a limit."""
+        if self._used:
+            self.epoch, self.position, self._used, self._resumed_at = self.epoch + 1, 0, False, 0
+            self._states, self._replaced = {}, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return epoch, number of batches returned in it, their items in all processes, seed and states of workers."""
+        state: dict[str, Any] = {"epoch": self.epoch, "position": self.position, "seed": self.seed}
+        state["items"] = self._items
+        if self._resumed_at:
+            state["resumed_at"] = self._resumed_at
+        if self._states:
+            state["workers"] = {"count": self.num_workers}
+            state["workers"]["states"] = {n: as_tensors(state.arrays) for n, state in self._states.items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore epoch, position and seed; the next iteration resumes the epoch or starts the next one.
+
+        With the same number of workers and items in a batch, the workers continue their random numbers.
+        """
         self.epoch, self.seed = state["epoch"], state["seed"]
         # With another batch size, the epoch resumes at the same item or, if that is within a batch, at its first one.
         self.position = state["position"] * state.get("items", self._items) // self._items
+        workers = state.get("workers", {"count": 0})
+        if self._has_states and workers["count"] == self.num_workers and self.position == state["position"]:
+            self._states = {n: WorkerState(as_arrays(value)) for n, value in workers["states"].items()}
         if self.batches is None:
             self.position, self._resumed_at = 0, self.position + state.get("resumed_at", 0)
         elif self.position >= (len(self) if self.limit is None else min(self.limit, len(self))):
-            self.epoch, self.position = self.epoch + 1, 0
+            self.epoch, self.position, self._states = self.epoch + 1, 0, {}
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """Random state of a worker, from `as_arrays`; in an object, it is not copied to pinned memory."""
+
+    arrays: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class WithState:
+    """`collate_fn` that adds the random state of the worker to each batch, from which a resumed run continues."""
+
+    collate: Any
+
+    def __call__(self, items: list[Any]) -> tuple[Any, WorkerState]:
+        batch = self.collate(items)
+        return batch, WorkerState(as_arrays(rng_state(devices=False)))
+
+
+@dataclass
+class WorkerStart:
+    """`worker_init_fn` that continues the random numbers of the worker that would have loaded the same batches.
+
+    Args:
+        init: function that initializes a worker first.
+
+    Attributes:
+        first: number of the first batch to load; the workers load batches in turn, the first worker this one.
+        states: random states of the workers of the interrupted run, see `ResumableLoader`.
+    """
+
+    init: Any
+    first: int = 0
+    states: dict[int, WorkerState] = field(default_factory=dict)
+
+    def __call__(self, worker_id: int) -> None:
+        worker: Any = get_worker_info()
+        number = (self.first + worker_id) % worker.num_workers
+        if number != worker_id:  # until its first batch, the worker has the seed of its number
+            torch.manual_seed(torch.initial_seed() - worker_id + number)
+        if self.init is not None:
+            self.init(worker_id)
+        if number in self.states:
+            set_rng_state(as_tensors(self.states[number].arrays))
 
 
 def worker_error(error: Exception) -> str | None:

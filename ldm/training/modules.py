@@ -20,15 +20,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.config.instantiate import instantiate_from_config
 from ldm.errors import UserError
+from ldm.io.batch_items import item_count
 from ldm.models.lightning import Trainable, overridden_hooks
 from ldm.training.batch_check import BatchCheck
-from ldm.training.captions import CaptionWarning
+from ldm.training.captions import CaptionWarning, report_captions
 from ldm.training.data import shown_name
 from ldm.training.finite_steps import StepGuard, ValidationRecord
+from ldm.training.latent_scale import check_latents
 from ldm.training.optimizers import fused
 from ldm.training.rng import rng_state, set_rng_state
 
-RNG_KEY = "rng"
+RNG_KEY, GRADIENTS_KEY = "rng", "gradients"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,7 @@ class ModelTraining(LightningModule):
         super().__init__()
         self.model = model
         self._saved_rng: dict[str, Any] | None = None
+        self._saved_gradients: dict[str, Tensor] = {}
         self._training_rng: dict[str, Any] | None = None
         self._check_batch = BatchCheck(model)
         self._guard = StepGuard(self)
@@ -104,6 +107,25 @@ class ModelTraining(LightningModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the state dict of the model."""
         return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @property
+    def non_finite_policy(self) -> str | None:
+        """Policy for steps that are not finite, see `StepGuard`."""
+        return self._guard.policy
+
+    @non_finite_policy.setter
+    def non_finite_policy(self, policy: str | None) -> None:
+        self._guard.policy = policy
+
+    def log_gradient_norm(self, index: int, name: str, scale: float = 1.0) -> None:
+        """Log the norm of an optimizer's gradients before clipping.
+
+        Args:
+            index: number of the optimizer, see `StepGuard`.
+            name: name of the value.
+            scale: factor of the gradients.
+        """
+        self.log(name, self._guard.gradient_norms[index] / scale, on_step=True, on_epoch=False, batch_size=1)
 
     @property
     def learning_rate(self) -> float:
@@ -123,13 +145,25 @@ class ModelTraining(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the random states, so that a resumed run repeats the random numbers of an uninterrupted one."""
         checkpoint[RNG_KEY] = self._training_rng or rng_state()
+        if self.is_accumulating() and self.trainer.world_size == 1 and "optimizer_states" in checkpoint:
+            gradients = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
+            checkpoint[GRADIENTS_KEY] = gradients
+
+    def is_accumulating(self) -> bool:
+        """Return whether the gradients of the latest batches wait for their step."""
+        return self.trainer.fit_loop._should_accumulate()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember the random states until training starts, because setup also uses random numbers."""
         self._saved_rng = checkpoint.get(RNG_KEY)
+        self._saved_gradients = checkpoint.get(GRADIENTS_KEY, {})
 
     def on_train_start(self) -> None:
-        """Restore the random states, or seed each of several processes differently."""
+        """Restore gradients and random states, or seed each of several processes differently."""
+        for name, value in self.named_parameters():
+            if name in self._saved_gradients:
+                value.grad = self._saved_gradients[name].to(value, copy=True)
+        self._saved_gradients = {}
         if self.trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + self.trainer.global_rank + self.trainer.global_step)
         elif self._saved_rng is not None:
@@ -147,7 +181,7 @@ class ModelTraining(LightningModule):
     def log_validation(self, log: Mapping[str, Any], batch: Any, batch_idx: int) -> None:
         """Log the values of a validation batch, averaged over the epoch and all processes."""
         self._validation.record(log, batch, batch_idx, self.current_epoch)
-        self.log_dict(log, on_step=False, on_epoch=True, batch_size=_batch_size(batch), sync_dist=True)
+        self.log_dict(log, on_step=False, on_epoch=True, batch_size=item_count(batch), sync_dist=True)
 
     def on_validation_end(self) -> None:
         """Report losses that are not finite, and restore the random states of training."""
@@ -180,7 +214,7 @@ class OneLossTraining(ModelTraining):
         self._guard.begin(batch, batch_idx)
         loss, log = self.model.shared_step(batch)
         self._guard.record(loss)
-        size = _batch_size(batch)
+        size = item_count(batch)
         self.log_dict(log, prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
         self.log("global_step", float(self.global_step), prog_bar=False, on_step=True, on_epoch=False, batch_size=size)
         if getattr(self.model, "scheduler_config", None) is not None:
@@ -190,7 +224,8 @@ class OneLossTraining(ModelTraining):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Skip the step if its loss or gradients are not finite."""
-        self._guard.check(optimizer)
+        if self._guard.check(optimizer):
+            self.log_gradient_norm(0, "train/grad_norm")
         self._guard.drop_gradients(optimizer)
 
 
@@ -201,10 +236,26 @@ class DiffusionTraining(OneLossTraining):
         super().__init__(model)
         self._caption_warning = CaptionWarning()
 
+    def on_fit_start(self) -> None:
+        """Report captions that the model does not read completely, if the data set returns them without its images."""
+        data = getattr(self.trainer, "datamodule", None)
+        dataset = getattr(data, "datasets", {}).get("train")
+        if self.trainer.is_global_zero and dataset is not None:
+            self._caption_warning.is_logged = report_captions(self.model, dataset)
+
+    def log_images(self, batch: Mapping[str, Any], **options: Any) -> dict[str, Tensor]:
+        """Return the images that the model generates for a batch. Cached latents are shown with their own images."""
+        dataset: Any = getattr(getattr(self.trainer, "datamodule", None), "datasets", {}).get("train")
+        if options.get("split") == "train" and hasattr(dataset, "with_images"):
+            batch = dataset.with_images(batch, self.model.first_stage_key)
+        return super().log_images(batch, **options)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Call the model before each batch, e.g. to measure the scale of its latents on the first batch of all."""
         first = self.current_epoch == 0 and self.global_step == 0 and batch_idx == 0
         self.model.before_training_batch(batch, first)
+        if first:
+            check_latents(self.model, batch, self.trainer)
         if self.trainer.is_global_zero:
             self._caption_warning.check(self.model, batch)
 
@@ -248,6 +299,7 @@ class AutoencoderTraining(ModelTraining):
         super().__init__(model)
         self.automatic_optimization = False
         self.manual = manual
+        self.codes: dict[str, Tensor | None] = {}  # codebook indices of the latest batch, by split
 
     def configure_optimizers(self) -> Any:
         """Return Adam for the autoencoder and, if there is one, for the discriminator."""
@@ -263,12 +315,13 @@ class AutoencoderTraining(ModelTraining):
         optimizers = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         step = self.global_step
-        is_step = (batch_idx + 1) % self.manual.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        is_step = not self._accumulates(batch_idx)
 
         self._guard.begin(batch, batch_idx)
         # The discriminator must not accumulate gradients of the autoencoder's loss.
         self.toggle_optimizer(optimizers[0])
         rec = self.model.reconstruct(batch)
+        self.codes["train"] = _codes(rec)
         self._backward(rec, 0, step, batch, "aeloss")
         self.untoggle_optimizer(optimizers[0])
         if is_step:
@@ -287,10 +340,24 @@ class AutoencoderTraining(ModelTraining):
             for scheduler in _as_list(self.lr_schedulers()):
                 scheduler.step()
 
+    def _accumulates(self, batch_idx: int) -> bool:
+        """Return whether the step follows a later batch."""
+        return (batch_idx + 1) % self.manual.accumulate_grad_batches != 0 and not self.trainer.is_last_batch
+
+    def is_accumulating(self) -> bool:
+        """Return whether the gradients of the latest batches wait for their step."""
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        return batches > 0 and self._accumulates(batches - 1)
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep the gradients of a step that a validation interrupts."""
+        if not self.is_accumulating():
+            super().on_validation_model_zero_grad()
+
     def _backward(self, rec: Any, index: int, step: int, batch: Any, name: str) -> None:
         loss, log = self.model.adversarial_loss(rec, index, step, split="train")
         self._guard.record(loss, index)
-        size = _batch_size(batch)
+        size = item_count(batch)
         self.log(name, loss.detach(), prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
         self.log_dict(log, on_step=True, on_epoch=True, batch_size=size)
         self.manual_backward(loss / self.manual.accumulate_grad_batches)
@@ -300,11 +367,15 @@ class AutoencoderTraining(ModelTraining):
         self._guard.drop_gradients(optimizer)
 
     def _check_and_clip(self, optimizer: LightningOptimizer, index: int) -> None:
-        if self._guard.check(optimizer, index) and self.manual.gradient_clip_val:
+        if not self._guard.check(optimizer, index):
+            return
+        # In float16 the gradients are still scaled here.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = scaler.get_scale() if scaler else 1.0
+        self.log_gradient_norm(index, ("train/grad_norm", "train/grad_norm_disc")[index], scale)
+        if self.manual.gradient_clip_val:
             algorithm = self.manual.gradient_clip_algorithm or "norm"
-            # In float16 the gradients are still scaled here.
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            limit = self.manual.gradient_clip_val * (scaler.get_scale() if scaler else 1.0)
+            limit = self.manual.gradient_clip_val * scale
             self.clip_gradients(optimizer, limit, algorithm)  # type: ignore[arg-type] # as Lightning documents it
 
     def _uncounted_step(self, optimizer: LightningOptimizer) -> None:
@@ -321,6 +392,7 @@ class AutoencoderTraining(ModelTraining):
 
     def _validate(self, batch: Any, batch_idx: int, split: str) -> None:
         rec = self.model.reconstruct(batch)
+        self.codes[split] = _codes(rec)
         for index in range(len(_as_list(self.optimizers(use_pl_optimizer=False))) or 1):
             _, log = self.model.adversarial_loss(rec, index, self.global_step, split=split)
             self.log_validation(log, batch, batch_idx)
@@ -330,11 +402,11 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+def _codes(rec: Any) -> Tensor | None:
+    """Return the codebook indices of a reconstruction, or None for a model without a codebook."""
+    return (getattr(rec, "extra", None) or {}).get("predicted_indices")
+
+
 def _detached(rec: Any) -> Any:
     """Return the reconstruction detached from the graph of the autoencoder."""
     return dataclasses.replace(rec, outputs=rec.outputs.detach())
-
-
-def _batch_size(batch: Any) -> int:
-    values = batch.values() if isinstance(batch, Mapping) else [batch]
-    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 1)

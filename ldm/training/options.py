@@ -1,12 +1,13 @@
-"""Options that Lightning's Trainer adds to the command line. Needs neither torch nor Lightning."""
+"""Options of the command and words of the configuration for Lightning. Needs neither torch nor Lightning."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
+from typing import Any
 
 from ldm.config.distribution import install_hint
-from ldm.errors import UserError
+from ldm.errors import UserError, did_you_mean
 
 # Arguments of the Trainer that are options of the command. Any other argument of the installed Trainer can be given as
 # `lightning.trainer.NAME=VALUE`.
@@ -31,6 +32,14 @@ BOOLEAN_OPTIONS = frozenset(
 TRAINER_OPTIONS = tuple(sorted(VALUE_OPTIONS | BOOLEAN_OPTIONS))
 # Arguments of the Trainer that have their own section in the configuration.
 CONFIGURED_ELSEWHERE = ("logger", "callbacks", "plugins")
+# Values of `lightning.non_finite`: what follows a loss or gradients that are not finite.
+NON_FINITE_POLICIES = ("skip", "stop")
+# Loggers that `lightning.logger` and `--logger` name by one word.
+LOGGERS = {
+    "tensorboard": "pytorch_lightning.loggers.TensorBoardLogger",
+    "csv": "ldm.training.loggers.ContinuedCSVLogger",
+    "wandb": "pytorch_lightning.loggers.WandbLogger",
+}
 
 
 def check_lightning() -> None:
@@ -52,3 +61,21 @@ def trainer_arguments(names: Iterable[str]) -> tuple[str, ...]:
     from pytorch_lightning import Trainer
 
     return tuple(inspect.signature(Trainer).parameters)
+
+
+def logger_words(section: Any) -> list[str]:
+    """Return the names of the loggers in `lightning.logger`: "csv", "tensorboard,csv" or a list; none in a mapping.
+
+    Raises:
+        UserError: a name is not one of `LOGGERS`.
+    """
+    if isinstance(section, str):
+        section = section.split(",")
+    if not isinstance(section, Iterable) or hasattr(section, "keys"):
+        return []
+    words = [str(word).strip() for word in section]
+    for word in words:
+        if word not in LOGGERS:
+            hint = did_you_mean(word, LOGGERS)
+            raise UserError(f'lightning.logger "{word}" is not known{hint}; choose from {", ".join(LOGGERS)}')
+    return words

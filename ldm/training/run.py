@@ -11,19 +11,19 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ldm.errors import DiskFullError, UserError
+from ldm.errors import DiskFullError, ErrorCollector, UserError
 from ldm.io.files import reserve_folder
 from ldm.modules.precision import choose_training_precision
 from ldm.training.allocator import keep_freed_memory
 from ldm.training.configuration import Plan, plain
 from ldm.training.processes import end_launched, failed_process, spawns, user_error_of
-from ldm.training.run_folder import reserved_folder
+from ldm.training.run_folder import LOCK, locked_run, reserved_folder
 
 if TYPE_CHECKING:
     from ldm.training.assembly import Components
@@ -39,6 +39,7 @@ IRRELEVANT_WARNINGS = (
     ".*smaller than the logging interval.*",
     ".*Consider setting `persistent_workers=True`.*",
     ".*sync_dist=True.*",
+    ".*needs to be floating to be reduced.*",
     ".*treespec, LeafSpec.*",
     ".*not supported by the model summary.*",
     ".*overridden `on_before_batch_transfer`.*",
@@ -58,15 +59,15 @@ def run(plan: Plan) -> None:
     _filter_logs()
     with _short_thread_errors():
         if plan.checkpoint is not None:
-            _run(plan)
+            with locked_run(plan.folder) if plan.train else nullcontext():
+                _run(plan)
             return
-        with reserved_folder(plan.folder) as folder:
+        with reserved_folder(plan.folder) as folder, locked_run(folder):
             _run(dataclasses.replace(plan, folder=folder))
 
 
 def _run(plan: Plan) -> None:
-    settings = trainer_settings(plan)
-    check_values(plan, settings)
+    settings = checked_settings(plan)
     if settings["accelerator"] == "cpu":
         keep_freed_memory()
     from pytorch_lightning import seed_everything
@@ -79,6 +80,31 @@ def _run(plan: Plan) -> None:
         fit(plan, components)
     if plan.test:
         test(plan, components)
+
+
+def checked_settings(plan: Plan) -> dict[str, Any]:
+    """Return the Trainer's arguments of a plan, after a check of its whole configuration.
+
+    Raises:
+        UserError: the configuration has errors; all of them are named.
+    """
+    from ldm.training.assembly import build_callbacks, build_logger, remove_weights
+    from ldm.training.configuration_check import configuration_faults
+
+    errors, settings = ErrorCollector(), {}
+    with errors.collecting():
+        settings = trainer_settings(plan)
+        check_values(plan, settings)
+    config = plain(plan.config)
+    if plan.train and plan.checkpoint is not None:
+        remove_weights(config["model"])
+    errors.add(*configuration_faults(config))
+    if errors.messages:  # otherwise assembling reports the only errors that are left
+        for build in (build_callbacks, build_logger):
+            with errors.collecting():
+                build(plan)
+    errors.check()
+    return settings
 
 
 def _filter_logs() -> None:
@@ -188,7 +214,7 @@ def fit(plan: Plan, components: Components) -> None:
     except SystemExit:
         end_launched(trainer)
         if trainer.interrupted:  # Lightning exits this way after Ctrl-C
-            raise KeyboardInterrupt from None
+            raise components.last.requests.reported_interruption() from None
         raise
     except Exception as error:
         reported = _reported_error(plan, components, error)
@@ -215,7 +241,7 @@ def _reported_error(plan: Plan, components: Components, error: Exception) -> Bas
     failed = failed_process(trainer) if isinstance(error, RuntimeError) else None
     end_launched(trainer)
     if spawns(trainer) and components.last.requests.stop_requested:  # processes that stop on request report an error
-        return KeyboardInterrupt()
+        return components.last.requests.reported_interruption()
     if is_disk_full(error):
         return disk_full_error(plan, error)
     if failed is not None:
@@ -237,6 +263,7 @@ def disk_full_error(plan: Plan, error: Exception) -> DiskFullError:
 
 def _move_to_debug_runs(folder: Path) -> None:
     target = reserve_folder(folder.parent / "debug_runs" / folder.name)
+    (folder / LOCK).unlink(missing_ok=True)
     for path in folder.iterdir():
         path.rename(target / path.name)
     folder.rmdir()

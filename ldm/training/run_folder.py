@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,11 +13,17 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ldm.errors import UserError
-from ldm.io.files import atomic_path, reserve_folder
+from ldm.io.checkpoint.integrity import check_intact
+from ldm.io.checkpoint.reading import read_checkpoint
+from ldm.io.files import atomic_path, locked, remove_temporary_files, reserve_folder
 from ldm.io.folders import visible
+
+logger = logging.getLogger(__name__)
 
 # Lightning runs the command again in one process per further device; all processes must use the same folder.
 FOLDER_VARIABLE = "LDM_RUN_FOLDER"
+# File that the process that trains a run locks.
+LOCK = ".lock"
 # Variables in which launchers number the processes of a run: those of all machines, or machines and their processes.
 GLOBAL_RANKS = ("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 LOCAL_RANKS = ("NODE_RANK", "GROUP_RANK", "LOCAL_RANK")
@@ -28,13 +35,10 @@ def find_run(path: Path) -> tuple[Path, Path]:
     """Return the log folder and the checkpoint of the run whose log folder or checkpoint is `path`.
 
     Raises:
-        UserError: `path` is neither.
+        UserError: `path` is neither, or damaged.
     """
     if path.is_dir():
-        checkpoint = path / "checkpoints" / "last.ckpt"
-        if not checkpoint.is_file():
-            raise UserError(f'cannot resume from "{path}": it has no checkpoints/last.ckpt')
-        return path, checkpoint
+        return path, newest_checkpoint(path)
     if not path.is_file():
         raise UserError(f'cannot resume from "{path}": there is no such folder or checkpoint')
     folder = next((parent.parent for parent in path.parents if parent.name == "checkpoints"), None)
@@ -43,7 +47,70 @@ def find_run(path: Path) -> tuple[Path, Path]:
             f'cannot resume from "{path}": it is not inside LOGDIR/checkpoints; '
             "to start a new run from its weights, give model.params.ckpt_path=PATH"
         )
+    _check_intact(path)
     return folder, path
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """Return the checkpoint from which a run resumes: `last.ckpt`, or if that is damaged, the newest intact one.
+
+    Raises:
+        UserError: there is no intact one.
+    """
+    last = folder / "checkpoints" / "last.ckpt"
+    others = [path for path in visible(last.parent.glob("*.ckpt")) if path != last]
+    if not (last.is_file() or others):
+        raise UserError(f'cannot resume from "{folder}": it has no checkpoints/last.ckpt')
+    fault = f'"{last}" does not exist'
+    if last.is_file():
+        try:
+            _check_intact(last)
+            return last
+        except UserError as error:
+            fault = str(error).removeprefix("cannot resume from ")
+    steps = {path: step for path in others if (step := _resumable_step(path)) is not None}
+    if not steps:
+        raise UserError(f"cannot resume from {fault}; the run has no other checkpoint to resume from")
+    newest = max(steps, key=lambda path: (steps[path], path.stat().st_mtime_ns))
+    if is_first_process():
+        logger.warning('%s; resuming from "%s" of step %d', fault, newest, steps[newest])
+    return newest
+
+
+def _check_intact(path: Path) -> None:
+    """Raise UserError if a checkpoint is damaged."""
+    try:
+        check_intact(path)
+        read_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"cannot resume from {str(error).removeprefix('cannot read ')}") from error
+
+
+def _resumable_step(path: Path) -> int | None:
+    """Return the step of an intact checkpoint that a run can resume from, or None."""
+    try:
+        check_intact(path)
+        checkpoint = read_checkpoint(path)
+    except UserError:
+        return None
+    step = checkpoint.get("global_step")
+    return step if isinstance(step, int) and checkpoint.get("optimizer_states") else None
+
+
+@contextmanager
+def locked_run(folder: Path) -> Iterator[None]:
+    """Exclude other runs from a log folder, and remove incomplete files that a killed run has left there.
+
+    Raises:
+        UserError: another process trains this run.
+    """
+    if not is_first_process():
+        yield
+        return
+    message = f'another process trains the run "{folder}"; wait for its end, or stop it'
+    with locked(folder / LOCK, message):
+        remove_temporary_files(folder / "checkpoints")
+        yield
 
 
 def saved_configurations(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import get_worker_info
 
+from ldm.errors import Terminated
 from ldm.training.processes import any_process, end_launched, spawns
 
 if TYPE_CHECKING:
@@ -29,16 +30,16 @@ class SignalRequests:
     """Requests that signals make during training.
 
     SIGUSR1 requests a checkpoint, Ctrl-C (SIGINT) and SIGTERM a checkpoint and the end, and SIGUSR2 the debugger. The
-    first three wait for the end of the current batch, because the weights change in between. There all processes
-    take the decision together, since saving involves all of them and the signal may have reached only one. A second
-    Ctrl-C or SIGTERM stops immediately, as does the first one before training has started.
+    first three only set a flag, which is read at the end of the current batch, because the weights change in between.
+    There all processes take the decision together, since saving involves all of them and the signal may have reached
+    only one. A second Ctrl-C or SIGTERM stops immediately, as does the first one before training has started.
 
     Python does not run the handler of a signal while its main thread waits inside a library, e.g. for another process.
     A thread therefore watches the signals too. It ends a run that has not stopped within `GRACE_SECONDS`.
     """
 
     def __init__(self) -> None:
-        self._save = self._stop = self._stop_agreed = False
+        self._save = self._stop = self._stop_agreed = self._is_sigterm = False
         self._has_begun = False
         self._trainer: Trainer | None = None
         self._previous_handlers: dict[int, Any] = {}
@@ -94,25 +95,32 @@ class SignalRequests:
 
     def take(self) -> tuple[bool, bool]:
         """Return whether a checkpoint and whether the end is requested, in any process; forget the first."""
-        save, stop = any_process(self._save, self._stop)
-        self._save = False
-        self._agree(stop)
+        save, stop, is_sigterm = any_process(self._save, self._stop, self._is_sigterm)
+        if save:  # one that arrives meanwhile is for the next batch
+            self._save = False
+        self._agree(stop, is_sigterm)
         return save, stop
 
     def take_stop(self) -> bool:
         """Return whether the end is requested, in any process."""
-        (stop,) = any_process(self._stop)
-        self._agree(stop)
+        stop, is_sigterm = any_process(self._stop, self._is_sigterm)
+        self._agree(stop, is_sigterm)
         return stop
 
-    @staticmethod
-    def interruption() -> BaseException:
+    def interruption(self) -> BaseException:
         """Return the exception that ends this process after all have agreed to stop."""
         # The parent of a process of `ddp_spawn` waits for its result forever, unless it ends with an error status.
-        return KeyboardInterrupt() if multiprocessing.parent_process() is None else SystemExit(STATUS_AFTER_INTERRUPT)
+        if multiprocessing.parent_process() is not None:
+            return SystemExit(STATUS_AFTER_SIGTERM if self._is_sigterm else STATUS_AFTER_INTERRUPT)
+        return self.reported_interruption()
 
-    def _agree(self, stop: bool) -> None:
+    def reported_interruption(self) -> KeyboardInterrupt:
+        """Return the interruption that decides the exit status of the command."""
+        return Terminated() if self._is_sigterm else KeyboardInterrupt()
+
+    def _agree(self, stop: bool, is_sigterm: bool) -> None:
         self._stop_agreed = self._stop_agreed or stop
+        self._is_sigterm = self._is_sigterm or is_sigterm  # a signal may have arrived meanwhile
         if stop:
             self.allow_time()
 
@@ -127,8 +135,9 @@ class SignalRequests:
 
     def _request_end(self, number: int, frame: FrameType | None) -> None:
         forwarded = self._forward(number)
+        self._is_sigterm = self._is_sigterm or number == signal.SIGTERM
         if self._stop or not (self._has_begun or forwarded):
-            raise KeyboardInterrupt
+            raise self.reported_interruption()
         self._stop = True
         if os.environ.get("LOCAL_RANK", "0") == "0":
             again = "press Ctrl-C again" if number == signal.SIGINT else "send the signal again"

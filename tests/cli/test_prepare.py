@@ -214,6 +214,22 @@ def test_inspection_names_words_that_a_vocabulary_lacks(here, repo_root, capsys)
     assert last == "20 % of the words are read in pieces, such as: number, 11, 12, 13, 14"
 
 
+def test_inspection_names_files_that_are_no_images(here, capsys):
+    assert prepare(["photos", "--task", "unconditional", "--inspect"]) == 0
+    assert "\n1 file is neither an image nor a caption: notes.md\n" in capsys.readouterr().out
+
+
+def test_printed_commands_accept_names_and_captions_that_begin_with_a_dash(here, capsys):
+    for name in ("-dogs", "cats"):
+        plain_images(f"mine/{name}", 3)
+        for number in range(3):
+            Path(f"mine/{name}/{number}.txt").write_text("-odd")
+    assert ldm(["prepare", "mine", "--task", "class", *TINY]) == 0
+    assert commands(capsys.readouterr().out)[-1][-3:] == ["--classes", "0", "cats"]
+    assert ldm(["prepare", "mine", "--task", "text", *TINY]) == 0
+    assert "--prompt=-odd" in commands(capsys.readouterr().out)[-1]
+
+
 def test_an_existing_folder_is_kept_without_force(here, capsys):
     Path("out/runs/old").mkdir(parents=True)
     Path("out/train.csv").write_text("precious")
@@ -256,6 +272,14 @@ def plain_images(folder, count, side=48):
         (["photos", "--keep-first-stage"], "--keep-first-stage needs --first-stage"),
         (["photos", "--first-stage", "emoji46"], 'there is no model "emoji46"'),
         (["photos", "--table", "gone.csv"], "gone.csv"),
+        (
+            ["photos", "--task", "text", "--captions", "title"],
+            '--captions title: there is no table with the column "title"; give --table, or --captions txt or name',
+        ),
+        (
+            ["photos", "--task", "class", "--labels", "kind"],
+            '--labels kind: there is no table with the column "kind"; give --table, or --labels folder',
+        ),
         (["photos", "--task", "text", "--vocab", "gone.txt"], "vocabulary gone.txt does not exist"),
         (["photos", "--task", "superres", "--degradation", "bsr"], 'there is no degradation "bsr"'),
     ],

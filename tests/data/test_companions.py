@@ -191,13 +191,33 @@ def test_invalid_boxes_are_named_once_and_left_out(tmp_path, caplog):
     for name, content in contents.items():
         write(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    write(tmp_path / "f.png")
     dataset = FolderTrain(str(tmp_path), size=8, beside={"boxes": "{stem}.json"}, class_names=["cat"])
     assert names(dataset) == ["a.png", "e.png"]
     assert caplog.messages == [
-        'FolderTrain: 1 of 5 images have no boxes in a file "{stem}.json" and are left out: c.png',
-        'FolderTrain: 2 of 4 images have boxes that are not valid (the first: box 1 ("0") is empty: [0.5, 0, 0.2, 1] '
-        "must be [left, top, right, bottom]) and are left out: b.png, d.png",
+        'FolderTrain: 1 of 6 images have no boxes in a file "{stem}.json" and are left out: f.png',
+        'FolderTrain: 3 of 5 images have boxes that are not valid (the first: box 1 ("0") is empty: [0.5, 0, 0.2, 1] '
+        "must be [left, top, right, bottom]) and are left out: b.png, c.png, d.png",
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"boxes": [', "not JSON: Expecting value: line 1 column 12 (char 11)"),
+        (b"[" * 100_000, "not JSON: maximum recursion depth exceeded"),
+        (b'{"boxes": "none"}', 'not a list of boxes, and without the key "boxes"'),
+        (b"\xff\x00", 'cannot read the file of boxes "'),
+    ],
+)
+def test_damaged_files_of_boxes_are_reported_with_the_reason(content, reason, tmp_path, caplog):
+    for name, boxes in (("a", content), ("b", b"[]")):
+        write(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.json").write_bytes(boxes)
+    assert names(FolderTrain(str(tmp_path), size=8, beside={"boxes": "{stem}.json"})) == ["b.png"]
+    (message,) = caplog.messages
+    assert message.startswith(f"FolderTrain: 1 of 2 images have boxes that are not valid (the first: {reason}")
+    assert message.endswith(") and are left out: a.png")
 
 
 @pytest.mark.parametrize(

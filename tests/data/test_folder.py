@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -211,6 +212,19 @@ def test_class_folders_that_are_numbers_are_sorted_by_value(tmp_path):
     assert dataset.labels["class_label"] == [1, 0]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes")
+def test_class_names_are_single_lines_of_valid_text(tmp_path, caplog):
+    for folder in ("a\tb", "a\nb", " c ", "bad\udcff", " "):
+        write(tmp_path / folder / "0.png")
+    dataset = FolderTrain(str(tmp_path), size=8, label="folder")
+    assert dataset.class_names == ["a b", "c"]
+    assert dataset.labels["human_label"] == ["c", "a b", "a b"]
+    assert [message.split(": ", 1)[1] for message in caplog.messages] == [
+        "1 of 5 images are in a folder whose name is not valid UTF-8 and are left out: bad\\udcff/0.png",
+        "1 of 4 images are in no folder of a class and are left out:  /0.png",
+    ]
+
+
 def test_repeated_class_names_raise_user_error(folder):
     with pytest.raises(UserError, match='class_names lists the class "cats" twice'):
         FolderTrain(str(folder), label="folder", class_names=["cats", "dogs", "cats"])
@@ -292,7 +306,7 @@ def test_labels_beyond_the_class_names_are_left_out(folder, caplog):
     [
         ({}, "FolderTrain needs data_root, the folder of the images, or files, a list or table of them"),
         ({"data_root": "absent"}, 'FolderTrain: there is no folder "absent"'),
-        ({"data_root": "empty"}, 'FolderTrain: the folder "empty" contains no image; check data_root'),
+        ({"data_root": "empty"}, 'FolderTrain: the folder "empty" contains no image; name the folder of the'),
         ({"files": "absent.txt"}, 'FolderTrain: cannot read the list "absent.txt": No such file or directory'),
         ({"files": "absent.csv"}, 'there is no table "absent.csv"; check the path'),
         ({"files": "empty.txt"}, 'FolderTrain: the list "empty.txt" names no image; write one path a line'),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from annotated_sets import CAR, DOG, MAN, PERSON, WOMAN, box_row, write_open_images
+from annotated_sets import CAR, DOG, MAN, PERSON, WOMAN, box_row, write_open_images, write_photo
 from images_on_disk import values, write
 from omegaconf import OmegaConf
 from PIL import Image
@@ -83,6 +83,15 @@ def test_items_have_image_and_tokens(tmp_path):
     assert names == ["Man", "Car (group)"]
     assert found.boxes == pytest.approx(np.array([[0, 0, 0.5, 1], [0.5, 0.5, 0.25, 0.5]]), abs=0.6 / 89 * 2)
     assert boxes_of(dataset, 1)[0] == ["Woman", "Dog"]
+
+
+@pytest.mark.parametrize("name", ["my cat", "00000000000000ab", "a_name_of_more_than_16_letters"])
+def test_images_may_have_names_of_any_length(name, tmp_path):
+    ids = (name.lstrip("0"), "2")  # some tools write ids without their leading zeros
+    write_open_images(tmp_path, [box_row(i, kind, 0.0, 0.5, 0.0, 1.0) for i in ids for kind in (DOG, MAN)])
+    write_photo(tmp_path / f"train/{name}.jpg")
+    dataset = openimages.OpenImagesBBoxTrain(size=16, data_path=str(tmp_path))
+    assert {Path(dataset[i]["file_path_"]).stem for i in range(len(dataset))} == {name, "0000000000000002"}
 
 
 def test_published_configuration_reads_the_default_folder(tmp_path, monkeypatch):

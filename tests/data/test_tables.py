@@ -6,7 +6,9 @@ import json
 import sys
 
 import pytest
+from PIL import Image
 
+from ldm.data.folder import FolderTrain
 from ldm.data.tables import Table, is_text, read_table
 from ldm.errors import UserError
 
@@ -127,3 +129,27 @@ def test_bytes_that_are_not_utf_8_stay_in_their_cells(tmp_path):
     table = read(tmp_path / "t.csv", b"path,text\na.png,fine\nb.png," + b"caf\xe9\n")
     assert [is_text(text) for text in table.column("text")] == [True, False]
     assert json.dumps(table.column("text")[1]) == '"caf\\udce9"'
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('path,text\na.png,"open\nb.png,x\n', 2),
+        ('path,text\na.png,"two\nlines"\nb.png,"open', 4),
+        ('path,"text\na.png,x\n', 1),
+        ('path\n"a.png', 2),
+    ],
+)
+def test_a_quote_that_is_not_closed_is_an_error_and_takes_no_rows_in_silence(text, line, tmp_path):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=f"the quote in line {line} is not closed; check its quotes$"):
+        read_table(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text('path,text\na.png,"two\nlines, one ""cell"""\n\n')
+    assert read_table(tmp_path / "t.csv").columns == {"path": ["a.png"], "text": ['two\nlines, one "cell"']}
+
+
+def test_rows_without_a_path_are_named_by_their_number(tmp_path, caplog):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("path,text\n,x\na.png,y\n")
+    assert len(FolderTrain(str(tmp_path), files=str(tmp_path / "t.csv"), size=8)) == 1
+    assert caplog.messages == ["FolderTrain: 1 of 2 images have no path in the table and are left out: row 1"]

@@ -117,11 +117,22 @@ def test_a_link_to_a_file_is_a_file(folder, tmp_path):
     assert below(folder) == ["a.PNG", "b.png", "d.png", "deep/c.png"]
 
 
-def test_broken_links_are_other_files(folder, tmp_path):
+def test_broken_links_are_other_files_and_named(folder, tmp_path, caplog):
     link(folder / "gone.png", tmp_path / "nowhere")
     link(folder / "self.png", folder / "self.png")
-    for listing in (list_files(folder, PNG), list_files_below(folder, PNG)):
-        assert listing.others == ["gone.png", "self.png"] and "gone.png" not in listing.files
+    link(folder / "text.txt", tmp_path / "nowhere")
+    for function in (list_files, list_files_below):
+        caplog.clear()
+        listing = function(folder, PNG)
+        assert listing.others == ["gone.png", "self.png", "text.txt"] and "gone.png" not in listing.files
+        assert caplog.messages == [f'2 links in "{folder}" to files that do not exist: gone.png, self.png']
+
+
+def test_names_of_several_lines_are_shown_in_one(folder, caplog):
+    caplog.set_level("INFO", "ldm")
+    touch(folder, "a\nb.txt", "\x1b[31m.txt")
+    list_files(folder, PNG).log_others("images")
+    assert caplog.messages == [f'passed over 2 files in "{folder}" besides the images: \\x1b[31m.txt, a\\nb.txt']
 
 
 def test_a_linked_root_is_listed(folder, tmp_path):

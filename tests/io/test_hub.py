@@ -120,7 +120,10 @@ def test_only_the_needed_files_are_downloaded_and_used_without_a_network(hub, tm
 
 @pytest.mark.parametrize("name", ["CompVis/none", "CompVis/a--b"])
 def test_unknown_name_raises_user_error_of_one_line(hub, name):
-    with pytest.raises(UserError, match=f'no model "{name}" here, and the Hugging Face hub does not .*') as caught:
+    message = (
+        f'no model "{name}" here, and it cannot be downloaded from the Hugging Face hub .*; check the name, go online'
+    )
+    with pytest.raises(UserError, match=message) as caught:
         ldm.load(name)
     assert "\n" not in str(caught.value)
 
@@ -130,7 +133,9 @@ def test_command_without_a_network_prints_one_line(tmp_path, monkeypatch, capsys
     use_endpoint(monkeypatch, tmp_path / "cache", 9)
     assert main(["txt2img", "--model", "owner/model"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith('error: there is no model "owner/model" here, and the Hugging Face hub')
+    assert line.startswith(
+        'error: there is no model "owner/model" here, and it cannot be downloaded from the Hugging Face hub ('
+    )
     assert "go online once, or give the folder" in line
 
 

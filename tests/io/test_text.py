@@ -7,7 +7,7 @@ import codecs
 import pytest
 
 from ldm.errors import UserError
-from ldm.io.text import read_lines, read_text
+from ldm.io.text import printable, read_lines, read_text
 
 OTHER_SEPARATORS = "\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # str.splitlines splits at these
 
@@ -63,3 +63,8 @@ def test_missing_files_and_folders_raise_user_error(tmp_path):
         read_text("none.txt", "list")
     with pytest.raises(UserError, match=r'cannot read the list ".*": Is a directory; give lines'):
         read_text(tmp_path, "list", "give lines")
+
+
+def test_text_for_a_message_is_one_line_without_control_characters():
+    assert printable("a\nb\r\x1b[31m\u2028\udcff") == "a\\nb\\r\\x1b[31m\\u2028\\udcff"
+    assert printable("Größe 10:05\u202fPM 猫 👩‍🚀") == "Größe 10:05\u202fPM 猫 👩‍🚀"

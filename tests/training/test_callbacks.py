@@ -1,4 +1,4 @@
-"""Sample images, reports and the progress bar."""
+"""Sample images and reports."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
 from ldm.errors import UserError
-from ldm.training.callbacks import CUDACallback, ImageLogger, ProgressBar, SetupCallback
+from ldm.training.callbacks import CUDACallback, ImageLogger, SetupCallback
 from ldm.training.loader import ResumableLoader
 
 
@@ -74,13 +74,36 @@ def warnings(caplog):
         ({"batch_frequency": 5}, [1, 2, 4, 5, 10]),
         ({"batch_frequency": 5, "increase_log_steps": False}, [5, 10]),
         ({"batch_frequency": 5, "increase_log_steps": False, "log_first_step": True}, [1, 5, 10]),
-        ({"batch_frequency": 100}, [1, 2, 4, 8]),
+        ({"batch_frequency": 100}, [1, 2, 4, 8, 12]),
         ({"batch_frequency": 5, "disabled": True}, []),
     ],
 )
 def test_images_are_logged_at_multiples_and_powers_of_two(options, expected, tmp_path):
     fit(tmp_path, ImageLogger(max_images=2, **options), count=12, validate=False)
     assert steps(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "expected"),
+    [
+        (12, {}, [1, 12]),
+        (12, {"log_on_batch_idx": True}, [1, 12]),
+        (1, {}, [1]),
+        (20, {}, [20]),
+        (12, {"disabled": True}, []),
+    ],
+)
+def test_short_run_logs_its_first_and_last_batch(count, options, expected, tmp_path):
+    fit(tmp_path, ImageLogger(20, 2, increase_log_steps=False, **options), count=count)
+    assert steps(tmp_path) == expected
+    assert steps(tmp_path, "val") == [step for step in expected if step == count]
+
+
+def test_short_run_with_accumulated_batches_logs_its_last_step(tmp_path):
+    options = {"accumulate_grad_batches": 3, "epochs": 2, "validate": False}
+    fit(tmp_path, ImageLogger(20, 2, increase_log_steps=False), count=4, **options)
+    names = sorted(path.name for path in (tmp_path / "images" / "train").glob("noise_*"))
+    assert names == ["noise_gs-000000_e-000000_b-000000.png", "noise_gs-000004_e-000001_b-000003.png"]
 
 
 def test_log_on_batch_idx_counts_batches_of_the_epoch(tmp_path):
@@ -300,11 +323,3 @@ def test_folders_and_configurations_are_written_when_training_starts(tmp_path):
     assert OmegaConf.load(run / "configs" / "now-project.yaml") == config
     assert OmegaConf.load(run / "configs" / "now-lightning.yaml") == {"lightning": {"b": 2}}
     assert (run / "checkpoints").is_dir()
-
-
-def test_progress_bar_shows_time_left(capsys):
-    bar = ProgressBar()
-    module = RandomImages()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    Trainer(accelerator="cpu", max_steps=4, callbacks=[bar], **quiet).fit(module, batches(6))
-    assert "left=0:00:00" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from ldm.cli import train
@@ -22,7 +23,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path("logs/run")
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "last.ckpt").touch()
+    torch.save({"state_dict": {}}, folder / "checkpoints" / "last.ckpt")
     save(folder, "2025-01-01T00-00-00", {"gpus": "0,", "max_steps": 5})
     return folder
 
@@ -120,3 +121,90 @@ def test_missing_lightning_is_an_error(monkeypatch):
     monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="training needs Lightning; install it with pip install"):
         options.check_lightning()
+
+
+# -- layers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def layers(tmp_path, monkeypatch):
+    """Return the names of two configurations; the second one removes the latent cache of the first."""
+    monkeypatch.chdir(tmp_path)
+    Path("base.yaml").write_text(
+        "model: {base_learning_rate: 1.0, target: a.B, params: {x: 1}}\n"
+        "data: {target: a.C, params: {batch_size: 8, latent_cache: {variants: 2}}}\n"
+        "lightning: {trainer: {max_steps: 5}}\n"
+    )
+    Path("mine.yaml").write_text("data:\n  params:\n    ~latent_cache:\n    batch_size: 4\n")
+    return "base.yaml", "mine.yaml"
+
+
+def test_a_later_file_removes_keys(layers):
+    assert plan("-b", *layers).config.data.params == {"batch_size": 4}
+
+
+def test_the_command_line_removes_keys(layers):
+    for words in (["-b", "base.yaml", "~data.params.latent_cache"], ["~data.params.latent_cache", "-b", "base.yaml"]):
+        assert plan(*words).config.data.params == {"batch_size": 8}
+
+
+def test_null_is_a_value(layers):
+    assert plan("-b", "base.yaml", "data.params.latent_cache=null").config.data.params.latent_cache is None
+
+
+def test_a_section_is_removed(layers):
+    assert plan("-b", "base.yaml", "~lightning").lightning == {"trainer": {}}
+
+
+def test_an_unknown_key_to_remove_is_an_error(layers):
+    with pytest.raises(UserError, match=r'no key "data.params.latent_cach" \(did you mean "data.params.latent_cache"'):
+        plan("-b", "base.yaml", "~data.params.latent_cach")
+    with pytest.raises(UserError, match=r'the command line has an unknown key "dta" \(did you mean "data"'):
+        plan("-b", "base.yaml", "~dta")
+    Path("wrong.yaml").write_text("~modle:\n")
+    with pytest.raises(UserError, match=r'"wrong.yaml" has an unknown key "modle" \(did you mean "model"'):
+        plan("-b", "base.yaml", "wrong.yaml")
+
+
+def test_a_value_that_is_not_yaml_is_named_with_a_remedy(layers):
+    words = ("data.params.batch_size=2", "data.params.shards={00000..00001}.tar", "model.params.x=1")
+    with pytest.raises(UserError, match=r"^cannot parse data.params.shards=\{00000..00001\}.tar: ") as raised:
+        plan("-b", "base.yaml", *words)
+    assert str(raised.value).endswith("; write key.sub=value, and braces in a text as 'key.sub=\"{}\"'")
+    data = plan("-b", "base.yaml", words[0], 'data.params.shards="{00000..00001}.tar"').config.data.params
+    assert (data.batch_size, data.shards) == (2, "{00000..00001}.tar")
+
+
+def test_removed_keys_are_not_in_the_saved_configuration(run):
+    save(run, "2025-01-02T00-00-00", plan("-r", run, "~lightning.trainer.max_steps").lightning.trainer)
+    assert plan("-r", run).lightning.trainer == {"gpus": "0,"}
+
+
+# -- files of the model ---------------------------------------------------------------------------------------------
+
+
+def test_text_files_beside_a_configuration_are_found(layers, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "names.txt").write_text("fox\n")
+    (tmp_path / "set" / "ldm.yaml").write_text("model: {params: {class_names: names.txt}}")
+    assert plan("-b", "base.yaml", "set/ldm.yaml").config.model.params.class_names == str(tmp_path / "set/names.txt")
+    assert plan("-b", "base.yaml", "model.params.class_names=names.txt").config.model.params.class_names == "names.txt"
+
+
+def test_weights_of_the_newest_run_are_chosen(layers):
+    for time in ("2025-01-02", "2025-01-10"):
+        (Path("runs") / f"{time}_first [a]" / "checkpoints").mkdir(parents=True)
+        (Path("runs") / f"{time}_first [a]" / "checkpoints" / "last.ckpt").touch()
+    (Path("runs") / "2025-02-01_first [a]").mkdir()  # has no checkpoint yet
+    key = "model.params.stage.ckpt_path"
+    chosen = plan("-b", "base.yaml", f"{key}=runs/*_first [a]/checkpoints/last.ckpt").config.model.params
+    assert chosen.stage.ckpt_path == "runs/2025-01-10_first [a]/checkpoints/last.ckpt"
+    with pytest.raises(UserError, match=rf'{key} "runs/\*_second/last.ckpt" matches no file; train that model first'):
+        plan("-b", "base.yaml", f"{key}=runs/*_second/last.ckpt")
+
+
+def test_weights_of_a_resumed_run_are_not_searched(run):
+    Path("first.yaml").write_text("model: {params: {stage: {ckpt_path: 'gone/*.ckpt'}}}")
+    assert plan("-r", run, "-b", "first.yaml").config.model.params.stage.ckpt_path == "gone/*.ckpt"
+    with pytest.raises(UserError, match="matches no file"):
+        plan("-b", run / "configs/2025-01-01T00-00-00-project.yaml", "first.yaml")

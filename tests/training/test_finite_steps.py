@@ -16,7 +16,7 @@ from ldm.config.instantiate import instantiate_from_config
 from ldm.errors import UserError
 from ldm.training.assembly import _build_callback
 from ldm.training.best_checkpoint import ModelCheckpoint
-from ldm.training.finite_steps import MAX_SKIPPED, DamagedBatchError, DivergenceError
+from ldm.training.finite_steps import MAX_SKIPPED, DamagedBatchError, DivergenceError, NonFiniteStepError
 from ldm.training.last_checkpoint import LastCheckpoint
 from ldm.training.loader import ResumableLoader
 from ldm.training.modules import ManualOptimization, lightning_module
@@ -97,7 +97,7 @@ def items(factors=(), images=(), count=16):
     return data
 
 
-def fit(model, data, validation=None, manual=None, folder=None, callbacks=(), **options):
+def fit(model, data, validation=None, manual=None, folder=None, callbacks=(), policy=None, **options):
     trainer = Trainer(
         accelerator="cpu",
         **{"max_epochs": 1, **options},
@@ -110,6 +110,7 @@ def fit(model, data, validation=None, manual=None, folder=None, callbacks=(), **
         enable_checkpointing=bool(callbacks),
     )
     module = lightning_module(model, manual)
+    module.non_finite_policy = policy
     trainer.fit(module, ResumableLoader(data, 2), ResumableLoader(validation, 2) if validation else None)
     return trainer
 
@@ -298,6 +299,64 @@ def test_damaged_validation_data_is_named(caplog):
     fit(Diffusion(), items(), items(images={1: NAN}, count=4))
     (line,) = warnings(caplog)
     assert line.endswith('; the data is not finite: "image" of "1.png" in batch 0 of epoch 0')
+
+
+# -- policies and gradient norms ---------------------------------------------------------------------------------
+
+
+@KINDS
+def test_policy_stop_ends_the_run_at_the_step_and_keeps_its_weights(kind, tmp_path):
+    before, after = kind(), kind()
+    fit(before, items()[:4])
+    last = LastCheckpoint(tmp_path)
+    with pytest.raises(NonFiniteStepError) as error:
+        fit(after, items(factors={5: NAN}), policy="stop", callbacks=[last], folder=tmp_path)
+    assert str(error.value).startswith(
+        'the loss is not finite in step 3: batch 2 of epoch 0 ("4.png", "5.png"); the weights are those before the step'
+    )
+    assert torch.equal(after.net.weight, before.net.weight)
+    saved = torch.load(last.path, weights_only=True)["state_dict"]
+    assert torch.equal(saved["net.weight"], before.net.weight)
+    assert_finite(saved.items())
+
+
+@KINDS
+def test_policy_skip_also_skips_damaged_data_and_names_it(kind, caplog):
+    model = kind()
+    trainer = fit(model, items(images={5: NAN}), policy="skip")
+    assert trainer.global_step == 8
+    assert_finite([*model.state_dict().items(), *states(trainer)])
+    (line,) = warnings(caplog)
+    assert line == 'step 3 is skipped, because its loss is not finite: "image" of "5.png" in batch 2 of epoch 0'
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_gradient_norm_is_logged_before_clipping(accumulated):
+    data = items()[: 2 * accumulated]
+    model, reference = Diffusion(), Diffusion()
+    loss = sum(reference.shared_step(batch)[0] for batch in ResumableLoader(data, 2)) / accumulated
+    loss.backward()
+    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in reference.parameters()]))
+    options = {"accumulate_grad_batches": accumulated, "gradient_clip_val": 0.01}
+    trainer = fit(model, data, **options)
+    assert trainer.callback_metrics["train/grad_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_gradient_norms_of_both_optimizers_are_logged():
+    trainer = fit(FirstStage(), items())
+    assert trainer.callback_metrics["train/grad_norm"] > 0
+    assert trainer.callback_metrics["train/grad_norm_disc"] > 0
+
+
+@pytest.mark.parametrize("kind", [Diffusion, FirstStage])
+def test_average_is_updated_once_for_each_step_with_accumulated_batches(kind):
+    model = kind()
+    updates = []
+    model.update_ema = lambda: updates.append(model.net.weight.detach().clone())
+    manual = ManualOptimization(3) if kind is FirstStage else None
+    trainer = fit(model, items(), manual=manual, accumulate_grad_batches=1 if manual else 3)
+    assert trainer.global_step == len(updates) == 3, "8 batches are 3 steps"
+    assert torch.equal(updates[-1], model.net.weight), "the average contains the weights after the step"
 
 
 # -- the scale of latents ----------------------------------------------------------------------------------------

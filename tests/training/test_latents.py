@@ -47,6 +47,24 @@ def test_cached_moments_match_encoded_images(model):
         assert "mask" not in cached[i]
 
 
+@pytest.mark.parametrize("variants", [1, 2])
+def test_previews_show_the_original_images(model, variants):
+    """They are read from the data set, for a shuffled batch and each variant; other batches stay as they are."""
+    data = module(variants=variants, split="seen")
+    data.setup()
+    images = data.datasets["train"]
+    cache_latents(data, model)
+    cached = data.datasets["train"]
+    chosen = [13, 2, len(cached) - 1]
+    batch = torch.utils.data.default_collate([cached[index] for index in chosen])
+    log = model.log_images(cached.with_images(batch, "image"), ddim_steps=2, split="train")
+    expected = torch.stack([torch.as_tensor(images[index % 14]["image"]).movedim(-1, 0) for index in chosen])
+    assert torch.equal(log["inputs"], expected)
+    assert not torch.equal(log["inputs"], log["reconstruction"])
+    other = {**batch, LATENT_KEY: batch[LATENT_KEY] + 1}
+    assert cached.with_images(other, "image") is other
+
+
 def test_variants_have_different_augmentation(model):
     data = module(variants=2, target="EmojiTrain")
     cache_latents(data, model)

@@ -269,3 +269,43 @@ def test_error_in_a_worker_has_one_line(error, message):
 def test_other_errors_in_a_worker_keep_their_traceback():
     with pytest.raises(ZeroDivisionError, match="Original Traceback"):
         epochs(ResumableLoader(Damaged(ZeroDivisionError("on purpose"), in_worker=True), 1), 1)
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3])
+def test_workers_continue_their_random_numbers(taken):
+    """The first worker of a resumed epoch may load the batches of another one; a batch that failed is loaded again."""
+
+    def make():
+        return ResumableLoader(RandomNumbers(), 1, num_workers=2, worker_init_fn=seed_worker)
+
+    whole = flat(epochs(make(), 2))
+    stopped = make()
+    seen = [batch.tolist() for _, batch in zip(range(taken + 1), stopped, strict=False)][:taken]
+    stopped.unread()
+    continued = make()
+    continued.load_state_dict(stopped.state_dict())
+    assert seen + flat(epochs(continued, 2)) == whole
+
+
+def test_stream_starts_again_after_a_finished_epoch():
+    passes = []
+
+    class Announced(Stream):
+        def set_epoch(self, epoch, seed, start):
+            passes.append((epoch, start))
+
+    first = ResumableLoader(Announced(), 2)
+    epochs(first, 1)
+    first.end_epoch()
+    continued = ResumableLoader(Announced(), 2)
+    continued.load_state_dict(first.state_dict())
+    epochs(continued, 2)
+    assert passes == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_evaluation_depends_on_trained_epochs_and_not_on_earlier_passes():
+    options = {"num_workers": 2, "worker_init_fn": seed_worker, "evaluates": True, "shuffle": True}
+    loader = ResumableLoader(RandomNumbers(), 1, **options)
+    first, second = epochs(loader, 2)
+    loader.batches.sampler.set_epoch(1)
+    assert first == second != epochs(loader, 1)[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from small_runs import FIRST_STAGE, assert_same, only_run, state
 from tiny_models import text_config
 
 import main
@@ -14,18 +15,6 @@ from ldm.training import latents
 
 QUIET = ["--enable_progress_bar", "false", "--enable_model_summary", "false", "--no-test"]
 
-FIRST_STAGE = {
-    "target": "ldm.models.autoencoder.AutoencoderKL",
-    "params": {
-        "monitor": "val/rec_loss",
-        "embed_dim": 3,
-        "ddconfig": text_config()["params"]["first_stage_config"]["params"]["ddconfig"],
-        "lossconfig": {
-            "target": "ldm.modules.losses.LPIPSWithDiscriminator",
-            "params": {"disc_start": 2, "perceptual_weight": 0.0, "disc_num_layers": 1},
-        },
-    },
-}
 DIFFUSION = text_config(
     use_ema=True,
     scale_by_std=True,
@@ -68,32 +57,6 @@ def write_config(path, model, **trainer):
 
 def train(*arguments):
     assert main.main(["-t", *QUIET, *map(str, arguments)]) == 0
-
-
-def only_run(folder):
-    (run,) = folder.iterdir()
-    return run
-
-
-def state(run):
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def assert_same(a, b, path=""):
-    """Assert that two nested structures are equal, bit for bit."""
-    assert type(a) is type(b), path
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for index, (left, right) in enumerate(zip(a, b, strict=True)):
-            assert_same(left, right, f"{path}/{index}")
-    else:
-        assert a == b, path
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Runs of the diffusion model, with several processes, failures and interruptions."""
 
+import csv
 import errno
 import re
 import sys
@@ -270,3 +271,28 @@ def test_two_processes_share_folder_and_weights(tmp_path, repo_root):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "rank0.txt").read_text() == (tmp_path / "rank1.txt").read_text()
     assert torch.load(the_run(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+
+
+def test_run_logs_rates_norms_speed_latents_and_its_configuration(run, tmp_path, caplog):
+    words = ["--logger", "csv", "--enable_progress_bar", "true", "lightning.callbacks.image_logger=null"]
+    assert run(text_config(scale_by_std=True), "--max_steps", "2", "--seed", "5", *words) == 0
+    folder = the_run(tmp_path) / "csv"
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    values = {key: float(value) for row in rows for key, value in row.items() if value}
+    assert values["lr-AdamW"] == pytest.approx(2e-4)
+    assert values["latents/std"] == pytest.approx(1, abs=0.1)
+    assert all(values[f"train/{name}"] > 0 for name in ("loss_step", "grad_norm", "images_per_second"))
+    logged = OmegaConf.load(folder / "hparams.yaml")
+    assert (logged.seed, logged.scale_lr, logged.learning_rate) == (5, True, pytest.approx(2e-4))
+    assert logged.model.params.scale_by_std is True and logged.lightning.logger == "csv"
+    assert logged.data.params.batch_size == 2
+    line = next(message for message in caplog.messages if message.startswith("epoch 0  step 2/2  loss "))
+    assert [name for name in ("lr", "grad", "img/s", "left") if f" {name}" in line] == ["lr", "grad", "img/s", "left"]
+
+
+def test_own_progress_bar_replaces_the_default(run, caplog):
+    bar = "lightning.callbacks.bar={target: ldm.training.progress.ProgressBar, params: {seconds: 0}}"
+    words = [bar, "--enable_progress_bar", "true", "lightning.callbacks.image_logger=null"]
+    assert run(text_config(), "--max_steps", "2", *words, validation=None) == 0
+    assert len([message for message in caplog.messages if message.startswith("epoch 0  step ")]) == 2

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
+import torch
 from omegaconf import OmegaConf
 
+from ldm.errors import UserError
+from ldm.io.checkpoint.writing import save_atomically
 from ldm.training.run_folder import (
     FOLDER_VARIABLE,
+    find_run,
     is_first_process,
+    locked_run,
     reserved_folder,
     save_configuration,
     saved_configurations,
@@ -123,3 +132,86 @@ def test_hidden_files_are_no_configurations(tmp_path):
     for name in ("2024-05-06T07-08-09-project.yaml", "._2024-05-06T07-08-09-project.yaml", "mine.yaml", "._mine.yaml"):
         (folder / name).write_text("model: {}\n")
     assert [path.name for path in saved_configurations(tmp_path)] == ["2024-05-06T07-08-09-project.yaml", "mine.yaml"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Return the folder of a run with a last checkpoint, two others to resume from, and weights."""
+    folder = tmp_path / "run"
+    for name, step in {"last": 30, "epoch=000001": 20, "epoch=000000": 10}.items():
+        content = {"state_dict": {"weight": torch.ones(1000)}, "optimizer_states": [{}], "global_step": step}
+        save_atomically(content, folder / "checkpoints" / f"{name}.ckpt")
+    save_atomically({"state_dict": {}, "global_step": 40}, folder / "checkpoints" / "weights.ckpt")
+    return folder
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(content)
+
+
+def test_run_resumes_from_its_newest_intact_checkpoint(run, caplog):
+    checkpoints = run / "checkpoints"
+    assert find_run(run) == (run, checkpoints / "last.ckpt") and not caplog.records
+    damage(checkpoints / "last.ckpt")
+    assert find_run(run) == (run, checkpoints / "epoch=000001.ckpt")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.getMessage() == (
+        f'"{checkpoints / "last.ckpt"}" is damaged: its content differs from its checksum; '
+        f'resuming from "{checkpoints / "epoch=000001.ckpt"}" of step 20'
+    )
+    os.truncate(checkpoints / "epoch=000001.ckpt", 1000)
+    assert find_run(run) == (run, checkpoints / "epoch=000000.ckpt")
+    (checkpoints / "last.ckpt").unlink()
+    caplog.clear()
+    assert find_run(run) == (run, checkpoints / "epoch=000000.ckpt")
+    assert 'last.ckpt" does not exist; resuming from "' in caplog.text
+
+
+def test_run_without_intact_checkpoint_is_an_error(run):
+    for path in (run / "checkpoints").glob("[le]*.ckpt"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r'^cannot resume from ".*last.ckpt" is damaged: .*; the run has no other'):
+        find_run(run)
+    with pytest.raises(UserError, match=r'^cannot resume from ".*epoch=000000.ckpt" is damaged: its content differs'):
+        find_run(run / "checkpoints" / "epoch=000000.ckpt")
+
+
+HOLD = """
+import os, pathlib, sys, time
+from ldm.training.run_folder import locked_run
+
+with locked_run(pathlib.Path(sys.argv[1])):
+    if os.fork() == 0:  # as a worker of a data loader
+        time.sleep(30)
+        os._exit(0)
+    print("locked", flush=True)
+    time.sleep(30)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+def test_run_is_trained_by_one_process_at_a_time(run, repo_root, monkeypatch):
+    """The lock ends with its process, even if that was killed and its workers go on."""
+    (run / "checkpoints" / ".123-0a1b2c3d.tmp").touch()
+    environment = {**os.environ, "PYTHONPATH": str(repo_root)}
+    command = [sys.executable, "-c", HOLD, str(run)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout.readline() == "locked\n"
+        assert not list((run / "checkpoints").glob(".*.tmp"))
+        with pytest.raises(UserError, match=r'another process trains the run ".*run"; wait for its end, or stop it$'):
+            locked_run(run).__enter__()
+        with monkeypatch.context() as patch:
+            patch.setenv("LOCAL_RANK", "1")
+            with locked_run(run):  # another process of the same run
+                pass
+        process.kill()
+        process.wait()
+        with locked_run(run):
+            pass
+    finally:
+        os.killpg(process.pid, 9)
+        process.communicate()
+    assert not (run / ".lock").exists()

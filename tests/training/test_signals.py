@@ -8,9 +8,12 @@ import types
 
 import pytest
 
+from ldm.cli.command import command
+from ldm.errors import Terminated
 from ldm.training import signals
 from ldm.training.signals import SignalRequests
 
+INTERRUPTIONS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 TRAINER = types.SimpleNamespace(strategy=types.SimpleNamespace(launcher=None))
 
 
@@ -44,14 +47,22 @@ def test_end_is_requested_and_a_second_signal_stops_immediately(number, requests
     assert requests.take() == (False, True)
     assert requests.take_stop() and requests.stop_agreed
     assert [record.getMessage().split(";")[0] for record in caplog.records] == ["stopping after this batch"]
-    with pytest.raises(KeyboardInterrupt):
+    assert type(requests.interruption()) is INTERRUPTIONS[number]
+    with pytest.raises(INTERRUPTIONS[number]):
         signal.raise_signal(number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_before_the_first_batch_stops_immediately(number, requests):
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as raised:
         signal.raise_signal(number)
+    assert raised.type is INTERRUPTIONS[number]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_sigterm_exits_with_143_and_ctrl_c_with_130(number, status, requests, capsys):
+    assert command(lambda argv: signal.raise_signal(number))([]) == status
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_request_of_another_process_is_followed(requests, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.io.checkpoint.integrity import append_hash
 from ldm.io.checkpoint.names import printable
 from ldm.io.files import atomic_path
 
@@ -56,7 +57,7 @@ def save_checkpoint(
 
 
 def save_atomically(content: Mapping[str, Any], path: str | os.PathLike[str], replace: bool = True) -> None:
-    """Write `content` with `torch.save`, completely or not at all; a missing folder is created.
+    """Write `content` with `torch.save` and a hash, completely or not at all; a missing folder is created.
 
     Args:
         content: anything that `torch.save` stores.
@@ -67,11 +68,12 @@ def save_atomically(content: Mapping[str, Any], path: str | os.PathLike[str], re
         UserError: the file cannot be written, or exists and may not be replaced.
         DiskFullError: the disk is full.
     """
-    with atomic_path(path, replace) as temporary:
+    with atomic_path(path, replace, sync=True) as temporary:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # torch reports a full disk this way
             raise _file_error(temporary, error) from error
+        append_hash(temporary)
 
 
 def _file_error(path: Path, error: Exception) -> OSError:
@@ -110,7 +112,7 @@ def save_safetensors(
         tensors[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     strings = {str(key): str(value) for key, value in (metadata or {}).items()}
-    with atomic_path(path, replace) as temporary:
+    with atomic_path(path, replace, sync=True) as temporary:
         temporary.touch()
         default_mode = temporary.stat().st_mode
         try:

@@ -26,7 +26,7 @@ from ldm.models.diffusion.adaptation import Adaptation
 from ldm.models.diffusion.batch_keys import CONDITIONING_KEY, LATENT_KEY, LAYOUT_KEY
 from ldm.models.diffusion.conditioning import CONCAT_KEYS, Conditioning, DiffusionWrapper, as_dict
 from ldm.models.diffusion.conditioning_stage import ConditioningStage
-from ldm.models.diffusion.latent_space import LatentSpace, deviation
+from ldm.models.diffusion.latent_space import LatentSpace, deviation, measured_batches
 from ldm.models.diffusion.process import DiffusionProcess
 from ldm.models.diffusion.sampling_methods import LatentSampling, PixelSampling
 from ldm.models.diffusion.tiling import tiled_predict
@@ -318,7 +318,7 @@ class LatentDiffusion(  # type: ignore[misc] # the published methods of both mix
         conditioning_key: see `DiffusionWrapper`.
         scale_factor: factor of the latents.
         scale_by_std: make `scale_factor` a buffer and set it to one over the standard deviation of the latents of the
-            first training batch.
+            first training batch. With `{batches: N}`, `ldm train` measures the first N batches instead.
         cond_dropout: probability of replacing the conditioning of a training item by the empty one: "" for text, the
             last class for labels, zeros otherwise. Classifier-free guidance needs it (arXiv:2207.12598).
         class_names: names of the classes in order, or a string that names their source: "imagenet", or the path of a
@@ -370,7 +370,7 @@ class LatentDiffusion(  # type: ignore[misc] # the published methods of both mix
         cond_stage_forward: str | None = None,
         conditioning_key: str | None = None,
         scale_factor: float = 1.0,
-        scale_by_std: bool = False,
+        scale_by_std: bool | Mapping[str, Any] = False,
         cond_dropout: float = 0.0,
         class_names: Sequence[str] | str = (),
         palette: str | None = None,
@@ -403,7 +403,7 @@ class LatentDiffusion(  # type: ignore[misc] # the published methods of both mix
         self.cond_stage_key = cond_stage_key
         self.cond_stage_forward = cond_stage_forward
         self.clip_denoised = False  # latents have no fixed range
-        self.scale_by_std = scale_by_std
+        self.scale_by_std, self.scale_batches = bool(scale_by_std), measured_batches(scale_by_std)
         if scale_by_std:
             self.register_table("scale_factor", scale_factor)
         else:
@@ -426,10 +426,11 @@ class LatentDiffusion(  # type: ignore[misc] # the published methods of both mix
         With `split_input_params` the prediction is made in tiles. Conditioning that is concatenated with the input
         is cut into the same tiles. All tiles share the rest.
         """
-        if not self.split_input_params:
+        split = getattr(self, "split_input_params", None)
+        if not split:
             return super().apply_model(x_noisy, t, cond, return_ids)
         cond = as_dict(cond, self.model.conditioning_key)
-        return tiled_predict(self.model, x_noisy, t, cond, self.split_input_params)
+        return tiled_predict(self.model, x_noisy, t, cond, split)
 
     # -- training --------------------------------------------------------------------------------------------
 
@@ -462,8 +463,8 @@ class LatentDiffusion(  # type: ignore[misc] # the published methods of both mix
             return super().get_input(batch, k)
         x, encoded = self._encoded_batch(batch, k, bs)
         z = self.get_first_stage_encoding(encoded).float()
-        if x is None and return_first_stage_outputs:
-            x = self.decode_first_stage(z)
+        if x is None and return_first_stage_outputs:  # the batch holds moments, and its images only for previews
+            x = super().get_input(batch, k)[:bs] if k in batch else self.decode_first_stage(z)
         c: Any = None
         xc: Any = None
         if self.model.conditioning_key is not None and CONDITIONING_KEY in batch:

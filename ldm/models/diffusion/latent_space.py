@@ -68,6 +68,20 @@ def deviation(z: torch.Tensor, names: Sequence[str] = ()) -> torch.Tensor:
     )
 
 
+def measured_batches(scale_by_std: bool | Mapping[str, Any]) -> int:
+    """Return the number of batches in which `scale_by_std` measures the latents: 1, or N of `{batches: N}`.
+
+    Raises:
+        UserError: it is neither a truth value nor such a mapping.
+    """
+    if not isinstance(scale_by_std, Mapping):
+        return 1
+    batches = scale_by_std.get("batches")
+    if set(scale_by_std) != {"batches"} or not isinstance(batches, int) or isinstance(batches, bool) or batches < 1:
+        raise UserError(f"scale_by_std must be true, false or {{batches: N}} with N of at least 1, not {scale_by_std}")
+    return batches
+
+
 class LatentSpace(TilingMethods, nn.Module):
     """Mixin of `LatentDiffusion`: encoding and decoding with `first_stage_model`, scaled by `scale_factor`."""
 
@@ -89,7 +103,7 @@ class LatentSpace(TilingMethods, nn.Module):
         """Encode images (B, 3, H, W) to the posterior or the latents of the first stage."""
         if isinstance(self.first_stage_model, Autoencoder):
             self.first_stage_model.check_channels(x)
-        split = self.split_input_params
+        split = getattr(self, "split_input_params", None)
         if split and split.get("patch_distributed_vq"):
             encode = partial(tiled_encode, self.first_stage_model.encode, params=split)
         else:
@@ -138,7 +152,7 @@ class LatentSpace(TilingMethods, nn.Module):
         decode = self.first_stage_model.decode
         if isinstance(self.first_stage_model, VQModelInterface):
             decode = partial(decode, force_not_quantize=predict_cids or force_not_quantize)
-        split = self.split_input_params
+        split = getattr(self, "split_input_params", None)
         if split and split.get("patch_distributed_vq"):
             return tiled(decode, [z], split, split["vqf"])
         return decode(z)
@@ -150,8 +164,14 @@ class LatentSpace(TilingMethods, nn.Module):
         return 1 if decoder is None else 2 ** (len(decoder.up) - 1)
 
     @property
-    def split_input_params(self) -> Mapping[str, Any] | None:
-        """Parameters of tiled processing of large images, see `tiling`; None disables it."""
+    def split_input_params(self) -> Mapping[str, Any]:
+        """Parameters of tiled processing of large images, see `tiling`.
+
+        Raises:
+            AttributeError: it is disabled; published programs ask with `hasattr`.
+        """
+        if self._split_input_params is None:
+            raise AttributeError("split_input_params")
         return self._split_input_params
 
     @split_input_params.setter

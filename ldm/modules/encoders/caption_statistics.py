@@ -64,7 +64,8 @@ class CaptionStatistics:
             listed = ", ".join(f'"{word}"' for word in self.unknown_words)
             yield (
                 f"{unknown} of the words in the training captions are not in the vocabulary "
-                f"and are read in pieces, such as {listed}; ldm prepare builds a vocabulary from captions"
+                f"and are read in pieces, such as {listed}; "
+                "ldm prepare builds a vocabulary with all words that occur twice"
             )
 
 
@@ -73,7 +74,7 @@ def _word_counts(stage: Any, captions: list[str]) -> dict[str, tuple[int, bool]]
 
     Punctuation does not count.
     """
-    tokenizer = getattr(stage, "tknz_fn", None)
+    tokenizer: Any = getattr(stage, "tknz_fn", None)
     if not callable(getattr(tokenizer, "unknown_words", None)):
         return {}
     counts: dict[str, tuple[int, bool]] = {}

@@ -256,8 +256,12 @@ def load_tokenizer(name: str) -> Any:
         raise _unavailable(name, error) from None
     # If the files are missing, transformers returns a tokenizer with only the special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        online = "" if Path(name).is_dir() else ", go online once, or give a local folder with them"
-        raise UserError(f'"{name}" has no tokenizer; add the vocab.json and merges.txt of the CLIP{online}')
+        if Path(name).is_dir():
+            raise UserError(f'"{name}" has no tokenizer; add the vocab.json and merges.txt of the CLIP')
+        raise UserError(
+            f'the tokenizer "{name}" is not on this machine and cannot be downloaded; go online once, or name a local '
+            'folder with its vocab.json and merges.txt in the configuration ("tokenizer" of the text encoder)'
+        )
     return tokenizer
 
 

@@ -1,0 +1,1 @@
+"""Diagnosis of a trained model: checks that find common mistakes of its training, each with its remedy."""
