@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 
 DEMO := --model emoji64 --from-file configs/emoji/prompts.txt --ddim_steps 50 --scale 3 --seed 1 --outdir outputs/demo
 
+# Two processes with one thread each are faster than one with two threads. More processes need 2 GB each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo train-demo twins test smoke lint format docs notebooks data
 
@@ -24,10 +27,10 @@ twins: $(VENV)/.installed ## train and measure a small model of each task, for h
 	@$(BIN)/python scripts/train_twins.py
 
 test: lint ## check style and types, then run every test
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 smoke: $(VENV)/.installed-test ## run the tests that take seconds
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.installed-test ## check style and types
 	$(BIN)/python -m ruff check .

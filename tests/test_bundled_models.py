@@ -15,6 +15,7 @@ from ldm.io.pixels import to_uint8
 pytestmark = pytest.mark.slow
 
 MEGABYTES = {"emoji64": 30, "emoji64-inpaint": 15, "emoji64-superres": 15}
+TEXTS = {"emoji64": {"vocab.txt", "class_names.txt"}}
 EXAMPLES = {  # each on a background colour that it did not have in training
     "alarm_clock": "red",
     "octopus": "blue",
@@ -28,7 +29,7 @@ EXAMPLES = {  # each on a background colour that it did not have in training
 @pytest.mark.parametrize("name", MEGABYTES)
 def test_model_files_are_small(repo_root, name):
     files = list((repo_root / "models/ldm" / name).iterdir())
-    assert {file.name for file in files} == {"config.yaml", "model.safetensors"}
+    assert {file.name for file in files} == {"config.yaml", "model.safetensors"} | TEXTS.get(name, set())
     assert sum(file.stat().st_size for file in files) <= MEGABYTES[name] * 1e6
 
 

@@ -113,9 +113,10 @@ def fit(logger, callbacks=(), max_steps=4, module=None, checkpoint=None):
 VALUES = {"model": {"target": "x", "params": {"n": 1}}, "seed": 23, "learning_rate": 0.5}
 
 
-def test_wandb_gets_values_images_and_the_configuration(wandb, tmp_path):
+def test_wandb_gets_values_images_and_the_configuration(wandb, tmp_path, monkeypatch):
     from ldm.training.callbacks import ImageLogger
 
+    monkeypatch.chdir(tmp_path)  # the images
     module = Module()
     module.log_images = lambda batch, split: {"noise": torch.zeros(1, 3, 8, 8)}
     folder = tmp_path / "2026-01-01T00-00-00_a b"

@@ -147,7 +147,7 @@ def test_lora_of_another_text_to_image_model(runs, images, tmp_path):
             {"targets": ["norm1"]},
             'LoRA: the target "norm1" matches no linear layer or 2-d convolution of UNetModel (input_blocks.3.1.',
         ),
-        ({"width": 3}, 'ldm.modules.lora.LoRA has no parameter "width"'),
+        ({"width": 3}, 'model.params.lora_config: ldm.modules.lora.LoRA has no parameter "width"'),
     ],
     ids=str,
 )

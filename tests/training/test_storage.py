@@ -49,7 +49,19 @@ def test_model_with_names_like_those_of_a_wrapper_can_be_resumed(tmp_path):
         ({"optimizer_states": 3}, 'its entry "optimizer_states" is damaged'),
         ({"loops": []}, 'its entry "loops" is damaged'),
     ],
-    ids=str,
+    ids=[
+        "no weights",
+        "empty",
+        "number",
+        "no tensor",
+        "bias",
+        "escape",
+        "key",
+        "step",
+        "no step",
+        "optimizer",
+        "loops",
+    ],
 )
 def test_invalid_checkpoint_raises_one_line_user_error(tmp_path, change, message):
     torch.save({**RUN, **change}, tmp_path / "last.ckpt")
