@@ -80,7 +80,7 @@ class Layout:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the folder is complete."""
+        """Return whether the folder is complete."""
         return (self.root / ".ready").is_file() and self.data.is_dir()
 
     def archives(self) -> list[Path]:

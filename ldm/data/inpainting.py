@@ -70,7 +70,7 @@ class MaskedPictures(Dataset):
 
     @property
     def fixed(self) -> bool:
-        """Whether each mask is derived from the index of its item."""
+        """Return whether each mask is derived from the index of its item."""
         return self.masks.fixed
 
     def __len__(self) -> int:

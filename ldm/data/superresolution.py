@@ -90,7 +90,7 @@ class SuperResolution(Dataset):
 
     @property
     def center_crop(self) -> bool:
-        """Whether crops are at the centre."""
+        """Return whether crops are at the centre."""
         return not self.random_crop
 
     def __getitem__(self, index: int) -> dict[str, Any]:
