@@ -369,7 +369,7 @@ def test_model_saves_files_of_its_own(tmp_path):
     model = inversion_model(embedding_path=tmp_path / "embedding.pt")
     trainer = fit(lightning_module(model), max_steps=1)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    vector = torch.load(tmp_path / "embedding.pt")["vector"]
+    vector = torch.load(tmp_path / "embedding.pt", weights_only=True)["vector"]
     assert torch.equal(vector, model.embedding_manager.vector) and vector.any()
 
 

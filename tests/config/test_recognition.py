@@ -125,7 +125,7 @@ def known(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 def test_checkpoint_without_configuration_is_loaded_and_logged(known, suffix, caplog):
     file = known / f"sd-v1-4{suffix}"
-    weights = torch.load(known / "v1/model.ckpt")["state_dict"]
+    weights = torch.load(known / "v1/model.ckpt", weights_only=True)["state_dict"]
     if suffix == ".ckpt":
         torch.save(weights, file)
     else:
@@ -139,7 +139,7 @@ def test_checkpoint_without_configuration_is_loaded_and_logged(known, suffix, ca
 
 
 def test_log_lines_about_the_file_appear_once(known, caplog):
-    weights = torch.load(known / "v1/model.ckpt")["state_dict"]
+    weights = torch.load(known / "v1/model.ckpt", weights_only=True)["state_dict"]
     torch.save({"model": {f"module.{name}": value for name, value in weights.items()}}, known / "x.ckpt")
     caplog.set_level(logging.INFO)
     ldm.load(checkpoint=known / "x.ckpt", device="cpu")
